@@ -1,0 +1,157 @@
+"""Command line: run | plan | validate | schema. Everything that needs torch is imported where it is used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distributed_adaround import __version__, logs, storage
+from distributed_adaround.errors import AdaRoundError, PeerError
+from distributed_adaround.spec import JobSpec, json_schema, load_spec
+
+if TYPE_CHECKING:
+    from distributed_adaround.plan import JobPlan
+
+COMMANDS = ("run", "plan", "validate", "schema")
+_INTERNAL_ERROR = 70
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (see errors.py). One line per error, a traceback only with --debug."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # `python -m distributed_adaround job.yaml` means run.
+    if given and given[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        given.insert(0, "run")
+    options = _parser().parse_args(given)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    debug = bool(getattr(options, "debug", False))
+    logs.configure(rank, world_size, debug)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except Exception as error:
+        _report(error, rank, world_size, debug)
+        return error.exit_code if isinstance(error, AdaRoundError) else _INTERNAL_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distributed_adaround",
+        description="Learn how to round a network's weights (AdaRound), on one or many processes.",
+        epilog="Example: torchrun --nproc_per_node=8 -m distributed_adaround job.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"distributed_adaround {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("run", _run, "run a job (the default: `distributed_adaround job.yaml`)"),
+        ("plan", _plan, "show layers, data, memory and time of a job; solves nothing"),
+        ("validate", _validate, "check a job file; needs no torch"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
+        sub.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="SECTION.FIELD=VALUE",
+            help="change a field of the job file; may be given several times",
+        )
+        sub.add_argument("--debug", action="store_true", help="more log lines, and tracebacks of errors")
+        sub.set_defaults(command=command)
+        if name == "plan":
+            sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
+    schema = commands.add_parser("schema", help="print the JSON Schema of job files")
+    schema.set_defaults(command=_schema)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks, 1 or more")
+    return int(text)
+
+
+def _folder(job: str) -> Path | None:
+    """Folder of a local job file, where modules that it names are searched too."""
+    return Path(job).resolve().parent if "://" not in job else None
+
+
+def _run(options: argparse.Namespace) -> None:
+    spec = load_spec(options.job, options.overrides)
+    from distributed_adaround.job import run_job
+
+    table = run_job(spec, _folder(options.job))
+    if os.environ.get("RANK", "0") == "0":
+        print(table)
+        print(f"\nResults are in {storage.redact(spec.output.uri)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    spec = load_spec(options.job, options.overrides)
+    from distributed_adaround.plan import plan_job
+
+    _print_plan(spec, plan_job(spec, _folder(options.job), options.ranks))
+
+
+def _validate(options: argparse.Namespace) -> None:
+    load_spec(options.job, options.overrides)
+    print(f"{storage.redact(options.job)} is a valid job file")
+
+
+def _schema(options: argparse.Namespace) -> None:
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
+    rows = [("layer", "kind", "shape", "format", "rows", "seconds")]
+    rows += [
+        (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
+        for x in plan.layers
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nParameters left in float:")
+    for parameter in plan.float_parameters:
+        print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
+    for note in plan.notes:
+        print(f"\nNote: {note}")
+    print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
+    print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
+    print(f"Time: about {plan.seconds:,.0f} s on this machine ({spec.rounding.solver}, {spec.rounding.max_iter} steps)")
+
+
+def _report(error: Exception, rank: int, world_size: int, debug: bool) -> None:
+    """One line on stderr from the rank that failed first, and torchrun's error file."""
+    if world_size > 1:
+        _tell_torchrun(error)
+    told_by = getattr(error, "told_by", None)
+    silent = isinstance(error, PeerError) or (told_by is not None and told_by != rank)
+    before_start = told_by is None and isinstance(error, AdaRoundError) and error.exit_code == 64
+    if debug:
+        traceback.print_exception(error)
+    elif not silent and (rank == 0 or not before_start):
+        where = f"rank {rank}: " if world_size > 1 else ""
+        kind = "" if isinstance(error, AdaRoundError) else f"internal error, {type(error).__name__}: "
+        hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
+        text = " ".join(str(error).split()) if not isinstance(error, AdaRoundError) else str(error)
+        print(f"error: {where}{kind}{text}{hint}", file=sys.stderr)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """torchrun shows the message of this file instead of a bare exit code."""
+    with suppress(Exception):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

@@ -1,0 +1,271 @@
+"""Who reads which sample: calibration files, cut into microbatches and virtual shards, dealt to the ranks.
+
+Rank 0 builds the manifest, every rank gets the same one. Sample ids are global and count through the files in order:
+
+    files sorted by URI     a.npy: samples 0 1 2 3 4       b.npy: samples 5 6 7
+    microbatches of 2       [0 1] [2 3] [4 5] [6 7]        the last one may be smaller
+    shard = index % V        0     1     2     0           V virtual shards, a property of the job
+    rank  = shard % W        0     1     0     0           W ranks, a property of the machine
+
+Nothing but the rank depends on W. No torch here: a login node can build and check all of it but the file contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from distributed_adaround import jsontext, storage
+from distributed_adaround.errors import InputError
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One tensor of a sample. shape: of one sample, None where it varies between samples; dtype: torch's name for it.
+
+    name: the model's input. source: the field in the file, where it has another name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of samples; size in bytes, sha256 as hex."""
+
+    uri: str
+    size: int
+    sha256: str
+    num_samples: int
+    fields: tuple[FieldInfo, ...]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Samples (global ids, ascending) that go through the model together, and the virtual shard they belong to."""
+
+    index: int
+    shard: int
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All calibration data of a job.
+
+    num_available: samples in the files; num_samples of them are taken. num_shards: virtual shards.
+    skipped: URIs of files in the folder that no reader knows; for the report, not part of the digest.
+    """
+
+    files: tuple[DataFile, ...]
+    num_available: int
+    microbatches: tuple[Microbatch, ...]
+    num_shards: int
+    one_sample_per_file: bool = False
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples taken."""
+        return sum(len(microbatch.samples) for microbatch in self.microbatches)
+
+    @cached_property
+    def fields(self) -> tuple[FieldInfo, ...]:
+        """What every sample has; a dimension is None where it differs between files or samples."""
+        return _merged_fields(self.files)
+
+    def digest(self) -> str:
+        """SHA-256 of what the data is: names, sizes, checksums, fields, microbatches; not of the folder it lies in."""
+        content = asdict(replace(self, skipped=()))
+        for file in content["files"]:
+            file["uri"] = storage.file_name(file["uri"])
+        return hashlib.sha256(jsontext.dumps(content).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """For the other ranks. Holds the URIs with their credentials: not for logs, reports or checkpoints."""
+        return jsontext.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Inverse of `to_json`."""
+        content = json.loads(text)
+        files = (_file_from(file) for file in content.pop("files"))
+        microbatches = (Microbatch(m["index"], m["shard"], tuple(m["samples"])) for m in content.pop("microbatches"))
+        skipped = tuple(content.pop("skipped"))
+        return cls(files=tuple(files), microbatches=tuple(microbatches), skipped=skipped, **content)
+
+    def owned(self, rank: int, world_size: int) -> tuple[int, ...]:
+        """Indices of one rank's microbatches, ascending; empty when there are more ranks than shards in use."""
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        return tuple(m.index for m in self.microbatches if owner(m.shard, world_size) == rank)
+
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """(index of the file, row in it) of a global sample id."""
+        assert 0 <= sample_id < self.num_available, f"sample {sample_id} of {self.num_available}"
+        file = bisect_right(self._first_ids, sample_id) - 1
+        return file, sample_id - self._first_ids[file]
+
+    @cached_property
+    def _first_ids(self) -> list[int]:
+        """Global id of each file's first sample."""
+        return [0, *accumulate(file.num_samples for file in self.files)][:-1]
+
+
+def owner(shard: int, world_size: int) -> int:
+    """The rank that owns a virtual shard."""
+    return shard % world_size
+
+
+def take(num_available: int, num_samples: int | None) -> list[int]:
+    """Global ids of the samples taken: all, or `num_samples` of them evenly spaced.
+
+    Raises: InputError when there are fewer than asked for.
+    """
+    if num_samples is None:
+        return list(range(num_available))
+    if not 1 <= num_samples <= num_available:
+        raise InputError(
+            f"num_samples is {num_samples}, but the files hold {num_available} samples: "
+            f"it must be between 1 and {num_available}, or left out to take all"
+        )
+    return [i * num_available // num_samples for i in range(num_samples)]
+
+
+def cut(samples: Sequence[int], microbatch_size: int, virtual_shards: int) -> tuple[Microbatch, ...]:
+    """Consecutive runs of the samples, dealt to the shards in turn. The last microbatch may be smaller."""
+    for name, value in (("microbatch_size", microbatch_size), ("virtual_shards", virtual_shards)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: it must be at least 1")
+    runs = [samples[start : start + microbatch_size] for start in range(0, len(samples), microbatch_size)]
+    return tuple(Microbatch(index, index % virtual_shards, tuple(run)) for index, run in enumerate(runs))
+
+
+def prove_coverage(total: int, owned_by_rank: Sequence[Sequence[int]]) -> None:
+    """Check what the ranks say they own: every microbatch index below `total` exactly once.
+
+    Raises: InputError that names indices and ranks.
+    """
+    owners: dict[int, list[int]] = {}
+    for rank, owned in enumerate(owned_by_rank):
+        for index in owned:
+            owners.setdefault(index, []).append(rank)
+    remedy = "all ranks must see the same files and the same job file"
+    for index, ranks in sorted(owners.items()):
+        if not 0 <= index < total:
+            raise InputError(f"rank {ranks[0]} owns microbatch {index}, but there are only {total}: {remedy}")
+        if len(ranks) > 1:
+            raise InputError(f"microbatch {index} is owned by ranks {', '.join(map(str, ranks))} at once: {remedy}")
+    missing = [index for index in range(total) if index not in owners]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {total} microbatches, the first of them {missing[0]}, are owned by none of the "
+            f"ranks 0 to {len(owned_by_rank) - 1}: {remedy}"
+        )
+
+
+def build_manifest(
+    uri: str | Sequence[str],
+    *,
+    num_samples: int | None,
+    microbatch_size: int,
+    virtual_shards: int,
+    fields: Mapping[str, str] | None,
+    one_sample_per_file: bool,
+) -> Manifest:
+    """List, read and hash the files, and cut their samples into microbatches.
+
+    uri: one or several files, folders or globs. fields: model input name -> field in the file; None: all numeric fields
+    under their own names. one_sample_per_file: the arrays have no sample axis.
+
+    Raises: InputError when nothing matches, or a file is empty, damaged, of an unknown type or unlike the others.
+    """
+    usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri)
+    files = tuple(_data_file(found, fields, one_sample_per_file) for found in usable)
+    num_available = sum(file.num_samples for file in files)
+    manifest = Manifest(
+        files=files,
+        num_available=num_available,
+        microbatches=cut(take(num_available, num_samples), microbatch_size, virtual_shards),
+        num_shards=virtual_shards,
+        one_sample_per_file=one_sample_per_file,
+        skipped=skipped,
+    )
+    assert manifest.fields  # merging them proves that the files agree
+    return manifest
+
+
+def _list_data(uris: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Files that have a reader, and those that have none. A file named by the user must have one."""
+    from distributed_adaround.data.readers import SUFFIXES, has_reader  # the readers import torch
+
+    found: set[str] = set()
+    for uri in uris:
+        matches = storage.list_files(uri)
+        if not matches:
+            raise InputError(f"{storage.redact(uri)}: no file matches; check the path, the wildcards and the mounts")
+        if matches == [uri] and not has_reader(uri):
+            raise InputError(f"{storage.redact(uri)}: unknown file type; supported are {', '.join(SUFFIXES)}")
+        found.update(matches)
+    usable = sorted(uri for uri in found if has_reader(uri))
+    skipped = tuple(sorted(found.difference(usable)))
+    if not usable:
+        shown = ", ".join(map(storage.redact, uris))
+        example = f", for example {storage.redact(skipped[0])}" if skipped else ""
+        raise InputError(f"{shown}: {len(skipped)} files of unknown type{example}; supported are {', '.join(SUFFIXES)}")
+    return usable, skipped
+
+
+def _data_file(uri: str, fields: Mapping[str, str] | None, one_sample_per_file: bool) -> DataFile:
+    from distributed_adaround.data.readers import scan  # the readers import torch
+
+    with storage.local_file(uri) as path:
+        shown = storage.redact(uri)
+        num_samples, infos = scan(path, shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
+        return DataFile(uri, path.stat().st_size, storage.sha256_file(path), num_samples, infos)
+
+
+def _merged_fields(files: Sequence[DataFile]) -> tuple[FieldInfo, ...]:
+    """The fields of the first file, with None where a shape differs. Raises InputError when the files disagree."""
+    first = files[0]
+    merged = {info.name: info for info in first.fields}
+    for file in files[1:]:
+        pair = f"{storage.redact(file.uri)} and {storage.redact(first.uri)}"
+        names = {info.name for info in file.fields}
+        if names != set(merged):
+            raise InputError(
+                f"{pair} have different fields: {_listed(names)} and {_listed(merged)}; "
+                f"choose common ones by data.fields"
+            )
+        for info in file.fields:
+            known = merged[info.name]
+            if (info.dtype, len(info.shape), info.source) != (known.dtype, len(known.shape), known.source):
+                raise InputError(
+                    f"{pair} differ in the field {info.name!r}: {_described(info)} and {_described(known)}; "
+                    f"all files must have the same dtypes and numbers of dimensions"
+                )
+            shape = (a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
+            merged[info.name] = replace(known, shape=tuple(shape))
+    return tuple(merged.values())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _described(info: FieldInfo) -> str:
+    shape = ", ".join("?" if size is None else str(size) for size in info.shape)
+    return f"{info.dtype} ({shape})"
+
+
+def _file_from(content: dict[str, Any]) -> DataFile:
+    fields = tuple(FieldInfo(**{**info, "shape": tuple(info["shape"])}) for info in content.pop("fields"))
+    return DataFile(fields=fields, **content)

@@ -1,0 +1,172 @@
+"""Readers of tables, a row per sample: .jsonl and .parquet. Numbers become int64, float32 or bool."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
+from distributed_adaround.errors import InputError
+
+
+def read_jsonl(path: Path) -> dict[str, Column]:
+    """Objects of numbers or (nested) lists of numbers, or bare lists (field "input_ids").
+
+    Every line is parsed once for dtypes and shapes; what stays in memory are the offsets of the lines.
+    """
+    offsets: list[int] = []
+    fields: dict[str, _JsonField] = {}
+    for offset, line in _lines(path):
+        values = _parse(line, len(offsets))
+        if not offsets:
+            fields = {name: _JsonField() for name in values}
+        elif values.keys() != fields.keys():
+            raise InputError(f"sample {len(offsets)} has other fields than the first: {', '.join(values)}")
+        for name, value in values.items():
+            fields[name].add(value, len(offsets))
+        offsets.append(offset)
+    return {name: field.column(_row_reader(path, offsets, name, field.dtype)) for name, field in fields.items()}
+
+
+class _JsonField:
+    """What the lines so far say about a field."""
+
+    def __init__(self) -> None:
+        self.dtype = torch.bool
+        self._shapes: list[tuple[int, ...]] = []
+        self._not_numeric: int | None = None
+        self._ragged: int | None = None
+
+    def add(self, value: object, row: int) -> None:
+        try:
+            tensor = torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            if _holds_numbers(value):
+                self._ragged = row
+            else:
+                self._not_numeric = row
+            return
+        self._shapes.append(tuple(tensor.shape))
+        # 1 beside 1.5 is a float. An empty list has no say: torch makes it a float.
+        if tensor.numel():
+            self.dtype = torch.promote_types(self.dtype, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    def column(self, read: Callable[[int], Tensor]) -> Column:
+        if self._ragged is not None:
+            return unreadable(
+                f"is ragged, too large for int64 or holds other things beside numbers in sample {self._ragged}"
+            )
+        if self._not_numeric is not None:
+            return unreadable(f"is not a number in sample {self._not_numeric}" if self._shapes else NOT_NUMERIC)
+        if len({len(shape) for shape in self._shapes}) > 1:
+            return unreadable("mixes numbers of dimensions")
+        return Column(dtype_name(self.dtype), (len(self._shapes), *common_shape(self._shapes)), read)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of all lines that are not blank."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield offset, line
+            offset += len(line)
+
+
+def _parse(line: bytes, row: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"sample {row} is not JSON: {error}") from error
+    if isinstance(value, list):
+        return {"input_ids": value}
+    if not isinstance(value, dict):
+        raise InputError(f"sample {row} is neither an object nor a list")
+    return value
+
+
+def _holds_numbers(value: object) -> bool:
+    return any(map(_holds_numbers, value)) if isinstance(value, list) else isinstance(value, int | float)
+
+
+def _row_reader(path: Path, offsets: list[int], name: str, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    def read(row: int) -> Tensor:
+        with path.open("rb") as file:
+            file.seek(offsets[row])
+            return torch.tensor(_parse(file.readline(), row)[name], dtype=dtype)
+
+    return read
+
+
+def read_parquet(path: Path) -> dict[str, Column]:
+    """Columns of numbers or (nested) lists of numbers; one row group at a time is in memory.
+
+    Raises: InputError when pyarrow, which is optional, is not installed.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError("reading .parquet needs pyarrow: pip install 'distributed_adaround[parquet]'") from error
+    file = parquet.ParquetFile(path)
+    return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
+
+
+def _parquet_column(file: Any, field: Any) -> Column:
+    from pyarrow import types
+
+    value_type, depth = field.type, 0
+    while types.is_list(value_type) or types.is_large_list(value_type) or types.is_fixed_size_list(value_type):
+        value_type, depth = value_type.value_type, depth + 1
+    if types.is_boolean(value_type):
+        dtype = torch.bool
+    elif types.is_integer(value_type):
+        dtype = torch.int64
+    elif types.is_floating(value_type):
+        dtype = torch.float32
+    else:
+        return unreadable(NOT_NUMERIC)
+    group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    first_rows = [0, *accumulate(group_sizes)]
+
+    @lru_cache(maxsize=1)
+    def read_group(group: int) -> Any:
+        return file.read_row_group(group, columns=[field.name]).column(0).combine_chunks()
+
+    def read(row: int) -> Tensor:
+        group = bisect_right(first_rows, row) - 1
+        values, (_, *shape) = _flatten(read_group(group).slice(row - first_rows[group], 1), depth)
+        sizes = [size for size in shape if size is not None]
+        if len(sizes) < len(shape):
+            raise InputError(f"the field {field.name!r} is ragged")
+        array = np.array(values.cast(dtype_name(dtype)).to_numpy(zero_copy_only=False))
+        return torch.from_numpy(array).reshape(sizes)
+
+    # Groups without rows have no shape.
+    flat = [_flatten(read_group(group), depth) for group, size in enumerate(group_sizes) if size]
+    if any(values.null_count for values, _ in flat):
+        return unreadable("holds nulls")
+    shape = common_shape([shape[1:] for _, shape in flat])
+    return Column(dtype_name(dtype), (first_rows[-1], *shape), read)
+
+
+def _flatten(array: Any, depth: int) -> tuple[Any, list[int | None]]:
+    """All numbers of nested lists, and the shape; None where lengths vary. Stops at the first level with nulls."""
+    from pyarrow import compute
+
+    shape: list[int | None] = [len(array)]
+    for _ in range(depth):
+        if array.null_count:
+            return array, shape
+        lengths = compute.min_max(compute.list_value_length(array)).as_py()
+        shape.append(lengths["min"] if lengths["min"] == lengths["max"] else None)
+        array = array.flatten()
+    return array, shape

@@ -1,0 +1,136 @@
+"""All collectives of the program, as methods of one small object that is handed to whoever needs it.
+
+`GroupComm` talks through torch.distributed; `SoloComm` is its twin for one rank, so nobody else asks how many ranks
+there are. Ranks agree at phase boundaries only: inside a loop a rank that fails raises and exits, it never skips a
+collective, because its peers would pair with the wrong one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distributed_adaround.errors import AdaRoundError, PeerError
+
+
+class Comm(Protocol):
+    """What ranks say to each other."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place where the tensor lies on the collective's device; returns the sum."""
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place likewise. Shape and dtype must be the same on all ranks."""
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Small picklable values of all ranks, in rank order. For control only, never in a loop over steps."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's small picklable value."""
+
+
+class SoloComm:
+    """One rank: every collective is the identity."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+
+class GroupComm:
+    """The default process group of torch.distributed, which must be initialised.
+
+    device: where collectives run, the CPU for gloo and the rank's GPU for NCCL. Tensors elsewhere are copied there
+    and back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+
+    def _run(self, tensor: Tensor, collective: Any) -> Tensor:
+        local = tensor.detach().to(self.device).contiguous()
+        collective(local)
+        if local.data_ptr() != tensor.data_ptr():
+            tensor.copy_(local)
+        return tensor
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self._run(tensor, dist.all_reduce)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return self._run(tensor, lambda local: dist.broadcast(local, src=0))
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+@contextmanager
+def phase(comm: Comm, what: str) -> Iterator[None]:
+    """Local work that all ranks finish, or all give up on.
+
+    The rank that failed raises its own error; the others raise one that names it. No collective may run inside.
+
+    Raises:
+        PeerError: another rank failed in this phase.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    described = None if error is None else f"{type(error).__name__}: {error}"
+    failures = [(rank, text) for rank, text in enumerate(comm.all_gather_object(described)) if text is not None]
+    if error is not None:
+        # Where several ranks fail, the first one tells the user.
+        error.told_by = failures[0][0]  # type: ignore[attr-defined]
+        raise error
+    if failures:
+        rank, text = failures[0]
+        raise PeerError(f"rank {rank} failed to {what}: {text}")
+
+
+def same_everywhere(comm: Comm, tensors: Sequence[Tensor], what: str) -> None:
+    """Check that all ranks hold the same bytes.
+
+    Raises:
+        AdaRoundError: they differ; the message names the ranks that are not like rank 0.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digests = comm.all_gather_object(digest.hexdigest())
+    odd = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    if odd:
+        raise AdaRoundError(f"{what} differs between ranks: ranks {odd} do not hold what rank 0 holds; this is a bug")

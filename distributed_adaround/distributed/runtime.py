@@ -1,0 +1,98 @@
+"""Facts of this process (rank, world size, device), read from the environment once, and the process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from distributed_adaround.distributed.comm import Comm, GroupComm, SoloComm
+from distributed_adaround.errors import SpecError
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """Who this process is. local_world_size: ranks on this machine, which share its memory."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    backend: str
+
+    @classmethod
+    def from_environment(cls, device: str = "auto", backend: str = "auto") -> RankContext:
+        """Read torchrun's variables; without them this is one rank alone.
+
+        Raises:
+            SpecError: the device or backend asked for does not exist here.
+        """
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = _choose_device(device, local_rank)
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=local_rank,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            device=chosen,
+            backend=_choose_backend(backend, chosen),
+        )
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    index = torch.device(device).index
+    index = local_rank if index is None else index
+    if index >= available:
+        raise SpecError(
+            f"runtime.device: {device} for local rank {local_rank}: this machine has {available} CUDA devices; "
+            "start fewer ranks per node or set runtime.device=cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def _choose_backend(backend: str, device: torch.device) -> str:
+    if backend == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type == "cpu":
+        raise SpecError("runtime.backend: nccl needs a CUDA device, the device is cpu; set runtime.backend=gloo")
+    return backend
+
+
+@contextmanager
+def process_group(context: RankContext, timeout_minutes: float, *, join_only: bool = False) -> Iterator[Comm]:
+    """The Comm of this job: a new process group when torchrun started several ranks, else a SoloComm.
+
+    A process group that already exists (a notebook, a training script) is used as it is and left alone; join_only: use
+    such a group or none.
+    """
+    if dist.is_initialized():
+        yield GroupComm(_collective_device(context))
+        return
+    if context.world_size == 1 or join_only:
+        yield SoloComm()
+        return
+    if context.device.type == "cuda":
+        torch.cuda.set_device(context.device)
+    # Control messages go over gloo even where tensors go over NCCL: they are host objects.
+    backend = "cpu:gloo,cuda:nccl" if context.backend == "nccl" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield GroupComm(_collective_device(context))
+    finally:
+        dist.destroy_process_group()
+
+
+def _collective_device(context: RankContext) -> torch.device:
+    backend = str(dist.get_backend())
+    return context.device if "nccl" in backend else torch.device("cpu")

@@ -1,0 +1,88 @@
+"""Runs the example: `python -m distributed_adaround.examples.digits [all | prepare | evaluate]`.
+
+prepare   writes the job folder: job.yaml, calibration.npz, digits.safetensors
+all       prepare, then two jobs with torchrun (nearest rounding and AdaRound), then evaluate
+evaluate  prints top-1 on held-out digits for the float, nearest and AdaRound weights
+
+Each job is a command that is printed first, so that it can be repeated by hand in the job folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distributed_adaround.examples.digits import data, evaluate
+from distributed_adaround.examples.digits.train import WEIGHTS
+
+# Output folder of each job, and what differs from job.yaml.
+JOBS = {"nearest": ("--set", "rounding.solver=nearest", "--set", "output.uri=nearest"), "adaround": ()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of the job that failed."""
+    parser = argparse.ArgumentParser(
+        "python -m distributed_adaround.examples.digits", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("action", nargs="?", choices=["all", "prepare", "evaluate"], default="all")
+    parser.add_argument("--folder", type=Path, default=Path("digits-job"), help="job folder (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of the job (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.action != "evaluate":
+        prepare(args.folder)
+    if args.action == "all":
+        for options in JOBS.values():
+            code = run_job(args.folder, args.ranks, options)
+            if code != 0:
+                return code
+    if args.action != "prepare":
+        missing = [name for name in JOBS if not checkpoint(args.folder, name).exists()]
+        if missing:
+            sys.stderr.write(f"{checkpoint(args.folder, missing[0])} is missing; run the jobs first (action: all)\n")
+            return 65
+        _say(results(args.folder))
+    return 0
+
+
+def prepare(folder: Path) -> None:
+    """Writes everything the job needs to `folder`. Relative paths in job.yaml are relative to this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_calibration(folder / "calibration.npz")
+    for source in (WEIGHTS, data.FOLDER / "job.yaml"):
+        shutil.copyfile(source, folder / source.name)
+
+
+def run_job(folder: Path, num_ranks: int, options: Sequence[str]) -> int:
+    """Runs job.yaml on `num_ranks` ranks of this machine and returns the exit code."""
+    arguments = [f"--nproc_per_node={num_ranks}", "-m", "distributed_adaround", "job.yaml", *options]
+    _say(f"(cd {shlex.quote(str(folder))} && {shlex.join(['torchrun', '--standalone', *arguments])})")
+    # One thread per rank is torchrun's own default; naming it saves its warning.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+
+
+def checkpoint(folder: Path, job: str) -> Path:
+    """The dequantized weights that a job leaves."""
+    return folder / job / "dequantized.safetensors"
+
+
+def results(folder: Path) -> str:
+    """The table of `evaluate`, float first."""
+    rows = {"float": folder / WEIGHTS.name, "nearest": checkpoint(folder, "nearest")}
+    return evaluate.table({**rows, "AdaRound": checkpoint(folder, "adaround")})
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,316 @@
+"""A job from its file to its results: the composition root, and the last place that sees the whole spec.
+
+spec ─► ranks ─► data (manifest, shards) ─► model (capture) ─► plan ─► rounding, layer by layer ─► export ─► report
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from distributed_adaround import __version__, jsontext, storage
+from distributed_adaround.activations import ActivationStore
+from distributed_adaround.checkpoint import Checkpoint, LayerRecord
+from distributed_adaround.data.loader import SampleLoader
+from distributed_adaround.data.manifest import Manifest, build_manifest, prove_coverage
+from distributed_adaround.distributed.comm import Comm, phase
+from distributed_adaround.distributed.runtime import RankContext, process_group
+from distributed_adaround.errors import InputError
+from distributed_adaround.export.state_dict import write_codes, write_dequantized
+from distributed_adaround.model.graph import fixed_batch_size, placeholder_names
+from distributed_adaround.model.load import (
+    bind_inputs,
+    call_transform,
+    forward_parameters,
+    load_callable,
+    load_factory,
+    load_program,
+    model_digest,
+)
+from distributed_adaround.model.sites import ModelInputs, Walker
+from distributed_adaround.network import (
+    NetworkResult,
+    NetworkRounder,
+    PlannedLayer,
+    activation_store,
+    make_walker,
+    plan_layers,
+)
+from distributed_adaround.report.console import Progress, SilentProgress
+from distributed_adaround.report.events import EventLog
+from distributed_adaround.report.layers import LayerTable
+from distributed_adaround.spec import DataSpec, JobSpec, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+class FileMicrobatches:
+    """Microbatches of a manifest as the model takes them."""
+
+    def __init__(self, loader: SampleLoader, convert: Callable[[Mapping[str, Tensor]], ModelInputs]) -> None:
+        self._loader = loader
+        self._convert = convert
+        self.total = loader.total
+        self.owned: Sequence[int] = loader.owned
+
+    def load(self, index: int) -> ModelInputs:
+        return self._convert(self._loader.load(index))
+
+    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
+        for index, batch in self._loader:
+            yield index, self._convert(batch)
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """Everything that stands before the first layer is solved, on one rank."""
+
+    spec: JobSpec
+    context: RankContext
+    comm: Comm
+    manifest: Manifest
+    microbatches: FileMicrobatches
+    store: ActivationStore
+    model: nn.Module | ExportedProgram
+    model_digest: str
+    walker: Walker
+    planned: list[PlannedLayer]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's tensors under its own names."""
+        state = self.model.state_dict if isinstance(self.model, ExportedProgram) else self.model.state_dict()
+        return dict(state)
+
+
+@contextmanager
+def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
+    """Start the ranks, deal the data, capture the model and plan the layers.
+
+    folder: of the job file; modules named in it are also searched there.
+
+    Raises:
+        SpecError, InputError: what the job names does not exist or does not fit.
+        PeerError: another rank failed.
+    """
+    context = RankContext.from_environment(spec.runtime.device, spec.runtime.backend)
+    with ExitStack() as stack:
+        comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
+        manifest = _deal_data(spec.data, comm)
+        with phase(comm, "load the model"):
+            model = _load_model(spec.model, folder)
+        digest = _same_model(model, comm)
+        with phase(comm, "read the calibration data"):
+            loader = stack.enter_context(_loader(spec.data, manifest, comm))
+            microbatches = FileMicrobatches(loader, _converter(spec.data, model, folder))
+            example = microbatches.load(0)
+        store = activation_store(spec.runtime, context)
+        with phase(comm, "capture the model"):
+            if isinstance(model, ExportedProgram):
+                _check_fixed_batch(model, manifest)
+            varying = any(None in field.shape for field in manifest.fields)
+            walker = make_walker(model, example, varying=varying, device=context.device, store=store)
+            planned = plan_layers(walker, spec.quantize)
+        yield PreparedJob(spec, context, comm, manifest, microbatches, store, model, digest, walker, planned)
+
+
+def run_job(spec: JobSpec, folder: Path | None = None) -> LayerTable:
+    """Run a job on this rank. Returns the table of all layers.
+
+    Raises:
+        SpecError, InputError, OutputError: exit codes 64, 65 and 73 of the command line.
+        PeerError: another rank failed first (75).
+    """
+    started = time.monotonic()
+    with prepare(spec, folder) as job:
+        commits = _Commits(job)
+        events = EventLog(spec.output.uri, job.context.rank)
+        _log_start(job, events, commits)
+        with _progress(job) as progress:
+            rounder = NetworkRounder(spec, job.comm, job.context.device, job.store, progress, events)
+            result = rounder.run(job.walker, job.planned, job.microbatches, load=commits.load, commit=commits.commit)
+        with phase(job.comm, "write the results"):
+            if job.comm.rank == 0:
+                _export(job, result, time.monotonic() - started)
+            events.write("done", seconds=time.monotonic() - started, output_error=result.output_error)
+            events.flush()
+    return result.table
+
+
+def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
+    """The coordinator lists, checks and cuts the data; all ranks get its manifest and prove that they cover it."""
+    text = ""
+    with phase(comm, "list the calibration data"):
+        if comm.rank == 0:
+            manifest = build_manifest(
+                data.uri,
+                num_samples=data.num_samples,
+                microbatch_size=data.microbatch_size,
+                virtual_shards=data.virtual_shards,
+                fields=data.fields,
+                one_sample_per_file=data.one_sample_per_file,
+            )
+            text = manifest.to_json()
+    manifest = Manifest.from_json(comm.broadcast_object(text))
+    owned = comm.all_gather_object(manifest.owned(comm.rank, comm.world_size))
+    prove_coverage(len(manifest.microbatches), owned)
+    for uri in manifest.skipped if comm.rank == 0 else ():
+        logger.warning("not a sample file, left out: %s", storage.redact(uri))
+    logger.info(
+        "%d of %d samples in %d microbatches; microbatches per rank: %s",
+        manifest.num_samples,
+        manifest.num_available,
+        len(manifest.microbatches),
+        ", ".join(str(len(mine)) for mine in owned),
+    )
+    return manifest
+
+
+def _load_model(model: ModelSpec, folder: Path | None) -> nn.Module | ExportedProgram:
+    with ExitStack() as stack:
+        if model.program is not None:
+            return load_program(stack.enter_context(storage.local_file(model.program)))
+        assert model.factory is not None
+        weights = None if model.weights is None else stack.enter_context(storage.local_file(model.weights))
+        return load_factory(model.factory, model.factory_args, weights, folder)
+
+
+def _same_model(model: nn.Module | ExportedProgram, comm: Comm) -> str:
+    """The model's digest. All ranks must have the same: a factory that draws at random would spoil it in silence."""
+    with phase(comm, "hash the model"):
+        state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+        digest = model_digest((name, tensor) for name, tensor in state.items() if isinstance(tensor, Tensor))
+    digests = comm.all_gather_object(digest)
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        raise InputError(
+            f"model.factory: ranks {odd} built other weights than rank 0; give model.weights, or seed the factory"
+        )
+    return digest
+
+
+def _loader(data: DataSpec, manifest: Manifest, comm: Comm) -> SampleLoader:
+    return SampleLoader(
+        manifest,
+        manifest.owned(comm.rank, comm.world_size),
+        pad_value=data.pad_value,
+        mask_field=data.mask_field,
+        prefetch=data.prefetch,
+    )
+
+
+def _converter(
+    data: DataSpec, model: nn.Module | ExportedProgram, folder: Path | None
+) -> Callable[[Mapping[str, Tensor]], ModelInputs]:
+    """From a microbatch's fields to the model's arguments."""
+    transform = None if data.transform is None else load_callable(data.transform, folder)
+    parameters = placeholder_names(model) if isinstance(model, ExportedProgram) else forward_parameters(model)
+
+    def convert(batch: Mapping[str, Tensor]) -> ModelInputs:
+        if transform is not None:
+            assert data.transform is not None
+            batch = call_transform(transform, data.transform, batch)
+        return bind_inputs(batch, parameters, data.mask_field)
+
+    return convert
+
+
+def _check_fixed_batch(program: ExportedProgram, manifest: Manifest) -> None:
+    size = fixed_batch_size(program)
+    sizes = {len(microbatch.samples) for microbatch in manifest.microbatches}
+    if size is not None and sizes != {size}:
+        raise InputError(
+            f"model.program takes batches of exactly {size} samples, the data is cut into {sorted(sizes)}: set "
+            f"data.microbatch_size={size} and data.num_samples to a multiple of it, or export with a dynamic batch"
+        )
+
+
+class _Commits:
+    """Finished layers: rank 0 reads and writes them, all ranks get them."""
+
+    def __init__(self, job: PreparedJob) -> None:
+        self._comm = job.comm
+        self._checkpoint: Checkpoint | None = None
+        fingerprint = {
+            "model": job.model_digest,
+            "data": job.manifest.digest(),
+            "spec": job.spec.result_digest(),
+        }
+        with phase(self._comm, "open the output"):
+            if self._comm.rank == 0:
+                self._checkpoint = Checkpoint.open(job.spec.output.uri, fingerprint, job.spec.output.overwrite)
+        self.names: tuple[str, ...] = self._comm.broadcast_object(
+            () if self._checkpoint is None else self._checkpoint.committed
+        )
+
+    def load(self, name: str) -> LayerRecord | None:
+        if name not in self.names:
+            return None
+        record = None
+        with phase(self._comm, f"load the commit of layer {name}"):
+            if self._checkpoint is not None:
+                record = self._checkpoint.load(name)
+        loaded = self._comm.broadcast_object(record)
+        assert isinstance(loaded, LayerRecord)
+        return loaded
+
+    def commit(self, record: LayerRecord) -> None:
+        with phase(self._comm, f"commit layer {record.name}"):
+            if self._checkpoint is not None:
+                self._checkpoint.commit(record)
+
+
+def _progress(job: PreparedJob) -> SilentProgress:
+    if job.comm.rank != 0:
+        return SilentProgress()
+    shapes = [layer.site.geometry for layer in job.planned if layer.format is not None]
+    return Progress(len(shapes), costs=[float(shape.out_channels * shape.inputs_per_output) for shape in shapes])
+
+
+def _log_start(job: PreparedJob, events: EventLog, commits: _Commits) -> None:
+    for note in job.walker.notes if job.comm.rank == 0 else ():
+        logger.warning("%s", note)
+    if commits.names:
+        logger.info("%d finished layers found in the output; the job goes on behind them", len(commits.names))
+    events.write(
+        "start",
+        version=__version__,
+        torch=torch.__version__,
+        world_size=job.comm.world_size,
+        device=str(job.context.device),
+        owned=list(job.microbatches.owned),
+        finished=len(commits.names),
+    )
+    events.flush()
+
+
+def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
+    """Write the checkpoints the job asks for, then report.json."""
+    uri, state = job.spec.output.uri, job.state_dict()
+    described = [asdict(parameter) for parameter in result.float_parameters]
+    if "safetensors" in job.spec.output.formats:
+        records = [(site.weight_name, record) for site, record in result.records]
+        write_codes(uri, state, records, {"float_parameters": described})
+    if "dequantized" in job.spec.output.formats:
+        write_dequantized(uri, state)
+    report = {
+        "version": __version__,
+        "spec": job.spec.model_dump(mode="json", include={"quantize", "rounding", "preset"}),
+        "layers": result.table.to_dicts(),
+        "totals": result.table.totals.to_dict(),
+        "output_error": result.output_error,
+        "float_parameters": described,
+        "notes": list(job.walker.notes),
+        "world_size": job.comm.world_size,
+        "peak_activation_bytes": job.store.peak,
+        "seconds": seconds,
+    }
+    text = jsontext.dumps(jsontext.json_safe(report), indent=1) + "\n"
+    storage.write_bytes(storage.join(uri, "report.json"), text.encode())

@@ -1,0 +1,131 @@
+"""What the model capture hands to the walk: sites, activations at a site, parameters left in float.
+
+A *site* is one layer whose weight is rounded. The two captures (`graph.py` by torch.export, `replay.py` by hooks)
+describe a model with the same words, so nothing above them knows which one is at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from distributed_adaround.numerics.layers import LayerGeometry
+
+Activation = Literal["identity", "relu", "relu6"]
+
+
+@dataclass(frozen=True)
+class BatchNormAfter:
+    """Names of the tensors of an inference batch norm that directly follows a layer (None: not affine)."""
+
+    weight: str | None
+    bias: str | None
+    running_mean: str
+    running_var: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer whose weight is rounded.
+
+    name: path of the module, as in `named_modules`. module_class: its class name ("Conv2d"), for `ignore` and
+    `overrides`. batch_norm, activation: what follows the layer's output, when nothing else reads that output.
+    num_calls: how often the layer runs in one forward; rounding is learned at the first call.
+    """
+
+    name: str
+    module_class: str
+    weight_name: str
+    bias_name: str | None
+    geometry: LayerGeometry
+    batch_norm: BatchNormAfter | None = None
+    activation: Activation = "identity"
+    num_calls: int = 1
+
+
+@dataclass(frozen=True)
+class FloatParameter:
+    """A parameter that stays in float, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One microbatch as the model takes it. mask: `(N, T)`, nonzero where a token counts, or None."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    mask: Tensor | None = None
+
+
+class Microbatches(Protocol):
+    """The calibration data of one rank. Microbatch indices are global: the same on any number of ranks."""
+
+    @property
+    def total(self) -> int:
+        """Number of microbatches of the whole job."""
+
+    @property
+    def owned(self) -> Sequence[int]:
+        """Global indices of this rank's microbatches, ascending. May be empty."""
+
+    def load(self, index: int) -> ModelInputs:
+        """Any one microbatch, on the host."""
+
+    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
+        """This rank's microbatches as (index, inputs), in the order of `owned`."""
+
+
+@dataclass
+class SiteActivations:
+    """What both streams hold at a site, one entry per owned microbatch.
+
+    indices: global microbatch indices. inputs: x̂, from the quantized prefix. float_inputs: x. targets: the float
+    layer's output `W x + b`, before batch norm and activation. masks: see ModelInputs. batch_sizes: samples.
+    """
+
+    indices: list[int]
+    inputs: list[Tensor]
+    float_inputs: list[Tensor]
+    targets: list[Tensor]
+    masks: list[Tensor | None]
+    batch_sizes: list[int] = field(default_factory=list)
+
+
+class Walker(Protocol):
+    """Two streams through a model, float and quantized, site by site."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """All sites in the order in which they are reached."""
+
+    @property
+    def float_parameters(self) -> Sequence[FloatParameter]:
+        """Parameters that are not the weight of a site, each with its reason."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know about this capture (for instance that export failed and why)."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Parameter or buffer by its name in the model's state dict."""
+
+    def start(self, microbatches: Microbatches) -> None:
+        """Read the data and set both streams before the first site."""
+
+    def reach(self, site: Site) -> SiteActivations:
+        """Advance both streams up to the site's inputs; the float stream also through the site."""
+
+    def commit(self, site: Site, weight: Tensor | None) -> None:
+        """Put the dequantized weight, in torch's shape, into the model (None: it stays as it is), and let the quantized
+        stream pass the site. `reach` may be left out before it, where nothing is to be learned."""
+
+    def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Run the rest of the model: (microbatch index, float output, quantized output), tensors of real numbers."""

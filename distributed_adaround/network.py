@@ -1,0 +1,322 @@
+"""Rounding of a whole network: capture the model, walk from layer to layer, commit each result.
+
+    capture ─► plan_layers ─► for every layer: reach ─► grid ─► solve ─► compare ─► commit ─► finish
+
+Job files (`job.py`) and Python callers (`api.py`) meet here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from distributed_adaround.activations import ActivationStore
+from distributed_adaround.checkpoint import LayerRecord
+from distributed_adaround.distributed.comm import Comm, same_everywhere
+from distributed_adaround.distributed.runtime import RankContext
+from distributed_adaround.errors import InputError
+from distributed_adaround.model.graph import capture, export_model
+from distributed_adaround.model.replay import ReplayWalker
+from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, Walker
+from distributed_adaround.numerics.grid import Grid
+from distributed_adaround.numerics.ranges import choose_grid
+from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
+from distributed_adaround.report.console import SilentProgress
+from distributed_adaround.report.events import EventLog
+from distributed_adaround.report.layers import LayerReport, LayerTable
+from distributed_adaround.solve import round_layer
+from distributed_adaround.solve.minibatch import MinibatchSettings, solve_minibatch
+from distributed_adaround.solve.nearest import solve_nearest
+from distributed_adaround.solve.problem import LayerProblem, Solver
+from distributed_adaround.spec import LayerFormat, MethodSpec, QuantizeSpec, RoundingSpec, RuntimeSpec, parse_bytes
+from distributed_adaround.walk import GraphWalker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer and the format of its weight; None: it stays in float because the job says so."""
+
+    site: Site
+    format: LayerFormat | None
+
+
+@dataclass(frozen=True)
+class NetworkResult:
+    """Records of all quantized layers in the order of the walk, the table, and the model's own output error.
+
+    output_error: squared error of the model's outputs over their squared values, on the calibration data; NaN where
+    the walk does not see the outputs.
+    """
+
+    records: tuple[tuple[Site, LayerRecord], ...]
+    table: LayerTable
+    float_parameters: tuple[FloatParameter, ...]
+    output_error: float
+
+
+def activation_store(runtime: RuntimeSpec, context: RankContext) -> ActivationStore:
+    """Budgets of this rank: as the spec says, else half of what is free now, shared by the ranks of this machine."""
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * context.local_world_size)
+    device = torch.cuda.mem_get_info(context.device)[0] // 2 if context.device.type == "cuda" else 0
+    return ActivationStore(
+        context.device,
+        host_budget=host if runtime.activation_memory is None else parse_bytes(runtime.activation_memory),
+        device_budget=device if runtime.device_memory is None else parse_bytes(runtime.device_memory),
+        spill_dir=runtime.spill_dir,
+    )
+
+
+def make_walker(
+    model: nn.Module | ExportedProgram,
+    example: ModelInputs,
+    *,
+    varying: bool,
+    device: torch.device,
+    store: ActivationStore,
+) -> Walker:
+    """Walk through the exported graph; by hooks and replay where the model cannot be exported, with a note."""
+    if isinstance(model, ExportedProgram):
+        return GraphWalker(capture(model), device, store)
+    try:
+        graph = capture(export_model(model, example, varying))
+        _check_same_output(model, graph.module, example)
+    except Exception as error:
+        # torch.export documents no closed set of errors; whatever stops it, hooks still work.
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        logger.debug("torch.export failed", exc_info=True)
+        return ReplayWalker(model, example, reason=reason[:200], device=device, keep=store.keep)
+    return GraphWalker(graph, device, store)
+
+
+def _check_same_output(model: nn.Module, graph: nn.Module, example: ModelInputs) -> None:
+    with torch.no_grad():
+        ours, theirs = (_real_tensors(module(*example.args, **example.kwargs)) for module in (graph, model))
+    pairs = zip(ours, theirs, strict=False)
+    # The tolerance covers another order of sums. The model may return more than its graph (caches for generation).
+    if not all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs):
+        raise InputError("its exported graph does not compute what the model computes")
+
+
+def _real_tensors(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedLayer]:
+    """Format of every layer, checked before anything is solved.
+
+    Raises:
+        SpecError: a group size does not divide, or overrides contradict each other.
+        InputError: the model has no layer to quantize.
+    """
+    planned = [PlannedLayer(site, quantize.for_layer(site.name, site.module_class)) for site in walker.sites]
+    for layer in planned:
+        if layer.format is not None:
+            layer.format.check(layer.site.name, layer.site.geometry.inputs_per_output)
+    for pattern in quantize.unmatched([(site.name, site.module_class) for site in walker.sites]):
+        logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
+    if not any(layer.format for layer in planned):
+        raise InputError(
+            f"none of the model's {len(planned)} linear and convolution layers is to be quantized; see quantize.ignore"
+        )
+    return planned
+
+
+def float_parameters(walker: Walker, planned: Sequence[PlannedLayer]) -> tuple[FloatParameter, ...]:
+    """Every parameter left in float, with its reason."""
+    ignored = tuple(
+        FloatParameter(layer.site.weight_name, layer.site.geometry.weight_shape, "ignored by quantize.ignore")
+        for layer in planned
+        if layer.format is None
+    )
+    return (*walker.float_parameters, *ignored)
+
+
+def make_solver(rounding: RoundingSpec) -> Solver:
+    """The solver of the job with its settings."""
+    if rounding.solver == "nearest":
+        return solve_nearest
+    schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.reg_param)
+    settings = MinibatchSettings(
+        schedule, rounding.batch_size, rounding.batch_unit, rounding.lr, rounding.normalization
+    )
+    return partial(solve_minibatch, settings=settings)
+
+
+@dataclass(frozen=True)
+class NetworkRounder:
+    """What the loop over layers needs, apart from the model and the data."""
+
+    spec: MethodSpec
+    comm: Comm
+    device: torch.device
+    store: ActivationStore
+    progress: SilentProgress
+    events: EventLog
+
+    def run(
+        self,
+        walker: Walker,
+        planned: Sequence[PlannedLayer],
+        microbatches: Microbatches,
+        *,
+        load: Callable[[str], LayerRecord | None],
+        commit: Callable[[LayerRecord], None],
+    ) -> NetworkResult:
+        """Round all layers. load: the record of a layer finished earlier, or None. commit: makes a record permanent;
+        both do their work on rank 0 and agree among ranks themselves."""
+        walker.start(microbatches)
+        records: list[tuple[Site, LayerRecord]] = []
+        reports: list[LayerReport] = []
+        todo = sum(layer.format is not None for layer in planned)
+        for layer in planned:
+            if layer.format is None:
+                walker.commit(layer.site, None)
+                continue
+            self.progress.layer(len(reports), layer.site.name, self.spec.rounding.max_iter)
+            record = load(layer.site.name)
+            resumed = record is not None
+            if record is None:
+                record = self._round(walker, layer.site, layer.format, microbatches.total)
+                commit(record)
+            walker.commit(layer.site, record.dequantize(walker.tensor(layer.site.weight_name).dtype))
+            report = LayerReport.from_dict({**record.metrics, "resumed": resumed})
+            records.append((layer.site, record))
+            reports.append(report)
+            self.progress.done(report)
+            self.events.write("layer", index=len(reports), of=todo, **report.to_dict())
+            self.events.flush()
+        return NetworkResult(
+            records=tuple(records),
+            table=LayerTable(reports),
+            float_parameters=float_parameters(walker, planned),
+            output_error=self._output_error(walker, microbatches.total),
+        )
+
+    def _round(self, walker: Walker, site: Site, layer_format: LayerFormat, total: int) -> LayerRecord:
+        """Learn one layer and check that all ranks found the same."""
+        started = time.monotonic()
+        grid = weight_grid(walker, site, layer_format)
+        problem = make_problem(self.spec, walker, site, grid, total, self.device, self.store)
+        result = round_layer(problem, make_solver(self.spec.rounding), self.comm, self.progress.step)
+        same_everywhere(self.comm, [result.codes], f"layer {site.name}: the rounding")
+        report = LayerReport(
+            name=site.name,
+            kind=site.module_class,
+            shape=site.geometry.weight_shape,
+            format=describe_format(layer_format),
+            solver=self.spec.rounding.solver,
+            nearest_error=result.nearest_error,
+            soft_error=result.soft_error,
+            hard_error=result.hard_error,
+            flipped=result.flipped,
+            unsettled=result.unsettled,
+            kept_nearest=result.kept_nearest,
+            seconds=time.monotonic() - started,
+            note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
+        )
+        return make_record(site, layer_format, grid, result.codes, report)
+
+    def _output_error(self, walker: Walker, total: int) -> float:
+        sums = torch.zeros(total, 2, dtype=torch.float64)
+        for index, before, after in walker.finish():
+            difference = (after - before).double().square().sum()
+            sums[index] += torch.stack([difference, before.double().square().sum()]).cpu()
+        error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
+        return float(error / energy) if energy else float("nan")
+
+
+def weight_grid(walker: Walker, site: Site, layer_format: LayerFormat) -> Grid:
+    """The layer's grid, float32, on the host: the same on every rank and device."""
+    return choose_grid(
+        site.geometry.to_matrix(walker.tensor(site.weight_name)).cpu(),
+        qmin=layer_format.quant_min,
+        qmax=layer_format.quant_max,
+        symmetric=layer_format.symmetric,
+        zero_point=layer_format.zero_point if layer_format.symmetric else 0,
+        strategy=layer_format.strategy,
+        group_size=layer_format.group_size,
+        observer=layer_format.observer,
+        percentile=layer_format.percentile,
+    )
+
+
+def make_problem(
+    spec: MethodSpec,
+    walker: Walker,
+    site: Site,
+    grid: Grid,
+    total: int,
+    device: torch.device,
+    store: ActivationStore,
+) -> LayerProblem:
+    """Everything the solver sees of one layer; advances the walk to it."""
+    dtype = getattr(torch, spec.rounding.compute_dtype)
+    weight = site.geometry.to_matrix(walker.tensor(site.weight_name)).to(device, dtype, copy=True)
+    return LayerProblem(
+        name=site.name,
+        geometry=site.geometry,
+        weight=weight,
+        bias=None if site.bias_name is None else walker.tensor(site.bias_name).to(device, dtype),
+        grid=grid.to(dtype, device),
+        transform=_output_transform(walker, site, spec.rounding.activation_in_loss, dtype, device),
+        activations=walker.reach(site),
+        total_microbatches=total,
+        store=store,
+        seed=spec.runtime.seed,
+    )
+
+
+def _output_transform(
+    walker: Walker, site: Site, activation_in_loss: bool, dtype: torch.dtype, device: torch.device
+) -> OutputTransform:
+    activation = site.activation if activation_in_loss else "identity"
+    norm = site.batch_norm
+    if norm is None:
+        return OutputTransform(activation=activation)
+    mean, var = (walker.tensor(name).to(device, dtype) for name in (norm.running_mean, norm.running_var))
+    gamma = torch.ones_like(mean) if norm.weight is None else walker.tensor(norm.weight).to(device, dtype)
+    beta = torch.zeros_like(mean) if norm.bias is None else walker.tensor(norm.bias).to(device, dtype)
+    scale = gamma / torch.sqrt(var + norm.eps)
+    return OutputTransform(scale, beta - mean * scale, activation)
+
+
+def describe_format(layer_format: LayerFormat) -> str:
+    """ "int4 per_group_symmetric 128" """
+    kind = "symmetric" if layer_format.symmetric else "affine"
+    size = f" {layer_format.group_size}" if layer_format.group_size else ""
+    return f"{layer_format.dtype} per_{layer_format.strategy}_{kind}{size}"
+
+
+def make_record(site: Site, layer_format: LayerFormat, grid: Grid, codes: Tensor, report: LayerReport) -> LayerRecord:
+    """The committed form of a layer's result, on the host."""
+    kind = "symmetric" if layer_format.symmetric else "affine"
+    shape = {"tensor": (), "channel": (-1,), "group": grid.scale.shape}[layer_format.strategy]
+    return LayerRecord(
+        name=site.name,
+        codes=site.geometry.from_matrix(codes).cpu().to(torch.int8 if layer_format.signed else torch.uint8),
+        scale=grid.scale.reshape(shape).float(),
+        zero_point=grid.zero_point.reshape(shape).to(torch.int32),
+        format={
+            "dtype": layer_format.dtype,
+            "qscheme": f"per_{layer_format.strategy}_{kind}",
+            "group_size": layer_format.group_size,
+            "quant_min": layer_format.quant_min,
+            "quant_max": layer_format.quant_max,
+            "groups": site.geometry.groups,
+            "transposed": site.geometry.transposed,
+        },
+        metrics=report.to_dict(),
+    )

@@ -1,0 +1,91 @@
+"""Any layer as a matrix product over rows: where the inputs of one output lie in memory.
+
+Shape legend: N samples, C input channels, G groups, O out channels, K kernel positions, R rows (tokens or output
+pixels), J = K * C / G inputs of one output, P positions of the padded input.
+
+The input is kept channels last, `(P, C)`: one row of a batch is then K contiguous runs of C numbers, whatever the
+number of spatial dimensions. A transposed convolution is an ordinary one with stride 1 over its input spread by the
+stride, with the kernel read backwards (Dumoulin and Visin 2016, "A guide to convolution arithmetic", section 4).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.numerics.layers import LayerGeometry, pad
+
+
+def channels_last_padded(x: Tensor, geometry: LayerGeometry) -> Tensor:
+    """Input of a convolution `(N, C, *L)` to `(N, *padded L, C)`, spread by the stride first if transposed."""
+    padding = geometry.padding
+    if geometry.transposed:
+        x = _spread(x, geometry.stride)
+        reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
+        padding = tuple(
+            (r - before, r - after + extra)
+            for r, (before, after), extra in zip(reach, geometry.padding, geometry.output_padding, strict=True)
+        )
+    return pad(x, padding).movedim(1, -1).contiguous()
+
+
+def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Insert stride - 1 zeros between neighbours of every spatial dimension."""
+    if all(s == 1 for s in stride):
+        return x
+    size = [(length - 1) * s + 1 for length, s in zip(x.shape[2:], stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *size)
+    strided: tuple[slice, ...] = tuple(slice(None, None, s) for s in stride)
+    spread[(slice(None), slice(None), *strided)] = x
+    return spread
+
+
+def row_positions(padded_size: tuple[int, ...], output_size: tuple[int, ...], geometry: LayerGeometry) -> Tensor:
+    """First position of every output pixel of one sample inside its padded input; int64 `(prod(output_size),)`."""
+    stride = (1,) * len(padded_size) if geometry.transposed else geometry.stride
+    positions = torch.zeros(1, dtype=torch.int64)
+    for length, step, pitch in zip(output_size, stride, _pitches(padded_size), strict=True):
+        positions = (positions[:, None] + torch.arange(length) * (step * pitch)).flatten()
+    return positions
+
+
+def kernel_offsets(padded_size: tuple[int, ...], geometry: LayerGeometry) -> Tensor:
+    """Distance of each kernel position from the row's first position; int64 `(K,)`, in the weight's order."""
+    pitches = _pitches(padded_size)
+    offsets = [
+        sum(k * d * p for k, d, p in zip(index, geometry.dilation, pitches, strict=True))
+        for index in itertools.product(*(range(k) for k in geometry.kernel_size))
+    ]
+    return torch.tensor(offsets[::-1] if geometry.transposed else offsets)
+
+
+def _pitches(size: tuple[int, ...]) -> list[int]:
+    """Row-major distance between neighbours along each dimension."""
+    return [math.prod(size[i + 1 :]) for i in range(len(size))]
+
+
+def gather_rows(features: Tensor, positions: Tensor, geometry: LayerGeometry) -> Tensor:
+    """Inputs of a batch of rows, `(G, R, J)`. features `(P, C)`; positions int64 `(R, K)`."""
+    rows, kernel = positions.shape
+    groups = geometry.groups
+    taken = features.index_select(0, positions.flatten())
+    if groups == 1:
+        return taken.view(1, rows, -1)
+    return taken.view(rows, kernel, groups, -1).permute(2, 0, 1, 3).reshape(groups, rows, -1)
+
+
+def to_patch_layout(matrix: Tensor, geometry: LayerGeometry) -> Tensor:
+    """`(O, I)` in torch's order (C/G, K) to `(G, O/G, J)` in the order of `gather_rows` (K, C/G)."""
+    kernel = math.prod(geometry.kernel_size)
+    split = matrix.reshape(geometry.groups, geometry.out_channels // geometry.groups, -1, kernel)
+    return split.transpose(2, 3).reshape(*split.shape[:2], -1).contiguous()
+
+
+def from_patch_layout(patches: Tensor, geometry: LayerGeometry) -> Tensor:
+    """Inverse of `to_patch_layout`."""
+    kernel = math.prod(geometry.kernel_size)
+    split = patches.reshape(*patches.shape[:2], kernel, -1)
+    return split.transpose(2, 3).reshape(geometry.out_channels, -1)

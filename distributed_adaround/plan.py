@@ -1,0 +1,160 @@
+"""What a job would do: layers, data per rank, memory and time, with nothing solved.
+
+One microbatch runs through the model to see real shapes, and a few solver steps are timed on each distinct kind of
+layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.activations import ActivationStore
+from distributed_adaround.distributed.comm import SoloComm
+from distributed_adaround.job import PreparedJob, prepare
+from distributed_adaround.model.sites import FloatParameter, ModelInputs, SiteActivations
+from distributed_adaround.network import (
+    PlannedLayer,
+    describe_format,
+    float_parameters,
+    make_problem,
+    make_solver,
+    weight_grid,
+)
+from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.spec import JobSpec
+
+_TRIAL_STEPS = 5
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: format None stays in float. rows: of the whole calibration set. cache_bytes: of one rank's solver."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    format: str | None
+    rows: int
+    cache_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Estimates of a job on this machine. samples_per_rank: for the world size the plan was made with."""
+
+    layers: tuple[LayerPlan, ...]
+    float_parameters: tuple[FloatParameter, ...]
+    notes: tuple[str, ...]
+    samples_per_rank: tuple[int, ...]
+    activation_bytes: int
+    seconds: float
+
+
+def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
+    """Look at a job without solving it; runs on one process and plans for `world_size` ranks."""
+    with prepare(spec, folder) as job:
+        owned = [job.manifest.owned(rank, world_size) for rank in range(world_size)]
+        sizes = {m.index: len(m.samples) for m in job.manifest.microbatches}
+        samples = tuple(sum(sizes[index] for index in mine) for mine in owned)
+        store = ActivationStore(job.context.device, device_budget=_UNLIMITED, host_budget=_UNLIMITED)
+        trial = _Trial(job, store, scale=job.manifest.num_samples / sizes[0], rank_share=max(samples) / sizes[0])
+        layers = tuple(trial.layers())
+        return JobPlan(
+            layers=layers,
+            float_parameters=float_parameters(job.walker, job.planned),
+            notes=tuple(job.walker.notes),
+            samples_per_rank=samples,
+            activation_bytes=int(trial.frontier_bytes * trial.rank_share) + max(layer.cache_bytes for layer in layers),
+            seconds=sum(layer.seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
+        )
+
+
+class _OneMicrobatch:
+    total = 1
+    owned: Sequence[int] = (0,)
+
+    def __init__(self, inputs: ModelInputs) -> None:
+        self._inputs = inputs
+
+    def load(self, index: int) -> ModelInputs:
+        return self._inputs
+
+    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
+        yield 0, self._inputs
+
+
+class _Trial:
+    """A walk with one microbatch that measures and leaves the weights as they are."""
+
+    def __init__(self, job: PreparedJob, store: ActivationStore, scale: float, rank_share: float) -> None:
+        self._job = job
+        self._store = store
+        self._scale = scale
+        self.rank_share = rank_share
+        self.frontier_bytes = 0
+        self.forward_seconds = 0.0
+        self._step_seconds: dict[object, float] = {}
+
+    def layers(self) -> Iterator[LayerPlan]:
+        walker = self._job.walker
+        walker.start(_OneMicrobatch(self._job.microbatches.load(0)))
+        for layer in self._job.planned:
+            started = time.monotonic()
+            activations = walker.reach(layer.site)
+            self.forward_seconds += time.monotonic() - started
+            yield self._layer(layer, activations)
+            started = time.monotonic()
+            walker.commit(layer.site, None)
+            self.forward_seconds += time.monotonic() - started
+        self.frontier_bytes = sum(self._job.store.peak.values())
+
+    def _layer(self, layer: PlannedLayer, activations: SiteActivations) -> LayerPlan:
+        site = layer.site
+        target = activations.targets[0]
+        rows = target.numel() // site.geometry.out_channels
+        cached = _bytes(activations.inputs) + _bytes(activations.targets) if layer.format is not None else 0
+        return LayerPlan(
+            name=site.name,
+            kind=site.module_class,
+            shape=site.geometry.weight_shape,
+            format=None if layer.format is None else describe_format(layer.format),
+            rows=round(rows * self._scale),
+            cache_bytes=round(cached * self.rank_share),
+            seconds=0.0 if layer.format is None else self._seconds(layer),
+        )
+
+    def _seconds(self, layer: PlannedLayer) -> float:
+        """Steps of the job times the time of one, measured once for each kind of layer, plus the two comparisons."""
+        assert layer.format is not None
+        key = (replace(layer.site.geometry), layer.format)
+        if key not in self._step_seconds:
+            self._step_seconds[key] = self._measure(layer)
+        return self._step_seconds[key]
+
+    def _measure(self, layer: PlannedLayer) -> float:
+        assert layer.format is not None
+        job, comm = self._job, SoloComm()
+        rounding = job.spec.rounding.model_copy(update={"max_iter": _TRIAL_STEPS})
+        grid = weight_grid(job.walker, layer.site, layer.format)
+        problem = make_problem(job.spec, job.walker, layer.site, grid, 1, job.context.device, self._store)
+        started = time.monotonic()
+        nearest = output_errors(problem, [problem.grid.dequantize(problem.grid.quantize(problem.weight))], comm)
+        compared = time.monotonic()
+        make_solver(rounding)(problem, nearest, comm, lambda step, loss: None)
+        if job.context.device.type == "cuda":
+            torch.cuda.synchronize(job.context.device)
+        per_step = (time.monotonic() - compared) / _TRIAL_STEPS
+        steps = job.spec.rounding.max_iter if job.spec.rounding.solver != "nearest" else 0
+        return 3 * (compared - started) * self.rank_share + steps * per_step
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,75 @@
+"""Output error of rounded weights over the whole calibration set, with the same bits on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.errors import InputError
+from distributed_adaround.solve.problem import LayerProblem, OutputErrors
+
+
+def row_mask(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
+    """Which rows count, bool of shape `leading`, or None for all.
+
+    mask: `(N, T)` of a microbatch. leading: shape of the layer's output without its channels. Rows belong to tokens
+    when the shapes agree or the tokens were flattened; otherwise (pooled outputs, say) all rows count.
+    """
+    if mask is None or (leading != tuple(mask.shape) and leading != (mask.numel(),)):
+        return None
+    return (mask != 0).reshape(leading)
+
+
+def output_errors(problem: LayerProblem, candidates: Sequence[Tensor], comm: Comm) -> OutputErrors:
+    """Errors of weights `(O, I)` against the float layer, through what follows the layer.
+
+    Each microbatch's sums fill a place of their own, so the reduction only ever adds zeros to them and the total does
+    not depend on the number of ranks.
+
+    Raises:
+        InputError: the layer's inputs or outputs are not finite.
+    """
+    channels = problem.geometry.out_channels
+    sums = torch.zeros(
+        problem.total_microbatches, len(candidates) + 2, channels, dtype=torch.float64, device=problem.device
+    )
+    weights = [problem.geometry.from_matrix(weight) for weight in candidates]
+    activations = problem.activations
+    for index, x, target, mask in zip(
+        activations.indices, activations.inputs, activations.targets, activations.masks, strict=True
+    ):
+        sums[index] = _microbatch_errors(problem, weights, x, target, mask)
+    total = comm.all_reduce(sums).sum(dim=0)
+    if not bool(torch.isfinite(total).all()):
+        raise InputError(
+            f"layer {problem.name}: its activations are not finite; check the weights and the calibration data"
+        )
+    if not total[-1, 0]:
+        raise InputError(f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask")
+    return OutputErrors(error=total[:-2], energy=total[-2], num_rows=int(total[-1, 0]))
+
+
+def _microbatch_errors(
+    problem: LayerProblem, weights: Sequence[Tensor], x: Tensor, target: Tensor, mask: Tensor | None
+) -> Tensor:
+    """`(candidates + 2, O)`: squared error of each candidate, energy of the float output, number of rows."""
+    x = x.to(problem.device, problem.dtype)
+    channel_dim = -1 if problem.geometry.num_spatial_dims == 0 else 1
+    expected = problem.transform(target.to(problem.device, problem.dtype), channel_dim)
+    keep = row_mask(mask, tuple(expected.movedim(channel_dim, -1).shape[:-1]))
+    keep = None if keep is None else keep.to(problem.device)
+
+    def squares(values: Tensor) -> Tensor:
+        rows = values.movedim(channel_dim, -1)
+        rows = rows.reshape(-1, rows.shape[-1]) if keep is None else rows[keep]
+        return rows.square().sum(dim=0, dtype=torch.float64)
+
+    errors = [
+        squares(problem.transform(problem.geometry.apply(x, weight, problem.bias), channel_dim) - expected)
+        for weight in weights
+    ]
+    num_rows = expected.numel() // expected.shape[channel_dim] if keep is None else keep.sum()
+    return torch.stack([*errors, squares(expected), torch.full_like(errors[0], float(num_rows))])

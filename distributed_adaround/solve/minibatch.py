@@ -1,0 +1,146 @@
+"""Solver `minibatch`: AdaRound by stochastic gradient, data parallel.
+
+Every step draws one global batch of rows. Each rank computes the data term's gradient from the rows it holds and the
+regularizer's for its share of the weights; both, the two losses and a non-finite flag lie in one flat bucket that is
+summed over ranks in one collective. All ranks then take the same Adam step. The global batch does not depend on the
+number of ranks: more ranks mean less time per step, not another result.
+
+Layout of the bucket (W weights of the layer):  [ gradient by alpha: W | data loss | regularizer | non-finite ]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.errors import InputError
+from distributed_adaround.numerics import patches
+from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding, regularizer
+from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
+from distributed_adaround.solve.rows import BatchPlan, BatchUnit, CalibrationRows
+
+# Steps between two looks at the loss. Reading it waits for the device, so not at every step.
+_LOOK_EVERY = 100
+
+Normalization = Literal["sum", "mean", "nearest"]
+
+
+@dataclass(frozen=True)
+class MinibatchSettings:
+    """What the job file says about this solver. normalization: see `channel_weights`."""
+
+    schedule: RoundingSchedule
+    batch_size: int
+    batch_unit: BatchUnit
+    lr: float
+    normalization: Normalization
+
+
+def channel_weights(errors: OutputErrors, normalization: Normalization, num_weights: int) -> Tensor:
+    """Weight `(O,)` of each output channel's mean squared error in the loss.
+
+    sum: 1, the paper's loss. mean: 1/O, the ancestor's. nearest: each channel's error is divided by its own error under
+    nearest rounding (candidate 0) and multiplied by its number of weights, so that data term and regularizer weigh the
+    same per weight in every channel of every layer.
+    """
+    channels = errors.energy.numel()
+    if normalization == "nearest":
+        nearest = errors.error[0] / errors.num_rows
+        # A channel that nearest rounding gets right (all zeros, say) has nothing to learn: weight 0.
+        return torch.where(nearest > 0, num_weights / channels / nearest.clamp(min=1e-300), 0.0)
+    return torch.full_like(errors.energy, 1.0 if normalization == "sum" else 1 / channels)
+
+
+def solve_minibatch(
+    problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep, *, settings: MinibatchSettings
+) -> Solution:
+    """Learn the rounding of one layer.
+
+    nearest: errors of nearest rounding, for the normalization.
+
+    Raises:
+        InputError: the loss became infinite or NaN; all ranks raise at the same step.
+    """
+    rows = CalibrationRows(problem)
+    plan = BatchPlan(problem, rows.sample_rows, comm, settings.batch_size, settings.batch_unit)
+    low, high = problem.grid.neighbours(problem.weight)
+    neighbours = (problem.grid.dequantize(codes) for codes in (low, high))
+    soft = SoftRounding(*(patches.to_patch_layout(w, problem.geometry) for w in (problem.weight, *neighbours)))
+    weights = channel_weights(nearest, settings.normalization, problem.weight.numel()).to(problem.device, problem.dtype)
+    bucket = torch.zeros(soft.alpha.numel() + 3, dtype=problem.dtype, device=problem.device)
+    soft.alpha.grad = bucket[:-3].view_as(soft.alpha)
+    adam = torch.optim.Adam([soft.alpha], lr=settings.lr, fused=True)
+    bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
+    schedule = settings.schedule
+    for step in range(schedule.num_steps):
+        local, batch_rows = plan.batch(step)
+        inputs, targets = rows.gather(local)
+        fill_bucket(bucket, soft, inputs, targets, problem.bias, problem.transform, weights / max(1, batch_rows))
+        add_regularizer(bucket, soft, schedule.weight(step), schedule.beta(step), comm.rank, comm.world_size)
+        comm.all_reduce(bucket)
+        adam.step()
+        bad += bucket[-1]
+        if (step + 1) % _LOOK_EVERY == 0 or step + 1 == schedule.num_steps:
+            if float(bad):
+                raise InputError(
+                    f"layer {problem.name}: the loss is not finite by step {step + 1}; lower rounding.lr "
+                    f"(now {settings.lr}) or check the calibration data"
+                )
+            on_step(step + 1, float(bucket[-3] + bucket[-2]))
+    return _solution(problem, soft, low, high)
+
+
+def fill_bucket(
+    bucket: Tensor,
+    soft: SoftRounding,
+    inputs: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: OutputTransform,
+    channel_weight: Tensor,
+) -> None:
+    """Write this rank's data term into the bucket: gradient by alpha, loss, non-finite flag.
+
+    inputs `(G, R, J)`, targets `(R, O)`; no rows give zeros. channel_weight `(O,)`: divided by the rows of the global
+    batch already.
+    """
+    weight = soft.refresh()
+    groups, rows, _ = inputs.shape
+    outputs = torch.bmm(inputs, weight.transpose(1, 2)).permute(1, 0, 2).reshape(rows, -1)
+    if bias is not None:
+        outputs += bias
+    loss, gradient = transform.forward_backward(outputs, targets, channel_weight)
+    by_group = gradient.view(rows, groups, -1).permute(1, 2, 0)
+    grad_alpha = bucket[:-3].view_as(soft.alpha)
+    torch.bmm(by_group, inputs, out=grad_alpha)
+    soft.gradient_by_alpha(grad_alpha)
+    bucket[-3] = loss
+    bucket[-2] = 0
+    bucket[-1] = (~torch.isfinite(loss)).to(bucket.dtype)
+
+
+def add_regularizer(
+    bucket: Tensor, soft: SoftRounding, reg_param: float, beta: float, rank: int, world_size: int
+) -> None:
+    """Add the regularizer of this rank's share of the weights to the bucket: its gradient and its value."""
+    if reg_param == 0:
+        return
+    size = soft.h.numel()
+    share = slice(size * rank // world_size, size * (rank + 1) // world_size)
+    h, sigmoid = soft.h.view(-1)[share], soft.sigmoid.view(-1)[share]
+    value, gradient = regularizer(h, beta)
+    bucket[:-3][share] += soft.slope(sigmoid, h).mul_(gradient).mul_(reg_param)
+    bucket[-2] += reg_param * value
+
+
+def _solution(problem: LayerProblem, soft: SoftRounding, low: Tensor, high: Tensor) -> Solution:
+    choice = int((soft.delta > 0).sum())
+    return Solution(
+        codes=torch.where(patches.from_patch_layout(soft.rounds_up, problem.geometry), high, low),
+        soft_weight=patches.from_patch_layout(soft.refresh(), problem.geometry),
+        unsettled=int(soft.unsettled.sum()) / max(1, choice),
+    )

@@ -1,0 +1,11 @@
+"""Solver `nearest`: every weight to the nearest value of its grid. The baseline."""
+
+from __future__ import annotations
+
+from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
+
+
+def solve_nearest(problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep) -> Solution:
+    """Nearest codes; looks at no data."""
+    return Solution(codes=problem.grid.quantize(problem.weight))

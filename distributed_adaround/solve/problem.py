@@ -1,0 +1,78 @@
+"""One layer's rounding problem, as every solver sees it, and what a solver returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.activations import ActivationStore
+from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.model.sites import SiteActivations
+from distributed_adaround.numerics.grid import Grid
+from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.rounding import OutputTransform
+
+# Called now and then from inside a solver's loop with (step, loss).
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Everything about one layer that its rounding depends on.
+
+    weight: `(O, I)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight, in
+    the compute dtype. transform: what follows the layer inside the loss. activations: of this rank.
+    total_microbatches: of all ranks.
+    """
+
+    name: str
+    geometry: LayerGeometry
+    weight: Tensor
+    bias: Tensor | None
+    grid: Grid
+    transform: OutputTransform
+    activations: SiteActivations
+    total_microbatches: int
+    store: ActivationStore
+    seed: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Hard codes `(O, I)`; where learned, the soft weight `(O, I)` at the end and the share of weights not settled."""
+
+    codes: Tensor
+    soft_weight: Tensor | None = None
+    unsettled: float = 0.0
+
+
+# All solvers have this signature; their own settings are bound beforehand (functools.partial).
+Solver = Callable[[LayerProblem, "OutputErrors", Comm, OnStep], Solution]
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """Squared output error of candidate weights on the whole calibration set, summed over rows.
+
+    error: `(candidates, O)` float64. energy: `(O,)`, of the float layer's outputs. num_rows: rows that count.
+    """
+
+    error: Tensor
+    energy: Tensor
+    num_rows: int
+
+    def relative(self, candidate: int) -> float:
+        """Error of one candidate over the energy of the float outputs; 0 when there is neither."""
+        error, energy = float(self.error[candidate].sum()), float(self.energy.sum())
+        return error / energy if energy > 0 else error

@@ -1,0 +1,238 @@
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from distributed_adaround.checkpoint import LayerRecord
+from distributed_adaround.errors import AdaRoundError, InputError, OutputError
+from distributed_adaround.export.state_dict import read_codes, write_codes, write_dequantized
+
+
+class Net(nn.Module):
+    """Every kind of layer, a tied weight, a tied float parameter, a buffer of another dtype, an odd view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, groups=2)
+        self.up = nn.ConvTranspose2d(6, 2, 3, groups=2)
+        self.linear = nn.Linear(6, 4)
+        self.low = nn.Linear(6, 4).bfloat16()
+        self.embedding = nn.Embedding(4, 6)
+        self.embedding.weight = self.linear.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.norm_again = nn.LayerNorm(4)
+        self.norm_again.weight = self.norm.weight
+        self.register_buffer("table", torch.arange(12.0).reshape(3, 4).T)
+
+
+def _record(name: str, weight: Tensor, strategy: str, groups: int = 1, transposed: bool = False) -> LayerRecord:
+    generator = torch.Generator().manual_seed(len(name))
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    shape = {"tensor": (), "channel": (outputs,), "group": (outputs, 3)}[strategy]
+    return LayerRecord(
+        name=name,
+        codes=torch.randint(0, 16, weight.shape, generator=generator, dtype=torch.uint8),
+        scale=torch.rand(shape, generator=generator) + 0.01,
+        zero_point=torch.randint(0, 16, shape, generator=generator, dtype=torch.int32),
+        format={
+            "dtype": "uint4",
+            "qscheme": f"per_{strategy}_affine",
+            "group_size": weight.numel() // outputs // 3 if strategy == "group" else None,
+            "quant_min": 0,
+            "quant_max": 15,
+            "groups": groups,
+            "transposed": transposed,
+        },
+        metrics={},
+    )
+
+
+def _quantized(strategy: str) -> tuple[Net, list[tuple[str, LayerRecord]]]:
+    """A model whose weights already are the dequantized ones, as after a job, and the records they came from."""
+    torch.manual_seed(0)
+    net = Net()
+    records = [
+        ("up.weight", _record("up", net.up.weight, strategy, groups=2, transposed=True)),
+        ("conv.weight", _record("conv", net.conv.weight, strategy, groups=2)),
+        ("low.weight", _record("low", net.low.weight, strategy)),
+        ("linear.weight", _record("linear", net.linear.weight, strategy)),
+    ]
+    with torch.no_grad():
+        for name, record in records:
+            weight = net.get_parameter(name)
+            weight.copy_(record.dequantize(weight.dtype))
+    return net, records
+
+
+def _assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+def test_codes_and_dequantized_file_give_the_same_weights(tmp_path: Path, strategy: str) -> None:
+    net, records = _quantized(strategy)
+    write_codes(str(tmp_path), net.state_dict(), records, {})
+    write_dequantized(str(tmp_path), net.state_dict())
+    plain = safetensors.torch.load_file(tmp_path / "dequantized.safetensors")
+    _assert_equal(plain, net.state_dict())
+    _assert_equal(read_codes(str(tmp_path)), plain)
+    fresh = Net()
+    fresh.load_state_dict(plain, strict=True)
+    x = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fresh.up(fresh.conv(x)), net.up(net.conv(x)))
+
+
+def test_the_file_of_codes_holds_codes_and_all_other_tensors(tmp_path: Path) -> None:
+    net, records = _quantized("channel")
+    write_codes(str(tmp_path), net.state_dict(), records, {})
+    stored = safetensors.torch.load_file(tmp_path / "quantized.safetensors")
+    expected = dict(net.state_dict())
+    # The embedding is the linear layer's weight: kept once, as codes.
+    del expected["embedding.weight"]
+    for name, record in records:
+        expected |= {name: record.codes, f"{name}_scale": record.scale, f"{name}_zero_point": record.zero_point}
+    _assert_equal(stored, expected)
+
+
+def test_the_description_stands_beside_and_inside_the_file(tmp_path: Path) -> None:
+    net, records = _quantized("group")
+    left = [{"name": "norm.weight", "shape": (4,), "reason": "not the weight of a layer"}]
+    write_codes(str(tmp_path), net.state_dict(), records, {"float_parameters": left})
+    text = json.loads((tmp_path / "quantized.json").read_text())
+    with safetensors.safe_open(tmp_path / "quantized.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["distributed_adaround"]) == text
+    assert " " not in metadata["distributed_adaround"].partition('"dequantize"')[0]
+    assert text["float_parameters"] == [{"name": "norm.weight", "shape": [4], "reason": "not the weight of a layer"}]
+    assert text["tied"] == {"embedding.weight": "linear.weight"}
+    assert (text["format"], text["format_version"]) == ("distributed_adaround", 1)
+    assert text["layers"]["up.weight"] == {
+        "layer": "up",
+        "dtype": "uint4",
+        "qscheme": "per_group_affine",
+        "group_size": 9,
+        "quant_min": 0,
+        "quant_max": 15,
+        "groups": 2,
+        "transposed": True,
+        "output_axis": 1,
+        "weight_dtype": "float32",
+    }
+    assert text["layers"]["conv.weight"]["output_axis"] == 0
+    assert text["layers"]["low.weight"]["weight_dtype"] == "bfloat16"
+
+
+def test_bytes_depend_on_names_and_values_only(tmp_path: Path) -> None:
+    net, records = _quantized("channel")
+    state = net.state_dict()
+    for folder, order, items in (("a", list(state), records), ("b", list(reversed(state)), records[::-1])):
+        shuffled = {name: state[name] for name in order}
+        write_codes(str(tmp_path / folder), shuffled, items, {"b": 1, "a": 2} if folder == "a" else {"a": 2, "b": 1})
+        write_dequantized(str(tmp_path / folder), shuffled)
+    # Copies on other memory, none tied: the same dequantized file.
+    write_dequantized(str(tmp_path / "c"), {name: tensor.clone() for name, tensor in state.items()})
+    for name in ("quantized.safetensors", "quantized.json", "dequantized.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    name = "dequantized.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+
+
+def test_both_files_go_through_any_store() -> None:
+    net, records = _quantized("channel")
+    folder = "memory://export-test/out"
+    try:
+        write_codes(folder, net.state_dict(), records, {})
+        write_dequantized(folder, net.state_dict())
+        _assert_equal(read_codes(folder), net.state_dict())
+        names = fsspec.filesystem("memory").ls("/export-test/out", detail=False)
+    finally:
+        fsspec.filesystem("memory").rm("/export-test", recursive=True)
+    assert sorted(names) == [
+        f"/export-test/out/{name}" for name in ("dequantized.safetensors", "quantized.json", "quantized.safetensors")
+    ]
+
+
+def test_files_are_as_readable_as_any_file_of_the_user(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_dequantized(str(tmp_path), {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "dequantized.safetensors").stat().st_mode) == 0o644
+
+
+def test_an_unwritable_target_is_an_output_error(tmp_path: Path) -> None:
+    net, records = _quantized("channel")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError):
+        write_codes(str(tmp_path / "file"), net.state_dict(), records, {})
+    with pytest.raises(OutputError):
+        write_dequantized(str(tmp_path / "file/deeper"), net.state_dict())
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dequantized(str(tmp_path), {"a": torch.zeros(3)})
+    before = (tmp_path / "dequantized.safetensors").read_bytes()
+
+    def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", half)
+        with pytest.raises(OutputError, match="dequantized"):
+            write_dequantized(str(tmp_path), {"a": torch.ones(3)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"dequantized.safetensors": before}
+
+
+@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), {"extra": 1}, torch.zeros(2, dtype=torch.complex128)])
+def test_what_safetensors_cannot_hold_is_an_input_error(tmp_path: Path, value: object) -> None:
+    with pytest.raises(InputError, match=r"odd|complex128"):
+        write_dequantized(str(tmp_path), {"odd": value})  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_tensor_under_the_name_of_a_scale_is_not_overwritten(tmp_path: Path) -> None:
+    net, records = _quantized("channel")
+    state = {**net.state_dict(), "conv.weight_scale": torch.zeros(6)}
+    with pytest.raises(InputError, match=r"conv\.weight_scale"):
+        write_codes(str(tmp_path), state, records, {})
+
+
+def test_a_record_that_fits_no_weight_is_our_defect(tmp_path: Path) -> None:
+    net, records = _quantized("channel")
+    for wrong in ([("conv", records[1][1])], [("up.weight", records[1][1])], [records[0], records[0]]):
+        with pytest.raises(AdaRoundError, match="fits no weight"):
+            write_codes(str(tmp_path), net.state_dict(), wrong, {})
+    with pytest.raises(AdaRoundError, match="layers"):
+        write_codes(str(tmp_path), net.state_dict(), records, {"layers": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_and_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "quantized.safetensors"
+    with pytest.raises(InputError, match=r"quantized\.safetensors"):
+        read_codes(str(tmp_path))
+    net, records = _quantized("channel")
+    write_codes(str(tmp_path), net.state_dict(), records, {})
+    good = path.read_bytes()
+    for bad in (b"", good[:20], good[:-1], good.replace(b"up.weight_scale", b"up.weight_scalf")):
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match="not a whole file"):
+            read_codes(str(tmp_path))
+    path.write_bytes(good.replace(b'\\"format_version\\":1', b'\\"format_version\\":2'))
+    with pytest.raises(InputError, match="format version 2, this program reads 1"):
+        read_codes(str(tmp_path))
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match="not a whole file"):
+        read_codes(str(tmp_path))
