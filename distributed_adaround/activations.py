@@ -11,11 +11,21 @@ import math
 import os
 import tempfile
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distributed_adaround.errors import OutputError
+
+
+@dataclass
+class _Kept:
+    """A storage that the store counts, and how many kept tensors read it."""
+
+    tier: str
+    size: int
+    readers: int = 0
 
 
 class ActivationStore:
@@ -31,7 +41,7 @@ class ActivationStore:
         self.device = device
         self._budget = {"device": device_budget if device.type != "cpu" else 0, "host": host_budget}
         self._used = {"device": 0, "host": 0, "disk": 0}
-        self._kept: dict[int, int] = {}
+        self._kept: dict[int, _Kept] = {}
         self._spill_dir = spill_dir
         self.peak = dict(self._used)
 
@@ -39,11 +49,8 @@ class ActivationStore:
         """The tensor itself if it fits where it is, else a copy on the host or in a file."""
         key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         tier = "device" if tensor.device.type != "cpu" else "host"
-        if key in self._kept:
-            self._count(tensor, key, tier, 0)
-            return tensor
-        if self._used[tier] + size <= self._budget[tier]:
-            self._count(tensor, key, tier, size)
+        if key in self._kept or self._used[tier] + size <= self._budget[tier]:
+            self._count(tensor, tier)
             return tensor
         return self.empty(tuple(tensor.shape), tensor.dtype, on_device=False).copy_(tensor)
 
@@ -60,7 +67,7 @@ class ActivationStore:
             tensor, tier = torch.empty(shape, dtype=dtype), "host"
         else:
             tensor, tier = self._file_backed(shape, dtype, size), "disk"
-        self._count(tensor, tensor.untyped_storage().data_ptr(), tier, size)
+        self._count(tensor, tier)
         return tensor
 
     def _file_backed(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
@@ -73,21 +80,29 @@ class ActivationStore:
             finally:
                 os.close(descriptor)
                 os.unlink(path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # torch.from_file raises RuntimeError where the map fails (too many maps, no address space).
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise OutputError(
                 f"runtime.spill_dir: no room for {size} bytes of activations in "
-                f"{self._spill_dir or tempfile.gettempdir()}: {error.strerror}; free the disk, raise "
+                f"{self._spill_dir or tempfile.gettempdir()}: {reason}; free the disk, raise "
                 "runtime.activation_memory or lower data.num_samples"
             ) from error
 
-    def _count(self, tensor: Tensor, key: int, tier: str, size: int) -> None:
-        self._kept[key] = self._kept.get(key, 0) + 1
-        self._used[tier] += size
-        self.peak[tier] = max(self.peak[tier], self._used[tier])
-        weakref.finalize(tensor, self._forget, key, tier, tensor.untyped_storage().nbytes())
+    def _count(self, tensor: Tensor, tier: str) -> None:
+        """One more reader of the tensor's storage; tier: where it lies, unless the store knows it already."""
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key not in self._kept:
+            self._kept[key] = _Kept(tier, storage.nbytes())
+            self._used[tier] += storage.nbytes()
+            self.peak[tier] = max(self.peak[tier], self._used[tier])
+        self._kept[key].readers += 1
+        weakref.finalize(tensor, self._forget, key)
 
-    def _forget(self, key: int, tier: str, size: int) -> None:
-        self._kept[key] -= 1
-        if not self._kept[key]:
+    def _forget(self, key: int) -> None:
+        kept = self._kept[key]
+        kept.readers -= 1
+        if not kept.readers:
             del self._kept[key]
-            self._used[tier] -= size
+            self._used[kept.tier] -= kept.size

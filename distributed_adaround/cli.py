@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__, logs, storage
-from distributed_adaround.errors import AdaRoundError, PeerError
+from distributed_adaround.errors import AdaRoundError, PeerError, SpecError
 from distributed_adaround.spec import JobSpec, json_schema, load_spec
+from distributed_adaround.spec_reference import markdown
 
 if TYPE_CHECKING:
     from distributed_adaround.plan import JobPlan
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
     schema = commands.add_parser("schema", help="print the JSON Schema of job files")
+    schema.add_argument("--markdown", action="store_true", help="print a table of all fields instead")
     schema.set_defaults(command=_schema)
     return parser
 
@@ -110,7 +113,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _schema(options: argparse.Namespace) -> None:
-    print(json.dumps(json_schema(), indent=2))
+    print(markdown() if options.markdown else json.dumps(json_schema(), indent=2))
 
 
 def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
@@ -133,25 +136,31 @@ def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
 
 
 def _report(error: Exception, rank: int, world_size: int, debug: bool) -> None:
-    """One line on stderr from the rank that failed first, and torchrun's error file."""
-    if world_size > 1:
-        _tell_torchrun(error)
-    told_by = getattr(error, "told_by", None)
-    silent = isinstance(error, PeerError) or (told_by is not None and told_by != rank)
-    before_start = told_by is None and isinstance(error, AdaRoundError) and error.exit_code == 64
+    """One line on stderr, and torchrun's error file, from the rank that failed first."""
     if debug:
         traceback.print_exception(error)
-    elif not silent and (rank == 0 or not before_start):
-        where = f"rank {rank}: " if world_size > 1 else ""
-        kind = "" if isinstance(error, AdaRoundError) else f"internal error, {type(error).__name__}: "
-        hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
-        text = " ".join(str(error).split()) if not isinstance(error, AdaRoundError) else str(error)
-        print(f"error: {where}{kind}{text}{hint}", file=sys.stderr)
+    told_by = getattr(error, "told_by", None)
+    if told_by is None and isinstance(error, SpecError):
+        # A wrong job file is the same for all ranks of a machine, which have not met yet.
+        silent = os.environ.get("LOCAL_RANK", "0") != "0"
+    elif told_by is None:
+        silent = isinstance(error, PeerError)
+    else:
+        silent = told_by != rank
+    if silent:
+        return
+    where = f"rank {rank}: " if world_size > 1 else ""
+    kind = "" if isinstance(error, AdaRoundError) else f"internal error, {type(error).__name__}: "
+    hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
+    line = f"{where}{kind}{' '.join(str(error).split())}{hint}"
+    print(f"error: {line}", file=sys.stderr)
+    _tell_torchrun(line)
 
 
-def _tell_torchrun(error: Exception) -> None:
-    """torchrun shows the message of this file instead of a bare exit code."""
-    with suppress(Exception):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+def _tell_torchrun(line: str) -> None:
+    """torchrun shows the message of this file, in the form it expects, instead of a bare exit code."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 
 class AdaRoundError(Exception):
-    """Base of all errors raised on purpose. `exit_code` follows sysexits.h."""
+    """Base of all errors raised on purpose. `exit_code` follows sysexits.h.
+
+    told_by: the one rank that tells the user, where several raise; None: whoever raises.
+    """
 
     exit_code = 70
+    told_by: int | None = None
 
 
 class SpecError(AdaRoundError, ValueError):

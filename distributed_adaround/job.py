@@ -21,7 +21,7 @@ from distributed_adaround.activations import ActivationStore
 from distributed_adaround.checkpoint import Checkpoint, LayerRecord
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, build_manifest, prove_coverage
-from distributed_adaround.distributed.comm import Comm, phase
+from distributed_adaround.distributed.comm import Comm, agreed, phase
 from distributed_adaround.distributed.runtime import RankContext, process_group
 from distributed_adaround.errors import InputError
 from distributed_adaround.export.state_dict import write_codes, write_dequantized
@@ -131,8 +131,9 @@ def run_job(spec: JobSpec, folder: Path | None = None) -> LayerTable:
     started = time.monotonic()
     with prepare(spec, folder) as job:
         commits = _Commits(job)
-        events = EventLog(spec.output.uri, job.context.rank)
-        _log_start(job, events, commits)
+        with phase(job.comm, "write to the output"):
+            events = EventLog(spec.output.uri, job.comm.rank)
+            _log_start(job, events, commits)
         with _progress(job) as progress:
             rounder = NetworkRounder(spec, job.comm, job.context.device, job.store, progress, events)
             result = rounder.run(job.walker, job.planned, job.microbatches, load=commits.load, commit=commits.commit)
@@ -160,7 +161,8 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
             text = manifest.to_json()
     manifest = Manifest.from_json(comm.broadcast_object(text))
     owned = comm.all_gather_object(manifest.owned(comm.rank, comm.world_size))
-    prove_coverage(len(manifest.microbatches), owned)
+    with phase(comm, "share the calibration data"):
+        prove_coverage(len(manifest.microbatches), owned)
     for uri in manifest.skipped if comm.rank == 0 else ():
         logger.warning("not a sample file, left out: %s", storage.redact(uri))
     logger.info(
@@ -190,8 +192,10 @@ def _same_model(model: nn.Module | ExportedProgram, comm: Comm) -> str:
     digests = comm.all_gather_object(digest)
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:
-        raise InputError(
-            f"model.factory: ranks {odd} built other weights than rank 0; give model.weights, or seed the factory"
+        raise agreed(
+            InputError(
+                f"model.factory: ranks {odd} built other weights than rank 0; give model.weights, or seed the factory"
+            )
         )
     return digest
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.checkpoint import LayerRecord
-from distributed_adaround.distributed.comm import Comm, same_everywhere
+from distributed_adaround.distributed.comm import Comm, phase, same_everywhere
 from distributed_adaround.distributed.runtime import RankContext
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.graph import capture, export_model
@@ -177,7 +177,8 @@ class NetworkRounder:
     ) -> NetworkResult:
         """Round all layers. load: the record of a layer finished earlier, or None. commit: makes a record permanent;
         both do their work on rank 0 and agree among ranks themselves."""
-        walker.start(microbatches)
+        with phase(self.comm, "read the calibration data"):
+            walker.start(microbatches)
         records: list[tuple[Site, LayerRecord]] = []
         reports: list[LayerReport] = []
         todo = sum(layer.format is not None for layer in planned)

@@ -25,7 +25,14 @@ from torch.utils import _pytree as pytree
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.graph import CapturedGraph, attribute
-from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations
+from distributed_adaround.model.sites import (
+    FloatParameter,
+    Microbatches,
+    ModelInputs,
+    Site,
+    SiteActivations,
+    counting_rows,
+)
 
 FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
 Values = dict[Node, Any]
@@ -132,7 +139,7 @@ class GraphWalker:
                        for stream in (FLOAT, QUANTIZED))  # fmt: skip
             for before, after in zip(*map(pytree.tree_leaves, streams), strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
-                    yield batch.index, before, after
+                    yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
         self._microbatches = []
         self._constants.clear()
 

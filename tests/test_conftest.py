@@ -1,5 +1,6 @@
 """The autouse fixture of conftest.py gives each test the same start."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -30,5 +31,6 @@ def test_a_test_that_leaves_a_mess_does_not_reach_the_next(tmp_path: Path) -> No
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_two.py").write_text(TWO_TESTS, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "test_two.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "2 passed" in result.stdout, result.stdout + result.stderr

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distributed_adaround.errors import AdaRoundError, PeerError
+
+_Error = TypeVar("_Error", bound=AdaRoundError)
 
 
 class Comm(Protocol):
@@ -74,7 +76,8 @@ class GroupComm:
 
     def _run(self, tensor: Tensor, collective: Any) -> Tensor:
         local = tensor.detach().to(self.device).contiguous()
-        collective(local)
+        with _reaching_peers():
+            collective(local)
         if local.data_ptr() != tensor.data_ptr():
             tensor.copy_(local)
         return tensor
@@ -87,13 +90,34 @@ class GroupComm:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with _reaching_peers():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _reaching_peers():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextmanager
+def _reaching_peers() -> Iterator[None]:
+    """A peer that is gone or silent is no bug of this rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no error type of its own; its messages name its source file.
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise agreed(PeerError(f"another rank failed or does not answer ({reason}); see its own error")) from error
+
+
+def agreed(error: _Error) -> _Error:
+    """Mark an error that all ranks raise at the same place, so that only rank 0 tells the user."""
+    error.told_by = 0
+    return error
 
 
 @contextmanager
@@ -133,4 +157,6 @@ def same_everywhere(comm: Comm, tensors: Sequence[Tensor], what: str) -> None:
     digests = comm.all_gather_object(digest.hexdigest())
     odd = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if odd:
-        raise AdaRoundError(f"{what} differs between ranks: ranks {odd} do not hold what rank 0 holds; this is a bug")
+        raise agreed(
+            AdaRoundError(f"{what} differs between ranks: ranks {odd} do not hold what rank 0 holds; this is a bug")
+        )

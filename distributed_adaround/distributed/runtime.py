@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distributed_adaround.distributed.comm import Comm, GroupComm, SoloComm
-from distributed_adaround.errors import SpecError
+from distributed_adaround.distributed.comm import Comm, GroupComm, SoloComm, agreed
+from distributed_adaround.errors import PeerError, SpecError
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,33 @@ class RankContext:
             SpecError: the device or backend asked for does not exist here.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        chosen = _choose_device(device, local_rank)
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        chosen = _choose_device(device, local_rank, local_world_size)
         return cls(
             rank=int(os.environ.get("RANK", "0")),
             local_rank=local_rank,
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            local_world_size=local_world_size,
             device=chosen,
             backend=_choose_backend(backend, chosen),
         )
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
+def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if available else "cpu"
     if device == "cpu":
         return torch.device("cpu")
     index = torch.device(device).index
-    index = local_rank if index is None else index
-    if index >= available:
+    # Counted for all ranks of the machine, so that all of them find the same and none waits for another.
+    needed = max(local_rank + 1, local_world_size) if index is None else index + 1
+    if needed > available:
         raise SpecError(
-            f"runtime.device: {device} for local rank {local_rank}: this machine has {available} CUDA devices; "
-            "start fewer ranks per node or set runtime.device=cpu"
+            f"runtime.device: {device} for {local_world_size} ranks needs {needed} CUDA devices, this machine has "
+            f"{available}; start fewer ranks per machine or set runtime.device=cpu"
         )
-    return torch.device("cuda", index)
+    return torch.device("cuda", local_rank if index is None else index)
 
 
 def _choose_backend(backend: str, device: torch.device) -> str:
@@ -86,7 +88,11 @@ def process_group(context: RankContext, timeout_minutes: float, *, join_only: bo
         torch.cuda.set_device(context.device)
     # Control messages go over gloo even where tensors go over NCCL: they are host objects.
     backend = "cpu:gloo,cuda:nccl" if context.backend == "nccl" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise agreed(PeerError(f"the {context.world_size} ranks did not find each other: {reason}")) from error
     try:
         yield GroupComm(_collective_device(context))
     finally:

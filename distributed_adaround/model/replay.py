@@ -22,7 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.layer_modules import find_layers, float_reasons, geometry_of
-from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations
+from distributed_adaround.model.sites import (
+    FloatParameter,
+    Microbatches,
+    ModelInputs,
+    Site,
+    SiteActivations,
+    counting_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +157,9 @@ class ReplayWalker:
             if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
                 differing += 1
                 continue
-            yield from ((index, *pair) for pair in zip(before, after, strict=True))
+            for pair in zip(before, after, strict=True):
+                first, second = (counting_rows(output, inputs.mask) for output in pair)
+                yield index, first, second
         if differing:
             self._notes.append(f"the two models' outputs differ in shape in {differing} of this rank's microbatches")
 

@@ -128,4 +128,22 @@ class Walker(Protocol):
         stream pass the site. `reach` may be left out before it, where nothing is to be learned."""
 
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Run the rest of the model: (microbatch index, float output, quantized output), tensors of real numbers."""
+        """Run the rest of the model: (microbatch index, float output, quantized output), for each output of real
+        numbers, without the rows that are padding."""
+
+
+def row_mask(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
+    """Which rows count, bool of shape `leading`, or None for all.
+
+    mask: `(N, T)` of a microbatch. leading: shape of an output without its channels. Rows belong to tokens
+    when the shapes agree or the tokens were flattened; otherwise (pooled outputs, say) all rows count.
+    """
+    if mask is None or (leading != tuple(mask.shape) and leading != (mask.numel(),)):
+        return None
+    return (mask != 0).reshape(leading)
+
+
+def counting_rows(output: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows `(rows, channels)` of a model's output that count; the output as it is when the mask does not fit it."""
+    keep = row_mask(mask, tuple(output.shape[:-1]))
+    return output if keep is None else output[keep.to(output.device)]

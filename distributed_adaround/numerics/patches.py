@@ -21,23 +21,38 @@ from distributed_adaround.numerics.layers import LayerGeometry, pad
 
 def channels_last_padded(x: Tensor, geometry: LayerGeometry) -> Tensor:
     """Input of a convolution `(N, C, *L)` to `(N, *padded L, C)`, spread by the stride first if transposed."""
-    padding = geometry.padding
     if geometry.transposed:
         x = _spread(x, geometry.stride)
-        reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
-        padding = tuple(
-            (r - before, r - after + extra)
-            for r, (before, after), extra in zip(reach, geometry.padding, geometry.output_padding, strict=True)
-        )
-    return pad(x, padding).movedim(1, -1).contiguous()
+    return pad(x, _padding(geometry)).movedim(1, -1).contiguous()
+
+
+def padded_size(size: tuple[int, ...], geometry: LayerGeometry) -> tuple[int, ...]:
+    """Spatial size of what `channels_last_padded` makes of an input of spatial size `size`."""
+    if geometry.transposed:
+        size = _spread_size(size, geometry.stride)
+    return tuple(length + before + after for length, (before, after) in zip(size, _padding(geometry), strict=True))
+
+
+def _padding(geometry: LayerGeometry) -> tuple[tuple[int, int], ...]:
+    """(before, after) of each spatial dimension, for the ordinary convolution that the layer is or amounts to."""
+    if not geometry.transposed:
+        return geometry.padding
+    reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
+    return tuple(
+        (r - before, r - after + extra)
+        for r, (before, after), extra in zip(reach, geometry.padding, geometry.output_padding, strict=True)
+    )
+
+
+def _spread_size(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple((length - 1) * s + 1 for length, s in zip(size, stride, strict=True))
 
 
 def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Insert stride - 1 zeros between neighbours of every spatial dimension."""
     if all(s == 1 for s in stride):
         return x
-    size = [(length - 1) * s + 1 for length, s in zip(x.shape[2:], stride, strict=True)]
-    spread = x.new_zeros(*x.shape[:2], *size)
+    spread = x.new_zeros(*x.shape[:2], *_spread_size(tuple(x.shape[2:]), stride))
     strided: tuple[slice, ...] = tuple(slice(None, None, s) for s in stride)
     spread[(slice(None), slice(None), *strided)] = x
     return spread
@@ -70,11 +85,11 @@ def _pitches(size: tuple[int, ...]) -> list[int]:
 def gather_rows(features: Tensor, positions: Tensor, geometry: LayerGeometry) -> Tensor:
     """Inputs of a batch of rows, `(G, R, J)`. features `(P, C)`; positions int64 `(R, K)`."""
     rows, kernel = positions.shape
-    groups = geometry.groups
+    groups, inputs = geometry.groups, geometry.inputs_per_output
     taken = features.index_select(0, positions.flatten())
     if groups == 1:
-        return taken.view(1, rows, -1)
-    return taken.view(rows, kernel, groups, -1).permute(2, 0, 1, 3).reshape(groups, rows, -1)
+        return taken.view(1, rows, inputs)
+    return taken.view(rows, kernel, groups, inputs // kernel).permute(2, 0, 1, 3).reshape(groups, rows, inputs)
 
 
 def to_patch_layout(matrix: Tensor, geometry: LayerGeometry) -> Tensor:

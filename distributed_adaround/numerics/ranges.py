@@ -47,10 +47,13 @@ def choose_grid(
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     shape = (1, 1) if strategy == "tensor" else (rows, -1)
 
-    def grid(share: float | Tensor) -> Grid:
-        return _grid_of_range(low * share, high * share, qmin, qmax, symmetric, zero_point)
+    def grid_of_range(low: Tensor, high: Tensor) -> Grid:
+        return _grid_of_range(low, high, qmin, qmax, symmetric, zero_point)
 
-    best = grid(_best_share(blocks, grid) if observer == "mse" else 1.0)
+    if observer == "mse":
+        share = _best_share(blocks, low, high, grid_of_range)
+        low, high = low * share, high * share
+    best = grid_of_range(low, high)
     return Grid(best.scale.reshape(shape), best.zero_point.reshape(shape), qmin, qmax)
 
 
@@ -71,12 +74,18 @@ def _percentile_range(blocks: Tensor, percentile: float) -> tuple[Tensor, Tensor
     return blocks.clamp(-limit, limit).aminmax(dim=1)
 
 
-def _best_share(blocks: Tensor, grid_of_share: Callable[[float], Grid]) -> Tensor:
+def _best_share(
+    blocks: Tensor, low: Tensor, high: Tensor, grid_of_range: Callable[[Tensor, Tensor], Grid]
+) -> Tensor:
     """Share of the range `(B,)` with the smallest squared rounding error of the weights."""
+    # In units of about the largest weight, where squares do not underflow. Powers of two change no other bit.
+    exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)
+    blocks = torch.ldexp(blocks, -exponent[:, None])
+    low, high = torch.ldexp(low, -exponent), torch.ldexp(high, -exponent)
     best_error = torch.full((blocks.shape[0],), torch.inf, device=blocks.device)
     best = torch.ones_like(best_error)
     for share in _CANDIDATES:
-        grid = grid_of_share(share)
+        grid = grid_of_range(low * share, high * share)
         error = (grid.dequantize(grid.quantize(blocks)) - blocks).square_().sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

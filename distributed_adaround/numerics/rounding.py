@@ -71,7 +71,8 @@ def regularizer(h: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Sum of `1 - |2h-1|^beta` over h (a scalar), and its derivative by h, of h's shape (eq. 24)."""
     centred = h.mul(2).sub_(1)
     magnitude = centred.abs()
-    power = magnitude.pow(beta - 1)
+    # |2h-1|^(beta-1), as powers of two: twice as fast as pow on a CPU. 0 becomes -inf, and 0 again.
+    power = magnitude.log2().mul_(beta - 1).exp2_()
     value = h.numel() - torch.dot(power.flatten(), magnitude.flatten())
     return value, power.copysign_(centred).mul_(-2 * beta)
 
@@ -110,14 +111,13 @@ class OutputTransform:
         """
         z = self._affine(y, -1)
         error = self._activate(z) - target
-        weighted = error * channel_weight
-        loss = torch.dot(error.flatten(), weighted.flatten())
-        gradient = weighted.mul_(2)
+        gradient = error * (2 * channel_weight)
+        loss = torch.dot(error.flatten(), gradient.flatten()) / 2
         if self.activation == "relu":
-            gradient = gradient * (z > 0)
+            gradient.mul_(z > 0)
         elif self.activation == "relu6":
-            gradient = gradient * ((z > 0) & (z < 6))
-        return loss, gradient if self.scale is None else gradient * self.scale
+            gradient.mul_((z > 0) & (z < 6))
+        return loss, gradient if self.scale is None else gradient.mul_(self.scale)
 
 
 class SoftRounding:
@@ -140,15 +140,12 @@ class SoftRounding:
         torch.mul(self.sigmoid, ZETA - GAMMA, out=self.h).add_(GAMMA).clamp_(0.0, 1.0)
         return torch.addcmul(self.lo, self.h, self.delta, out=self.weight)
 
-    @staticmethod
-    def slope(sigmoid: Tensor, h: Tensor) -> Tensor:
-        """Derivative of h by alpha, from sigmoid(alpha) and h. Zero where h is clamped."""
-        inside = (h > 0) & (h < 1)
-        return sigmoid.mul(ZETA - GAMMA).mul_(1 - sigmoid).mul_(inside)
-
-    def gradient_by_alpha(self, grad_weight: Tensor) -> Tensor:
-        """Derivative by alpha from the derivative by the soft weight, in place."""
-        return grad_weight.mul_(self.delta).mul_(self.slope(self.sigmoid, self.h))
+    def gradient_by_alpha(self, grad_h: Tensor) -> Tensor:
+        """Derivative by alpha from the derivative by h, in place: the slope of h, 0 where h is clamped."""
+        aten = torch.ops.aten
+        aten.hardtanh_backward.grad_input(grad_h, self.h, 0.0, 1.0, grad_input=grad_h)
+        aten.sigmoid_backward.grad_input(grad_h, self.sigmoid, grad_input=grad_h)
+        return grad_h.mul_(ZETA - GAMMA)
 
     @property
     def rounds_up(self) -> Tensor:

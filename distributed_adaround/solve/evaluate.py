@@ -7,20 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.distributed.comm import Comm, agreed
 from distributed_adaround.errors import InputError
+from distributed_adaround.model.sites import row_mask
 from distributed_adaround.solve.problem import LayerProblem, OutputErrors
-
-
-def row_mask(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
-    """Which rows count, bool of shape `leading`, or None for all.
-
-    mask: `(N, T)` of a microbatch. leading: shape of the layer's output without its channels. Rows belong to tokens
-    when the shapes agree or the tokens were flattened; otherwise (pooled outputs, say) all rows count.
-    """
-    if mask is None or (leading != tuple(mask.shape) and leading != (mask.numel(),)):
-        return None
-    return (mask != 0).reshape(leading)
 
 
 def output_errors(problem: LayerProblem, candidates: Sequence[Tensor], comm: Comm) -> OutputErrors:
@@ -44,11 +34,15 @@ def output_errors(problem: LayerProblem, candidates: Sequence[Tensor], comm: Com
         sums[index] = _microbatch_errors(problem, weights, x, target, mask)
     total = comm.all_reduce(sums).sum(dim=0)
     if not bool(torch.isfinite(total).all()):
-        raise InputError(
-            f"layer {problem.name}: its activations are not finite; check the weights and the calibration data"
+        raise agreed(
+            InputError(
+                f"layer {problem.name}: its activations are not finite; check the weights and the calibration data"
+            )
         )
     if not total[-1, 0]:
-        raise InputError(f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask")
+        raise agreed(
+            InputError(f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask")
+        )
     return OutputErrors(error=total[:-2], energy=total[-2], num_rows=int(total[-1, 0]))
 
 

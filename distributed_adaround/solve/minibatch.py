@@ -5,7 +5,8 @@ regularizer's for its share of the weights; both, the two losses and a non-finit
 summed over ranks in one collective. All ranks then take the same Adam step. The global batch does not depend on the
 number of ranks: more ranks mean less time per step, not another result.
 
-Layout of the bucket (W weights of the layer):  [ gradient by alpha: W | data loss | regularizer | non-finite ]
+Layout of the bucket (W weights of the layer):  [ gradient by h: W | data loss | regularizer | non-finite ]
+The derivative of h by alpha is the same on all ranks and comes after the sum.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.distributed.comm import Comm, agreed
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics import patches
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding, regularizer
@@ -72,7 +73,7 @@ def solve_minibatch(
     soft = SoftRounding(*(patches.to_patch_layout(w, problem.geometry) for w in (problem.weight, *neighbours)))
     weights = channel_weights(nearest, settings.normalization, problem.weight.numel()).to(problem.device, problem.dtype)
     bucket = torch.zeros(soft.alpha.numel() + 3, dtype=problem.dtype, device=problem.device)
-    soft.alpha.grad = bucket[:-3].view_as(soft.alpha)
+    soft.alpha.grad = gradient = bucket[:-3].view_as(soft.alpha)
     adam = torch.optim.Adam([soft.alpha], lr=settings.lr, fused=True)
     bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
     schedule = settings.schedule
@@ -82,13 +83,16 @@ def solve_minibatch(
         fill_bucket(bucket, soft, inputs, targets, problem.bias, problem.transform, weights / max(1, batch_rows))
         add_regularizer(bucket, soft, schedule.weight(step), schedule.beta(step), comm.rank, comm.world_size)
         comm.all_reduce(bucket)
+        soft.gradient_by_alpha(gradient)
         adam.step()
         bad += bucket[-1]
         if (step + 1) % _LOOK_EVERY == 0 or step + 1 == schedule.num_steps:
             if float(bad):
-                raise InputError(
-                    f"layer {problem.name}: the loss is not finite by step {step + 1}; lower rounding.lr "
-                    f"(now {settings.lr}) or check the calibration data"
+                raise agreed(
+                    InputError(
+                        f"layer {problem.name}: the loss is not finite by step {step + 1}; lower rounding.lr "
+                        f"(now {settings.lr}) or check the calibration data"
+                    )
                 )
             on_step(step + 1, float(bucket[-3] + bucket[-2]))
     return _solution(problem, soft, low, high)
@@ -103,21 +107,20 @@ def fill_bucket(
     transform: OutputTransform,
     channel_weight: Tensor,
 ) -> None:
-    """Write this rank's data term into the bucket: gradient by alpha, loss, non-finite flag.
+    """Write this rank's data term into the bucket: gradient by h, loss, non-finite flag.
 
     inputs `(G, R, J)`, targets `(R, O)`; no rows give zeros. channel_weight `(O,)`: divided by the rows of the global
     batch already.
     """
     weight = soft.refresh()
-    groups, rows, _ = inputs.shape
-    outputs = torch.bmm(inputs, weight.transpose(1, 2)).permute(1, 0, 2).reshape(rows, -1)
+    rows = inputs.shape[1]
+    outputs = torch.bmm(inputs, weight.transpose(1, 2)).permute(1, 0, 2).reshape(targets.shape)
     if bias is not None:
         outputs += bias
     loss, gradient = transform.forward_backward(outputs, targets, channel_weight)
-    by_group = gradient.view(rows, groups, -1).permute(1, 2, 0)
-    grad_alpha = bucket[:-3].view_as(soft.alpha)
-    torch.bmm(by_group, inputs, out=grad_alpha)
-    soft.gradient_by_alpha(grad_alpha)
+    by_group = gradient.view(rows, *weight.shape[:2]).permute(1, 2, 0)
+    grad_h = bucket[:-3].view_as(soft.h)
+    torch.bmm(by_group, inputs, out=grad_h).mul_(soft.delta)
     bucket[-3] = loss
     bucket[-2] = 0
     bucket[-1] = (~torch.isfinite(loss)).to(bucket.dtype)
@@ -131,9 +134,8 @@ def add_regularizer(
         return
     size = soft.h.numel()
     share = slice(size * rank // world_size, size * (rank + 1) // world_size)
-    h, sigmoid = soft.h.view(-1)[share], soft.sigmoid.view(-1)[share]
-    value, gradient = regularizer(h, beta)
-    bucket[:-3][share] += soft.slope(sigmoid, h).mul_(gradient).mul_(reg_param)
+    value, gradient = regularizer(soft.h.view(-1)[share], beta)
+    bucket[:-3][share].add_(gradient, alpha=reg_param)
     bucket[-2] += reg_param * value
 
 

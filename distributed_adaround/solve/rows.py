@@ -8,15 +8,16 @@ gathers the rows it holds. Shape legend as in numerics/patches.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.model.sites import row_mask
 from distributed_adaround.numerics import patches
-from distributed_adaround.solve.evaluate import row_mask
 from distributed_adaround.solve.problem import LayerProblem
 
 BatchUnit = Literal["rows", "samples"]
@@ -30,56 +31,57 @@ class CalibrationRows:
     """
 
     def __init__(self, problem: LayerProblem) -> None:
-        self._geometry = problem.geometry
-        self._device = problem.device
-        linear = problem.geometry.num_spatial_dims == 0
-        collect = self._collect_linear if linear else self._collect_convolution
+        acts, geometry = problem.activations, problem.geometry
+        self._geometry, self._device = geometry, problem.device
+        self._channel_dim = 1 if geometry.num_spatial_dims else -1
         self.sample_rows: list[list[int]] = []
+        selected = []
+        for y, mask, size in zip(acts.targets, acts.masks, acts.batch_sizes, strict=True):
+            counts, select = _counting_rows(mask, tuple(y.movedim(self._channel_dim, -1).shape[:-1]), size)
+            self.sample_rows.append(counts)
+            selected.append(select)
+        # The sizes are known before any row is copied: only one microbatch at a time lies outside the budget.
+        self._targets = problem.store.empty((sum(map(len, selected)), geometry.out_channels), problem.dtype)
+        _fill(self._targets, (self._target_rows(problem, *pair) for pair in zip(acts.targets, selected, strict=True)))
         self._starts: Tensor | None = None
-        self._offsets = torch.zeros(1, 1, dtype=torch.int64)
+        self._offsets = torch.zeros(1, math.prod(geometry.kernel_size), dtype=torch.int64)
         self._shape_of_row: Tensor | None = None
-        features, targets = collect(problem)
-        self._features = _concatenate(problem, features, problem.geometry.in_channels)
-        self._targets = _concatenate(problem, targets, problem.geometry.out_channels)
+        if geometry.num_spatial_dims:
+            num_positions = self._locate(problem, selected)
+            parts = (patches.channels_last_padded(x, geometry).flatten(0, -2) for x in acts.inputs)
+        else:
+            num_positions = self.num_rows
+            parts = (_take(x, select) for x, select in zip(acts.inputs, selected, strict=True))
+        self._features = problem.store.empty((num_positions, geometry.in_channels), problem.dtype)
+        _fill(self._features, parts)
 
     @property
     def num_rows(self) -> int:
         return self._targets.shape[0]
 
-    def _collect_linear(self, problem: LayerProblem) -> tuple[list[Tensor], list[Tensor]]:
-        features, targets = [], []
-        acts = problem.activations
-        for x, y, mask, size in zip(acts.inputs, acts.targets, acts.masks, acts.batch_sizes, strict=True):
-            counts, select = _counting_rows(mask, tuple(x.shape[:-1]), size)
-            self.sample_rows.append(counts)
-            features.append(x.reshape(-1, x.shape[-1])[select.to(x.device)])
-            rows = y.reshape(-1, y.shape[-1])[select.to(y.device)]
-            targets.append(problem.transform(rows.to(problem.device, problem.dtype)))
-        return features, targets
+    def _target_rows(self, problem: LayerProblem, y: Tensor, select: Tensor) -> Tensor:
+        """Float outputs of one microbatch through what follows the layer, `(R, O)`."""
+        rows = _take(y.movedim(self._channel_dim, -1), select)
+        return problem.transform(rows.to(problem.device, problem.dtype))
 
-    def _collect_convolution(self, problem: LayerProblem) -> tuple[list[Tensor], list[Tensor]]:
-        features, targets, starts, shapes = [], [], [], []
+    def _locate(self, problem: LayerProblem, selected: Sequence[Tensor]) -> int:
+        """Find where the rows of a convolution start; returns the number of positions P."""
+        geometry, acts = problem.geometry, problem.activations
+        starts, shapes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         sizes: dict[tuple[int, ...], int] = {}
         position = 0
-        acts = problem.activations
-        for x, y, mask, size in zip(acts.inputs, acts.targets, acts.masks, acts.batch_sizes, strict=True):
-            padded = patches.channels_last_padded(x, problem.geometry)
-            spatial = tuple(padded.shape[1:-1])
-            first = patches.row_positions(spatial, tuple(y.shape[2:]), problem.geometry)
-            sample = torch.arange(x.shape[0])[:, None] * spatial_numel(spatial)
-            rows = problem.transform(y.to(problem.device, problem.dtype), channel_dim=1).movedim(1, -1)
-            counts, select = _counting_rows(mask, tuple(rows.shape[:-1]), size)
-            self.sample_rows.append(counts)
+        for x, y, select in zip(acts.inputs, acts.targets, selected, strict=True):
+            size = patches.padded_size(tuple(x.shape[2:]), geometry)
+            first = patches.row_positions(size, tuple(y.shape[2:]), geometry)
+            sample = torch.arange(x.shape[0])[:, None] * math.prod(size)
             starts.append((position + sample + first).flatten()[select])
-            shapes.append(torch.full_like(starts[-1], sizes.setdefault(spatial, len(sizes))))
-            position += x.shape[0] * spatial_numel(spatial)
-            features.append(padded.reshape(-1, padded.shape[-1]))
-            targets.append(rows.reshape(-1, rows.shape[-1])[select.to(rows.device)])
-        if starts:
-            self._starts = torch.cat(starts)
-            self._offsets = torch.stack([patches.kernel_offsets(size, problem.geometry) for size in sizes])
-            self._shape_of_row = torch.cat(shapes) if len(sizes) > 1 else None
-        return features, targets
+            shapes.append(torch.full_like(starts[-1], sizes.setdefault(size, len(sizes))))
+            position += x.shape[0] * math.prod(size)
+        self._starts = torch.cat(starts)
+        if sizes:
+            self._offsets = torch.stack([patches.kernel_offsets(size, geometry) for size in sizes])
+        self._shape_of_row = torch.cat(shapes) if len(sizes) > 1 else None
+        return position
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs `(G, R, J)` and targets `(R, O)` of local rows, int64 `(R,)` on the host."""
@@ -90,11 +92,6 @@ class CalibrationRows:
         inputs = patches.gather_rows(self._features, positions.to(self._features.device), self._geometry)
         targets = self._targets.index_select(0, rows.to(self._targets.device))
         return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
-
-
-def spatial_numel(size: tuple[int, ...]) -> int:
-    """Positions of one padded sample."""
-    return torch.Size(size).numel()
 
 
 def _counting_rows(mask: Tensor | None, leading: tuple[int, ...], batch_size: int) -> tuple[list[int], Tensor]:
@@ -109,15 +106,18 @@ def _counting_rows(mask: Tensor | None, leading: tuple[int, ...], batch_size: in
     return keep.reshape(samples, -1).sum(dim=1).tolist(), keep.reshape(-1).nonzero().squeeze(1)
 
 
-def _concatenate(problem: LayerProblem, parts: list[Tensor], width: int) -> Tensor:
-    """Parts `(rows, width)` as one tensor in budgeted memory; frees each part as soon as it is copied."""
-    whole = problem.store.empty((sum(part.shape[0] for part in parts), width), problem.dtype)
+def _take(values: Tensor, select: Tensor) -> Tensor:
+    """Selected rows `(R, C)` of a tensor with the channels last."""
+    return values.reshape(-1, values.shape[-1])[select.to(values.device)]
+
+
+def _fill(whole: Tensor, parts: Iterable[Tensor]) -> None:
+    """Copy parts `(rows, width)` into one tensor, one after the other."""
     start = 0
-    while parts:
-        part = parts.pop(0)
+    for part in parts:
         whole[start : start + part.shape[0]] = part
         start += part.shape[0]
-    return whole
+    assert start == whole.shape[0], (start, whole.shape)
 
 
 class BatchPlan:
@@ -131,7 +131,8 @@ class BatchPlan:
         flat = torch.tensor([count for microbatch in counts for count in microbatch], dtype=torch.int64)
         self._ends = flat.cumsum(0)
         self.num_rows = int(flat.sum())
-        mine = torch.tensor([index in set(owned) for index, microbatch in enumerate(counts) for _ in microbatch])
+        here = set(owned)
+        mine = torch.tensor([index in here for index, microbatch in enumerate(counts) for _ in microbatch])
         local = torch.where(mine, flat, 0)
         # Global row id + shift = local row id, for samples this rank holds.
         self._shift = (local.cumsum(0) - local) - (self._ends - flat)

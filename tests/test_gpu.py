@@ -1,0 +1,55 @@
+"""The same job on a CUDA device: run with `pytest -m gpu` on a machine that has one."""
+
+import pytest
+import torch
+from torch import nn
+
+from distributed_adaround import quantize
+
+pytestmark = pytest.mark.gpu
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 3, stride=2, groups=4),
+        nn.Flatten(),
+        nn.Linear(8 * 17 * 17, 10),
+    ).eval()
+
+
+@pytest.mark.parametrize("device_memory", [None, 4096], ids=["fits", "spills to the host"])
+def test_gpu_agrees_with_cpu(device_memory: int | None) -> None:
+    model = _model()
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    settings = {"dtype": "int4", "max_iter": 200, "lr": 1e-2, "compute_dtype": "float64", "progress": False}
+    on_cpu = quantize(model, batches, device="cpu", **settings)
+    on_gpu = quantize(model, batches, device="cuda:0", device_memory=device_memory, **settings)
+    for cpu_row, gpu_row in zip(on_cpu.table, on_gpu.table, strict=True):
+        assert gpu_row.hard_error == pytest.approx(cpu_row.hard_error, rel=0.05)
+        assert gpu_row.hard_error <= gpu_row.nearest_error
+    for name, parameter in on_gpu.model.named_parameters():
+        assert parameter.device.type == "cpu", f"{name} was moved: weights stay where the model has them"
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Between two looks at the loss nothing may synchronise: torch raises where something does."""
+    from distributed_adaround.numerics.rounding import OutputTransform, SoftRounding
+    from distributed_adaround.solve.minibatch import add_regularizer, fill_bucket
+
+    weight = torch.randn(1, 8, 16, device="cuda")
+    soft = SoftRounding(weight, weight.floor(), weight.floor() + 1)
+    bucket = torch.zeros(weight.numel() + 3, device="cuda")
+    inputs, targets, scale = (torch.randn(*shape, device="cuda") for shape in ((1, 32, 16), (32, 8), (8,)))
+    transform = OutputTransform(scale, scale, "relu")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fill_bucket(bucket, soft, inputs, targets, None, transform, scale)
+        add_regularizer(bucket, soft, 0.1, 5.0, 0, 1)
+        soft.gradient_by_alpha(bucket[:-3].view_as(soft.alpha))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(bucket).all()
