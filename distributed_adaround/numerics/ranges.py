@@ -74,9 +74,7 @@ def _percentile_range(blocks: Tensor, percentile: float) -> tuple[Tensor, Tensor
     return blocks.clamp(-limit, limit).aminmax(dim=1)
 
 
-def _best_share(
-    blocks: Tensor, low: Tensor, high: Tensor, grid_of_range: Callable[[Tensor, Tensor], Grid]
-) -> Tensor:
+def _best_share(blocks: Tensor, low: Tensor, high: Tensor, grid_of_range: Callable[[Tensor, Tensor], Grid]) -> Tensor:
     """Share of the range `(B,)` with the smallest squared rounding error of the weights."""
     # In units of about the largest weight, where squares do not underflow. Powers of two change no other bit.
     exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)

@@ -51,8 +51,9 @@ def channel_weights(errors: OutputErrors, normalization: Normalization, num_weig
     channels = errors.energy.numel()
     if normalization == "nearest":
         nearest = errors.error[0] / errors.num_rows
-        # A channel that nearest rounding gets right (all zeros, say) has nothing to learn: weight 0.
-        return torch.where(nearest > 0, num_weights / channels / nearest.clamp(min=1e-300), 0.0)
+        # A channel that nearest rounding gets right (all zeros, say) has nothing to learn: weight 0. The floor keeps
+        # the weight of a nearly dead channel finite in float32.
+        return torch.where(nearest > 0, num_weights / channels / nearest.clamp(min=1e-30), 0.0)
     return torch.full_like(errors.energy, 1.0 if normalization == "sum" else 1 / channels)
 
 

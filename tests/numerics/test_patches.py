@@ -1,0 +1,76 @@
+"""Rows of a layer's input against torch's modules and F.unfold."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distributed_adaround.numerics import patches
+from distributed_adaround.numerics.layers import LayerGeometry
+
+LayerCase = tuple[nn.Module, LayerGeometry, Tensor]
+
+
+def all_rows(x: Tensor, output_size: tuple[int, ...], geometry: LayerGeometry) -> Tensor:
+    """Rows of all samples and output pixels, `(G, R, J)`."""
+    if not geometry.num_spatial_dims:
+        return patches.gather_rows(x, torch.arange(x.shape[0])[:, None], geometry)
+    padded = patches.channels_last_padded(x, geometry)
+    size = tuple(padded.shape[1:-1])
+    first = patches.row_positions(size, output_size, geometry)
+    starts = (torch.arange(x.shape[0])[:, None] * math.prod(size) + first).flatten()
+    positions = starts[:, None] + patches.kernel_offsets(size, geometry)
+    return patches.gather_rows(padded.flatten(0, -2), positions, geometry)
+
+
+def test_rows_times_weights_are_the_layer(layer_case: LayerCase) -> None:
+    layer, geometry, x = layer_case
+    expected = layer(x).movedim(1, -1)
+    rows = all_rows(x, tuple(expected.shape[1:-1]), geometry)
+    weight = patches.to_patch_layout(geometry.to_matrix(layer.weight), geometry)
+    assert rows.shape == (geometry.groups, expected.numel() // geometry.out_channels, geometry.inputs_per_output)
+    product = torch.einsum("grj,goj->rgo", rows, weight).reshape(expected.shape)
+    if layer.bias is not None:
+        product = product + layer.bias
+    torch.testing.assert_close(product, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_equal_unfold(groups: int) -> None:
+    stride, padding, dilation, kernel = (2, 1), (1, 2), (1, 2), (3, 2)
+    geometry = LayerGeometry((6, 6 // groups, *kernel), stride, ((1, 1), (2, 2)), dilation, (0, 0), groups)
+    x = torch.randn(2, 6, 7, 5)
+    columns = F.unfold(x, kernel, dilation, padding, stride)  # (N, C * K, L), channels major
+    by_row = columns.transpose(1, 2).reshape(-1, groups, 6 // groups, math.prod(kernel))
+    expected = by_row.permute(1, 0, 3, 2).reshape(groups, by_row.shape[0], -1)
+    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1
+                     for n, p, d, k, s in zip((7, 5), padding, dilation, kernel, stride, strict=True))  # fmt: skip
+    assert torch.equal(all_rows(x, (height, width), geometry), expected)
+
+
+def test_patch_layout_round_trip(layer_case: LayerCase) -> None:
+    layer, geometry, _ = layer_case
+    matrix = geometry.to_matrix(layer.weight)
+    layout = patches.to_patch_layout(matrix, geometry)
+    assert layout.shape == (geometry.groups, geometry.out_channels // geometry.groups, geometry.inputs_per_output)
+    assert layout.is_contiguous()
+    assert torch.equal(patches.from_patch_layout(layout, geometry), matrix)
+
+
+def test_padded_size_is_the_size_of_the_padded_input(layer_case: LayerCase) -> None:
+    _, geometry, x = layer_case
+    padded = patches.channels_last_padded(x, geometry)
+    assert patches.padded_size(tuple(x.shape[2:]), geometry) == tuple(padded.shape[1:-1])
+    assert padded.is_contiguous()
+
+
+def test_no_rows(layer_case: LayerCase) -> None:
+    _, geometry, x = layer_case
+    kernel = math.prod(geometry.kernel_size)
+    for features in (x.movedim(1, -1).flatten(0, -2), torch.empty(0, geometry.in_channels)):
+        rows = patches.gather_rows(features, torch.empty(0, kernel, dtype=torch.int64), geometry)
+        assert rows.shape == (geometry.groups, 0, geometry.inputs_per_output)
