@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from distributed_adaround.data.manifest import owner, prove_coverage
-from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.distributed.comm import Comm, agreed, phase
 from distributed_adaround.distributed.runtime import RankContext, process_group
 from distributed_adaround.errors import InputError, SpecError
+from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.sites import ModelInputs
 from distributed_adaround.network import NetworkRounder, activation_store, make_walker, plan_layers
 from distributed_adaround.report.console import Progress, SilentProgress
 from distributed_adaround.report.events import EventLog
 from distributed_adaround.report.layers import LayerTable
 from distributed_adaround.spec import MethodSpec, QuantizeSpec, RoundingSpec, RuntimeSpec
+
+logger = logging.getLogger(__name__)
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 _MASK = "attention_mask"
@@ -42,7 +47,7 @@ def quantize(
 ) -> Quantized:
     """Learn the rounding of a model's weights.
 
-    model: any module; it is switched to eval mode. batches: calibration batches as the model takes them: a tensor, a
+    model: any module; it runs in eval mode. batches: calibration batches as the model takes them: a tensor, a
     tuple of positional arguments, or a dict of keyword arguments (its "attention_mask" says which tokens count). They
     are all read at once and held on the host. spec: a MethodSpec, or a mapping with its sections quantize, rounding,
     runtime and preset. Instead of it, fields of these sections as keyword arguments: dtype="int3", max_iter=2000.
@@ -55,22 +60,58 @@ def quantize(
     """
     method = _method(spec, fields)
     context = RankContext.from_environment(method.runtime.device, method.runtime.backend)
-    working = model if inplace else copy.deepcopy(model)
-    was_training = model.training
-    working.eval()
-    with process_group(context, method.runtime.timeout_minutes, join_only=True) as comm:
+    working = model if inplace else _copy(model)
+    with process_group(context, method.runtime.timeout_minutes, join_only=True) as comm, _eval_mode(working):
         microbatches = _ListMicrobatches(batches, comm, sharded)
+        _same_model(working, comm)
         store = activation_store(method.runtime, context)
-        example = microbatches.example
-        walker = make_walker(working, example, varying=microbatches.varying, device=context.device, store=store)
-        planned = plan_layers(walker, method.quantize)
+        with phase(comm, "capture the model"):
+            walker = make_walker(
+                working,
+                microbatches.example,
+                other=microbatches.other,
+                varying=microbatches.varying,
+                device=context.device,
+                store=store,
+            )
+            planned = plan_layers(walker, method.quantize)
+        for note in walker.notes if comm.rank == 0 else ():
+            logger.warning("%s", note)
         silent = not progress or comm.rank != 0
         shown = SilentProgress() if silent else Progress(sum(layer.format is not None for layer in planned))
         with shown:
             rounder = NetworkRounder(method, comm, context.device, store, shown, EventLog.null())
             result = rounder.run(walker, planned, microbatches, load=lambda name: None, commit=lambda record: None)
-    working.train(was_training)
     return Quantized(working, result.table)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"the model cannot be copied ({line}); pass inplace=True to change it directly") from error
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards as it was: parts of a model may be frozen."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _same_model(model: nn.Module, comm: Comm) -> None:
+    if comm.world_size == 1:
+        return
+    digests = comm.all_gather_object(model_digest(model.state_dict().items()))
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise agreed(InputError(f"ranks {odd} pass another model than rank 0; load the same weights on every rank"))
 
 
 def _method(spec: MethodSpec | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> MethodSpec:
@@ -79,18 +120,24 @@ def _method(spec: MethodSpec | Mapping[str, Any] | None, fields: Mapping[str, An
         if fields:
             raise SpecError(f"{sorted(fields)}: give either a spec or keyword arguments, not both")
         return spec
-    sections: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value
-                                for name, value in (spec or {}).items()}  # fmt: skip
+    if spec is not None and not isinstance(spec, Mapping):
+        raise SpecError(f"spec is a {type(spec).__name__}; give a MethodSpec or a mapping of its sections")
+    sections: dict[str, Any] = dict(spec or {})
     owners = {"quantize": QuantizeSpec, "rounding": RoundingSpec, "runtime": RuntimeSpec}
-    for name, value in fields.items():
-        if name in ("preset", *owners):
-            sections[name] = value
-            continue
+    whole = {name: value for name, value in fields.items() if name in ("preset", *owners)}
+    twice = sorted(whole.keys() & sections.keys())
+    if twice:
+        raise SpecError(f"{twice[0]}: given in spec and as a keyword argument; give it once")
+    sections |= whole
+    for name in fields.keys() - whole.keys():
         section = next((key for key, cls in owners.items() if name in cls.model_fields), None)
         if section is None:
             known = sorted(field for cls in owners.values() for field in cls.model_fields)
             raise SpecError(f"{name}: no such setting; known are preset, {', '.join(known)}")
-        sections.setdefault(section, {})[name] = value
+        given = sections.get(section, {})
+        if not isinstance(given, Mapping) or name in given:
+            raise SpecError(f"{name}: given as a keyword argument and in section {section} too; give it once")
+        sections[section] = {**given, name: fields[name]}
     return MethodSpec(**sections)
 
 
@@ -98,26 +145,32 @@ class _ListMicrobatches:
     """Batches in memory as microbatches with global indices."""
 
     def __init__(self, batches: Iterable[Batch], comm: Comm, sharded: bool) -> None:
-        if isinstance(batches, Tensor | Mapping):
-            raise InputError("batches must be a list or another iterable of batches; wrap a single batch in a list")
-        given = [_model_inputs(batch) for batch in batches]
+        with phase(comm, "read the batches"):
+            given = _read(batches)
+        counts = comm.all_gather_object(len(given))
         if sharded:
-            counts = comm.all_gather_object(len(given))
             first = sum(counts[: comm.rank])
             self.total = sum(counts)
             self._inputs = {first + position: inputs for position, inputs in enumerate(given)}
         else:
+            if len(set(counts)) > 1:
+                raise agreed(
+                    InputError(
+                        f"ranks pass {counts} batches; with sharded=False every rank passes the same ones, "
+                        "else set sharded=True"
+                    )
+                )
             self.total = len(given)
             self._inputs = {i: inputs for i, inputs in enumerate(given) if owner(i, comm.world_size) == comm.rank}
+        if not self.total:
+            raise agreed(InputError("batches is empty; give at least one calibration batch"))
         self.owned: Sequence[int] = tuple(self._inputs)
         prove_coverage(self.total, comm.all_gather_object(self.owned))
-        if not self.total:
-            raise InputError("batches is empty; give at least one calibration batch")
-        # Every rank captures the same graph, so all take the first batch of the first rank that has one.
-        examples = comm.all_gather_object(given[0] if given else None)
-        self.example: ModelInputs = next(example for example in examples if example is not None)
-        shapes = comm.all_gather_object({_inner_shapes(inputs) for inputs in given})
-        self.varying = len(set().union(*shapes)) > 1
+        # Every rank captures the same graph, so all look at the same one or two batches.
+        offered = comm.all_gather_object(_of_two_kinds(given))
+        self.example, *others = _of_two_kinds([inputs for rank in offered for inputs in rank])
+        self.other = others[0] if others else None
+        self.varying = bool(others)
 
     def load(self, index: int) -> ModelInputs:
         return self._inputs[index]
@@ -126,10 +179,30 @@ class _ListMicrobatches:
         yield from self._inputs.items()
 
 
-def _inner_shapes(inputs: ModelInputs) -> tuple[tuple[int, ...], ...]:
-    """Shapes without the batch dimension."""
-    tensors = (value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, Tensor))
-    return tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+def _read(batches: Iterable[Batch]) -> list[ModelInputs]:
+    if isinstance(batches, Tensor | Mapping | str):
+        raise InputError("batches must be a list or another iterable of batches; wrap a single batch in a list")
+    given = [_model_inputs(batch) for batch in batches]
+    for index, inputs in enumerate(given):
+        sizes = [value.shape[:1] for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, Tensor)]
+        if not sizes or (0,) in sizes:
+            what = "is empty" if sizes else "holds no tensor"
+            raise InputError(f"batch {index} {what}; give tensors whose first dimension is the samples")
+    return given
+
+
+def _of_two_kinds(given: Sequence[ModelInputs]) -> list[ModelInputs]:
+    """The first batch, and the first one of another kind if there is any."""
+    by_kind: dict[object, ModelInputs] = {}
+    for inputs in given:
+        by_kind.setdefault(_kind(inputs), inputs)
+    return list(by_kind.values())[:2]
+
+
+def _kind(inputs: ModelInputs) -> tuple[object, ...]:
+    """What must be the same in all batches for one graph to do: shapes without the batch, and other values."""
+    values = (*enumerate(inputs.args), *sorted(inputs.kwargs.items()))
+    return tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
 
 
 def _model_inputs(batch: Batch) -> ModelInputs:

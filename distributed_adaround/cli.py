@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 COMMANDS = ("run", "plan", "validate", "schema")
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 130
+# torchrun ends all ranks as soon as one exits, and names that one: let it be the one that tells the user.
+_LET_OTHERS_SPEAK_SECONDS = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,6 +149,8 @@ def _report(error: Exception, rank: int, world_size: int, debug: bool) -> None:
         silent = isinstance(error, PeerError)
     else:
         silent = told_by != rank
+    if silent or isinstance(error, PeerError):
+        time.sleep(_LET_OTHERS_SPEAK_SECONDS)
     if silent:
         return
     where = f"rank {rank}: " if world_size > 1 else ""

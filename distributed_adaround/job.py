@@ -110,13 +110,13 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         with phase(comm, "read the calibration data"):
             loader = stack.enter_context(_loader(spec.data, manifest, comm))
             microbatches = FileMicrobatches(loader, _converter(spec.data, model, folder))
-            example = microbatches.load(0)
+            example, other = microbatches.load(0), microbatches.load(microbatches.total - 1)
         store = activation_store(spec.runtime, context)
         with phase(comm, "capture the model"):
             if isinstance(model, ExportedProgram):
                 _check_fixed_batch(model, manifest)
             varying = any(None in field.shape for field in manifest.fields)
-            walker = make_walker(model, example, varying=varying, device=context.device, store=store)
+            walker = make_walker(model, example, other=other, varying=varying, device=context.device, store=store)
             planned = plan_layers(walker, spec.quantize)
         yield PreparedJob(spec, context, comm, manifest, microbatches, store, model, digest, walker, planned)
 
@@ -250,6 +250,8 @@ class _Commits:
         with phase(self._comm, "open the output"):
             if self._comm.rank == 0:
                 self._checkpoint = Checkpoint.open(job.spec.output.uri, fingerprint, job.spec.output.overwrite)
+                if not (self._checkpoint.committed or job.spec.output.overwrite):
+                    _refuse_to_replace(job.spec.output.uri)
         self.names: tuple[str, ...] = self._comm.broadcast_object(
             () if self._checkpoint is None else self._checkpoint.committed
         )
@@ -269,6 +271,16 @@ class _Commits:
         with phase(self._comm, f"commit layer {record.name}"):
             if self._checkpoint is not None:
                 self._checkpoint.commit(record)
+
+
+def _refuse_to_replace(uri: str) -> None:
+    """Results without commits of this job are somebody else's."""
+    for name in ("quantized.safetensors", "dequantized.safetensors", "report.json"):
+        if storage.exists(storage.join(uri, name)):
+            raise InputError(
+                f"{storage.redact(uri)}: {name} is there already, from another job; choose another output.uri, or set "
+                "output.overwrite=true to replace it"
+            )
 
 
 def _progress(job: PreparedJob) -> SilentProgress:

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,9 @@ from distributed_adaround.checkpoint import LayerRecord
 from distributed_adaround.distributed.comm import Comm, phase, same_everywhere
 from distributed_adaround.distributed.runtime import RankContext
 from distributed_adaround.errors import InputError
-from distributed_adaround.model.graph import capture, export_model
+from distributed_adaround.model.graph import capture, export_model, straight_line, without_cache
 from distributed_adaround.model.replay import ReplayWalker
-from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, Walker
+from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations, Walker
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
@@ -82,30 +82,49 @@ def make_walker(
     model: nn.Module | ExportedProgram,
     example: ModelInputs,
     *,
+    other: ModelInputs | None = None,
     varying: bool,
     device: torch.device,
     store: ActivationStore,
 ) -> Walker:
-    """Walk through the exported graph; by hooks and replay where the model cannot be exported, with a note."""
+    """Walk through the exported graph; by hooks and replay where the model cannot be exported, with a note.
+
+    example, other: microbatches, of different shapes where the data has them; the graph must do for both.
+    varying: shapes differ between microbatches in more than the number of samples.
+
+    Raises:
+        InputError: an exported program that cannot be walked; a model whose forward fails.
+    """
     if isinstance(model, ExportedProgram):
-        return GraphWalker(capture(model), device, store)
+        return GraphWalker(capture(straight_line(model)), device, store)
     try:
-        graph = capture(export_model(model, example, varying))
-        _check_same_output(model, graph.module, example)
+        # Only what torch and the model do is tried here: an error of our own in reading the graph is not to be hidden.
+        graph = straight_line(export_model(model, _beside(model, example), varying))
+        for inputs in (example,) if other is None else (example, other):
+            _check_same_output(model, graph, _beside(model, inputs))
     except Exception as error:
         # torch.export documents no closed set of errors; whatever stops it, hooks still work.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         logger.debug("torch.export failed", exc_info=True)
         return ReplayWalker(model, example, reason=reason[:200], device=device, keep=store.keep)
-    return GraphWalker(graph, device, store)
+    return GraphWalker(capture(graph), device, store)
+
+
+def _beside(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
+    """The inputs on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, inputs.kwargs))
+    return replace(inputs, args=args, kwargs=kwargs)
 
 
 def _check_same_output(model: nn.Module, graph: nn.Module, example: ModelInputs) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), without_cache(model):
         ours, theirs = (_real_tensors(module(*example.args, **example.kwargs)) for module in (graph, model))
-    pairs = zip(ours, theirs, strict=False)
-    # The tolerance covers another order of sums. The model may return more than its graph (caches for generation).
-    if not all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs):
+    # The tolerance covers another order of sums. Rows that are all padding may be NaN.
+    if len(ours) != len(theirs) or not all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ):
         raise InputError("its exported graph does not compute what the model computes")
 
 
@@ -148,7 +167,7 @@ def make_solver(rounding: RoundingSpec) -> Solver:
     """The solver of the job with its settings."""
     if rounding.solver == "nearest":
         return solve_nearest
-    schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.reg_param)
+    schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.regularization)
     settings = MinibatchSettings(
         schedule, rounding.batch_size, rounding.batch_unit, rounding.lr, rounding.normalization
     )
@@ -210,7 +229,7 @@ class NetworkRounder:
         """Learn one layer and check that all ranks found the same."""
         started = time.monotonic()
         grid = weight_grid(walker, site, layer_format)
-        problem = make_problem(self.spec, walker, site, grid, total, self.device, self.store)
+        problem = make_problem(self.spec, walker, site, grid, walker.reach(site), total, self.device, self.store)
         result = round_layer(problem, make_solver(self.spec.rounding), self.comm, self.progress.step)
         same_everywhere(self.comm, [result.codes], f"layer {site.name}: the rounding")
         report = LayerReport(
@@ -259,11 +278,12 @@ def make_problem(
     walker: Walker,
     site: Site,
     grid: Grid,
+    activations: SiteActivations,
     total: int,
     device: torch.device,
     store: ActivationStore,
 ) -> LayerProblem:
-    """Everything the solver sees of one layer; advances the walk to it."""
+    """Everything the solver sees of one layer. total: microbatches of all ranks."""
     dtype = getattr(torch, spec.rounding.compute_dtype)
     weight = site.geometry.to_matrix(walker.tensor(site.weight_name)).to(device, dtype, copy=True)
     return LayerProblem(
@@ -273,7 +293,7 @@ def make_problem(
         bias=None if site.bias_name is None else walker.tensor(site.bias_name).to(device, dtype),
         grid=grid.to(dtype, device),
         transform=_output_transform(walker, site, spec.rounding.activation_in_loss, dtype, device),
-        activations=walker.reach(site),
+        activations=activations,
         total_microbatches=total,
         store=store,
         seed=spec.runtime.seed,

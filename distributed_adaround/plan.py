@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -128,23 +128,23 @@ class _Trial:
             format=None if layer.format is None else describe_format(layer.format),
             rows=round(rows * self._scale),
             cache_bytes=round(cached * self.rank_share),
-            seconds=0.0 if layer.format is None else self._seconds(layer),
+            seconds=0.0 if layer.format is None else self._seconds(layer, activations),
         )
 
-    def _seconds(self, layer: PlannedLayer) -> float:
+    def _seconds(self, layer: PlannedLayer, activations: SiteActivations) -> float:
         """Steps of the job times the time of one, measured once for each kind of layer, plus the two comparisons."""
         assert layer.format is not None
-        key = (replace(layer.site.geometry), layer.format)
+        key = (layer.site.geometry, layer.format)
         if key not in self._step_seconds:
-            self._step_seconds[key] = self._measure(layer)
+            self._step_seconds[key] = self._measure(layer, activations)
         return self._step_seconds[key]
 
-    def _measure(self, layer: PlannedLayer) -> float:
+    def _measure(self, layer: PlannedLayer, activations: SiteActivations) -> float:
         assert layer.format is not None
         job, comm = self._job, SoloComm()
         rounding = job.spec.rounding.model_copy(update={"max_iter": _TRIAL_STEPS})
         grid = weight_grid(job.walker, layer.site, layer.format)
-        problem = make_problem(job.spec, job.walker, layer.site, grid, 1, job.context.device, self._store)
+        problem = make_problem(job.spec, job.walker, layer.site, grid, activations, 1, job.context.device, self._store)
         started = time.monotonic()
         nearest = output_errors(problem, [problem.grid.dequantize(problem.grid.quantize(problem.weight))], comm)
         compared = time.monotonic()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,7 @@ from distributed_adaround.model.sites import (
 
 FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
 Values = dict[Node, Any]
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass
@@ -88,12 +90,15 @@ class GraphWalker:
 
     @torch.no_grad()
     def start(self, microbatches: Microbatches) -> None:
-        self._cursor = 0
+        self._cursor, self._reached = 0, None
         self._microbatches = []
+        self._float_weights.clear()
         for index, inputs in microbatches:
             batch = _Microbatch(index, inputs.mask, batch_size(inputs))
             for node, value in _bind(self._graph.placeholders, inputs).items():
-                batch.values[COMMON][node] = self._keep(self._on_device(value))
+                _check_fit(node, value, index)
+                if node.users:
+                    batch.values[COMMON][node] = self._keep(self._on_device(value))
             self._microbatches.append(batch)
 
     @torch.no_grad()
@@ -146,7 +151,7 @@ class GraphWalker:
     def _advance_to(self, node: Node) -> None:
         """Run everything between the cursor and `node` in both streams."""
         stop = self._order[node]
-        nodes = [n for n in self._graph.nodes[self._cursor : stop] if n.op == "call_function" and n.users]
+        nodes = [n for n in self._graph.nodes[self._cursor : stop] if n.op == "call_function"]
         if nodes:
             self._run(nodes, (FLOAT, QUANTIZED))
         self._cursor = stop
@@ -163,12 +168,16 @@ class GraphWalker:
                 else:
                     for stream in streams:
                         self._run_node(batch, node, stream, loaded)
-                self._drop(batch, node, streams)
+                self._drop(batch, loaded, node, streams)
             for values in batch.values.values():
                 for node in nodes:
                     if node in values:
                         values[node] = self._keep(values[node])
         self._weights.clear()
+        if QUANTIZED in streams:
+            for node in nodes:
+                for source in self._last_reads.get(node, ()):
+                    self._constants.pop(source, None)
 
     def _run_node(self, batch: _Microbatch, node: Node, stream: str, loaded: dict[str, Values]) -> None:
         """One node for one microbatch in one stream. loaded: values brought back to the device in this segment."""
@@ -181,9 +190,14 @@ class GraphWalker:
                 values[source] = loaded[owner][source]
         args, kwargs = self._resolve((node.args, node.kwargs), values, stream)
         assert callable(node.target)
-        batch.values[stream][node] = loaded[stream][node] = node.target(*args, **kwargs)
-        for source in self._last_reads.get(node, ()):
-            loaded[stream].pop(source, None)
+        try:
+            result = node.target(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(f"microbatch {batch.index}: the model fails in {node.target}: {line}") from error
+        batch.values[stream][node] = loaded[stream][node] = result
 
     def _resolve(self, tree: Any, values: Values, stream: str) -> Any:
         """Arguments of a node with values in the place of nodes, and this rank's device in the place of any."""
@@ -210,19 +224,19 @@ class GraphWalker:
             self._constants[node] = node.target(*args, **kwargs)
         return self._constants[node]
 
-    def _drop(self, batch: _Microbatch, node: Node, streams: Sequence[str]) -> None:
+    def _drop(self, batch: _Microbatch, loaded: dict[str, Values], node: Node, streams: Sequence[str]) -> None:
         """Forget values that `node` was the last to read. A common value goes when the quantized stream has read it."""
         for source in self._last_reads.get(node, ()):
-            for stream in streams:
+            for stream in (*streams, COMMON) if QUANTIZED in streams else streams:
                 batch.values[stream].pop(source, None)
-            if QUANTIZED in streams:
-                batch.values[COMMON].pop(source, None)
+                loaded[stream].pop(source, None)
 
     def _on_device(self, value: Any) -> Any:
-        return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+        """Operations like split return tuples of tensors."""
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), value)
 
     def _keep(self, value: Any) -> Any:
-        """A value for later: tensors within the budget. Operations like split return tuples of tensors."""
+        """A value for later: its tensors where the budget has room."""
         return pytree.tree_map_only(Tensor, self._store.keep, value)
 
 
@@ -251,3 +265,33 @@ def _bind(placeholders: Sequence[Node], inputs: ModelInputs) -> Values:
     if len(inputs.args) > len(names) or set(given) != set(names):
         raise InputError(f"the model takes the inputs {names}, the data has {sorted(given)}; map them with data.fields")
     return {node: given[str(node.target)] for node in placeholders}
+
+
+def _check_fit(placeholder: Node, value: Any, index: int) -> None:
+    """The graph may hold sizes and plain values of the example as constants; with others it would compute nonsense.
+
+    Raises:
+        InputError: an input is not what the graph was captured for.
+    """
+    captured = placeholder.meta.get("val")
+    if isinstance(captured, Tensor) and isinstance(value, Tensor):
+        # Rank and dtype need no check: an operation that depends on them fails by itself.
+        fixed = [(dim, int(size)) for dim, size in enumerate(captured.shape) if is_concrete_int(size)]
+        odd = next((pair for pair in fixed if pair[0] >= value.dim() or value.shape[pair[0]] != pair[1]), None)
+        if odd is not None:
+            raise InputError(
+                f"microbatch {index}: the model's graph takes {placeholder.target!r} with size {odd[1]} in dimension "
+                f"{odd[0]}, the data has shape {tuple(value.shape)}; pad or cut all samples to one size"
+            )
+        return
+    if isinstance(captured, _SYMBOLIC):
+        return
+    if isinstance(captured, Tensor) or isinstance(value, Tensor) or captured != value:
+        raise InputError(
+            f"microbatch {index}: the model's graph was captured for {placeholder.target!r} = {_shown(captured)}, the "
+            f"data has {_shown(value)}; every microbatch must give the same"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)

@@ -1,8 +1,11 @@
-"""Every test starts from the same state and leaves none behind. Options for distributed tests: tests/distributed/."""
+"""Every test starts from the same state and leaves none behind. What several tests share lies in tests/support/."""
 
 import os
 import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,6 +13,12 @@ import torch
 
 # Ranks, workers and tests share few cores; more threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Spawned workers get the parent's sys.path; without this they could not import their own code.
+sys.path.append(str(Path(__file__).parent / "support"))
+
+if TYPE_CHECKING:
+    from rank_pool import RankPool
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +40,16 @@ def _clean_state() -> Iterator[None]:
     if dict(os.environ) != environment:
         os.environ.clear()
         os.environ.update(environment)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator["RankPool"]:
+    """The one pool of ranks of the whole run; its workers start at the first call."""
+    from rank_pool import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.kill()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

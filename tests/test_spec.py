@@ -62,8 +62,8 @@ def test_defaults() -> None:
         "per_channel_symmetric",
         "mse",
     )
-    assert (spec.rounding.max_iter, spec.rounding.batch_size, spec.rounding.batch_unit) == (10000, 256, "rows")
-    assert (spec.rounding.beta, spec.rounding.reg_param, spec.rounding.normalization) == ((20.0, 2.0), 0.01, "nearest")
+    assert (spec.rounding.max_iter, spec.rounding.batch_size, spec.rounding.batch_unit) == (2000, 256, "rows")
+    assert (spec.rounding.beta, spec.rounding.reg_param, spec.rounding.normalization) == ((20.0, 2.0), None, "nearest")
     assert (spec.data.microbatch_size, spec.data.virtual_shards, spec.data.num_samples) == (32, 64, None)
     assert spec.output.formats == ["safetensors", "dequantized"]
     assert (spec.runtime.device, spec.runtime.timeout_minutes) == ("auto", 30.0)
@@ -144,13 +144,13 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
         },
         "rounding": {
             "solver": "minibatch",
-            "max_iter": 10000,
+            "max_iter": 2000,
             "batch_size": 256,
             "batch_unit": "rows",
-            "lr": 0.001,
+            "lr": 0.05,
             "warm_start": 0.2,
             "beta": [20.0, 2.0],
-            "reg_param": 0.01,
+            "reg_param": 10.0,
             "normalization": "nearest",
             "activation_in_loss": True,
             "compute_dtype": "float32",
@@ -174,7 +174,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
 def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     digest = JobSpec(**JOB).result_digest()
     same = [
-        ("rounding.lr", 0.001), ("rounding.beta", [20, 2]), ("data.uri", ["x", "y"]), ("data.prefetch", 0),
+        ("rounding.lr", 0.05), ("rounding.beta", [20, 2]), ("rounding.reg_param", 10), ("data.uri", ["x", "y"]), ("data.prefetch", 0),
         ("output.uri", "other"), ("output.overwrite", True), ("output.formats", ["dequantized"]),
         ("runtime.device", "cpu"), ("runtime.backend", "gloo"), ("runtime.timeout_minutes", 1),
         ("runtime.activation_memory", "1GiB"), ("runtime.device_memory", 5), ("runtime.spill_dir", "/x"),
@@ -211,7 +211,7 @@ def test_schema_describes_every_field() -> None:
                 # A section's text may stand at the class that the field refers to.
                 target = schema["$defs"].get(field.get("$ref", "").removeprefix("#/$defs/"), {})
                 assert len(field.get("description", target.get("description", ""))) > 10, name
-    assert schema["$defs"]["RoundingSpec"]["properties"]["max_iter"]["default"] == 10000
+    assert schema["$defs"]["RoundingSpec"]["properties"]["max_iter"]["default"] == 2000
 
 
 @pytest.mark.parametrize(

@@ -30,22 +30,22 @@ def job_with(path: str, value: object) -> dict[str, Any]:
 
 # (path set, value, path blamed, what the line must also say: rule and remedy)
 BAD_VALUES = [
-    ("rounding.max_iter", -5, "rounding.max_iter", ["-5", "must be greater than 0", "use 10000, the default"]),
+    ("rounding.max_iter", -5, "rounding.max_iter", ["-5", "must be greater than 0", "use 2000, the default"]),
     ("rounding.max_iter", 0, "rounding.max_iter", ["0 must be greater than 0"]),
     ("rounding.max_iter", True, "rounding.max_iter", ["true", "whole number"]),
     ("rounding.max_iter", "5", "rounding.max_iter", ["'5'", "whole number", "without quotes"]),
     ("rounding.max_iter", 5.0, "rounding.max_iter", ["5.0", "whole number"]),
     ("rounding.max_iter", 10**30, "rounding.max_iter", ["1000000000000000000000000000000", "or less"]),
-    ("rounding.lr", 0, "rounding.lr", ["0 must be greater than 0", "0.001"]),
+    ("rounding.lr", 0, "rounding.lr", ["0 must be greater than 0", "0.05"]),
     ("rounding.lr", float("nan"), "rounding.lr", ["nan", "finite"]),
-    ("rounding.reg_param", float("inf"), "rounding.reg_param", ["inf", "finite", "0.01"]),
+    ("rounding.reg_param", float("inf"), "rounding.reg_param", ["inf", "finite", "leave it out"]),
     ("rounding.reg_param", -0.1, "rounding.reg_param", ["-0.1", "0 or more"]),
     ("rounding.lr", True, "rounding.lr", ["true must be a number"]),
     ("rounding.warm_start", 1, "rounding.warm_start", ["1 must be less than 1", "0.2"]),
     ("rounding.beta", [2, 20], "rounding.beta", ["[2.0, 20.0]", "must not rise", "[20, 2]"]),
     ("rounding.beta", [20], "rounding.beta.1", ["is missing"]),
     ("rounding.beta", [20, 2, 1], "rounding.beta", ["[20, 2, 1]", "2 or fewer entries"]),
-    ("rounding.beta", [20, 0], "rounding.beta.1", ["0 must be greater than 0"]),
+    ("rounding.beta", [20, 0], "rounding.beta.1", ["0 must be greater than 1"]),
     ("rounding.beta", [float("inf"), 2], "rounding.beta.0", ["inf", "finite"]),
     ("rounding.solver", "minibach", "rounding.solver", ["'minibach'", "did you mean 'minibatch'?"]),
     ("rounding.max_iters", 5, "rounding.max_iters", ["no such field", "did you mean max_iter?"]),
@@ -190,7 +190,7 @@ def test_credentials_are_not_shown(path: str) -> None:
 
 
 def test_sections_made_in_python_raise_spec_error_too() -> None:
-    with pytest.raises(SpecError, match=r"^max_iter: -5 must be greater than 0; use 10000, the default$"):
+    with pytest.raises(SpecError, match=r"^max_iter: -5 must be greater than 0; use 2000, the default$"):
         RoundingSpec(max_iter=-5)
     with pytest.raises(SpecError, match=r"^dtpe: there is no such field; did you mean dtype\?$"):
         QuantizeSpec(dtpe="int4")  # type: ignore[call-arg]

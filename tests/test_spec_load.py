@@ -198,7 +198,7 @@ def test_set_makes_the_first_entry_of_a_missing_list(tmp_path: Path) -> None:
         ("quantize.overrides.first.dtype=int8", ["first is not a place"]),
         (f"quantize.overrides.{'9' * 5000}.dtype=int8", ["is not a place"]),
         ("rounding.lr=1e-3x", ["rounding.lr: '1e-3x' must be a number"]),
-        ("rounding.max_iter=-5", ["rounding.max_iter: -5 must be greater than 0; use 10000, the default"]),
+        ("rounding.max_iter=-5", ["rounding.max_iter: -5 must be greater than 0; use 2000, the default"]),
         ("rounding.max_itr=5", ["rounding.max_itr: there is no such field; did you mean max_iter?"]),
         ("output.uri=s3://k:hunter2@b/[", ["--set"]),
         ("data=s3://k:hunter2@b/x", ["data: 's3://b/x' must be a section"]),

@@ -11,43 +11,30 @@ model does. This file finds the sites in it, says why every other parameter stay
 from __future__ import annotations
 
 import inspect
-import logging
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from distributed_adaround.errors import InputError
-from distributed_adaround.model.sites import Activation, BatchNormAfter, FloatParameter, ModelInputs, Site
-from distributed_adaround.numerics.layers import LayerGeometry
-
-logger = logging.getLogger(__name__)
-
-_aten = torch.ops.aten
-# Spatial dimensions of each layer operation; 0 is Linear.
-_LAYERS: dict[Any, int] = {
-    _aten.linear.default: 0,
-    _aten.conv1d.default: 1,
-    _aten.conv1d.padding: 1,
-    _aten.conv2d.default: 2,
-    _aten.conv2d.padding: 2,
-    _aten.conv3d.default: 3,
-    _aten.conv3d.padding: 3,
-    _aten.conv_transpose1d.default: 1,
-    _aten.conv_transpose2d.input: 2,
-    _aten.conv_transpose3d.input: 3,
-    _aten.convolution.default: -1,
-}
-_TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
-_BATCH_NORM = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
-_RELU = (_aten.relu.default, _aten.clamp_min.default, _aten.clamp.default, _aten.hardtanh.default, _aten.relu6.default)
+from distributed_adaround.model.operations import (
+    layer_bias,
+    layer_geometry,
+    layer_weight,
+    module_class,
+    operation_name,
+    unusable,
+    what_follows,
+)
+from distributed_adaround.model.sites import FloatParameter, ModelInputs, Site
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,6 @@ class CapturedGraph:
     constant: frozenset[Node]
     common: frozenset[Node]
     placeholders: tuple[Node, ...]
-    notes: tuple[str, ...] = field(default=())
 
 
 def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) -> ExportedProgram:
@@ -79,20 +65,26 @@ def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) 
         InputError: the graph holds the example's batch size as a constant.
     """
     example = _odd_batch(example)
-    names = list(inspect.signature(model.forward).parameters)
-    named = dict(zip(names, example.args, strict=False)) | example.kwargs
-    dynamic = {name: _dims(value, varying) for name, value in named.items()}
-    with _without_cache(model), warnings.catch_warnings():
-        # torch 2.13 warns about a call of its own.
-        warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
-        program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=dynamic, strict=False)
+    # As in inference: autograd would refuse in-place operations that the model may use there.
+    with torch.no_grad(), without_cache(model), _without_warnings():
+        program = torch.export.export(
+            model, example.args, example.kwargs, dynamic_shapes=_dynamic_shapes(model, example, varying), strict=False
+        )
     if fixed_batch_size(program) is not None:
         raise InputError(f"its graph only takes batches of {fixed_batch_size(program)} samples")
     return program
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch 2.13 warns about a call of its own.
+        warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
+        yield
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
     """transformers' decoders return a key-value cache by default, an object that no graph can hold."""
     config = getattr(model, "config", None)
     if not getattr(config, "use_cache", False):
@@ -106,19 +98,37 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
         config.use_cache = True
 
 
-def _dims(value: object, varying: bool) -> dict[int, Any] | None:
-    if not isinstance(value, Tensor):
-        return None
-    return dict.fromkeys(range(value.dim() if varying else min(1, value.dim())), Dim.AUTO)
+def _dynamic_shapes(model: nn.Module, example: ModelInputs, varying: bool) -> dict[str, Any]:
+    """Dynamic dimensions by the names of forward's parameters; `*args` holds several inputs."""
+
+    def dims(value: object) -> dict[int, Any] | None:
+        if not isinstance(value, Tensor):
+            return None
+        return dict.fromkeys(range(value.dim() if varying else min(1, value.dim())), Dim.AUTO)
+
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*example.args, **example.kwargs).arguments
+    dynamic: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            dynamic[name] = tuple(dims(item) for item in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            # torch 2.13 knows no dynamic sizes there.
+            raise InputError(f"its forward takes {', '.join(value)} as **{name}, which torch.export cannot resize")
+        else:
+            dynamic[name] = dims(value)
+    return dynamic
 
 
 def _odd_batch(example: ModelInputs) -> ModelInputs:
     """The same inputs with a batch of 2 or more that equals no other dimension.
 
-    torch.export bakes in sizes of 0 and 1, and takes two equal dynamic sizes for the same size.
+    torch.export bakes in sizes of 0 and 1, and a model that compares two sizes would be captured with them equal. It is
+    not the example's own batch size either, so that running the graph on the example tells whether it was baked in.
     """
     tensors = [v for v in (*example.args, *example.kwargs.values()) if isinstance(v, Tensor)]
-    taken = {size for tensor in tensors for size in tensor.shape[1:]}
+    taken = {size for tensor in tensors for size in tensor.shape}
     size = next(n for n in range(2, 3 + len(taken)) if n not in taken)
 
     def resize(value: object) -> object:
@@ -140,39 +150,58 @@ def fixed_batch_size(program: ExportedProgram) -> int | None:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         is_input = node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-        if is_input and isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int):
-            return value.shape[0]
+        if is_input and isinstance(value, Tensor) and value.dim() and is_concrete_int(value.shape[0]):
+            return int(value.shape[0])
     return None
 
 
-def capture(program: ExportedProgram) -> CapturedGraph:
-    """Read the sites out of an exported program.
+def straight_line(program: ExportedProgram) -> GraphModule:
+    """The program as functional operations, one after the other, on the model's own tensors.
 
     Raises:
         InputError: the graph holds control flow or other calls of submodules.
     """
-    module = program.run_decompositions({}).module(check_guards=False)
+    with _without_warnings():
+        module = program.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, GraphModule)
-    nodes = tuple(module.graph.nodes)
-    if any(node.op in ("call_module", "call_method") or _is_higher_order(node) for node in nodes):
+    if any(node.op in ("call_module", "call_method") or _is_higher_order(node) for node in module.graph.nodes):
         raise InputError("its graph holds control flow that cannot be walked node by node")
-    first_calls, repeat_calls = _find_sites(module, nodes)
-    constant, common = _sort_nodes(nodes, {**first_calls, **repeat_calls})
+    return module
+
+
+def _is_higher_order(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def capture(module: GraphModule) -> CapturedGraph:
+    """Read the sites out of the graph that `straight_line` made."""
+    # Checks, and writes into buffers: nothing reads them, and they would count as readers of what they look at.
+    for node in reversed(module.graph.nodes):
+        if node.op == "call_function" and not node.users:
+            module.graph.erase_node(node)
+    nodes = tuple(module.graph.nodes)
+    names = _first_names(module)
+    for node in nodes:
+        if node.op == "get_attr":
+            node.target = names.get(str(node.target), node.target)
+    constant = _constant_nodes(nodes)
+    reasons = _reasons(module, nodes, constant)
+    first_calls, repeat_calls = _find_sites(module, nodes, {name for name, reason in reasons.items() if not reason})
     return CapturedGraph(
         module=module,
         nodes=nodes,
         sites=tuple(first_calls.values()),
         first_calls=first_calls,
         repeat_calls=repeat_calls,
-        float_parameters=_float_parameters(module, nodes, first_calls),
+        float_parameters=tuple(
+            FloatParameter(name, tuple(attribute(module, name).shape), reason)
+            for name, reason in reasons.items()
+            if reason
+        ),
         constant=constant,
-        common=common,
+        common=_common_nodes(nodes, constant, {**first_calls, **repeat_calls}),
         placeholders=tuple(node for node in nodes if node.op == "placeholder"),
     )
-
-
-def _is_higher_order(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -180,193 +209,96 @@ def attribute(module: nn.Module, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
 
-def _weight_node(node: Node) -> Node | None:
-    """The node of a layer's weight, if `node` is a layer whose weight is read as it is."""
-    if node.target not in _LAYERS or len(node.args) < 2:
-        return None
-    weight = node.args[1]
-    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Every name of every parameter, to the first name of the same parameter."""
+    names: dict[int, str] = {}
+    return {
+        name: names.setdefault(id(parameter), name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
 
 
-def _find_sites(module: GraphModule, nodes: Sequence[Node]) -> tuple[dict[Node, Site], dict[Node, Site]]:
-    """Sites by the node of their first call, and by the nodes of later calls."""
-    readers: dict[str, list[Node]] = {}
-    aliases = _aliases(module)
+def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
+    constant: set[Node] = set()
+    for node in nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and all(n in constant for n in node.all_input_nodes)):
+            constant.add(node)
+    return frozenset(constant)
+
+
+def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: dict[Node, Site]) -> frozenset[Node]:
+    common: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" or (
+            node not in calls
+            and node not in constant
+            and all(n in constant or n in common for n in node.all_input_nodes)
+        ):
+            common.add(node)
+    return frozenset(common)
+
+
+def _reasons(module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node]) -> dict[str, str | None]:
+    """For every parameter, why it stays in float; None: it is the weight of a site."""
+    users: dict[str, list[Node]] = {}
     for node in nodes:
         if node.op == "get_attr":
-            readers.setdefault(aliases.get(str(node.target), str(node.target)), []).extend(node.users)
-    first: dict[Node, Site] = {}
-    repeat: dict[Node, Site] = {}
-    by_weight: dict[str, Site] = {}
+            users.setdefault(str(node.target), []).extend(node.users)
+    return {
+        name: _reason(name, parameter, users.get(name, []), constant) for name, parameter in module.named_parameters()
+    }
+
+
+def _reason(name: str, parameter: Tensor, users: Sequence[Node], constant: frozenset[Node]) -> str | None:
+    if not users:
+        return "not used in the forward pass"
+
+    def is_parameter(node: Node | None) -> bool:
+        return node is not None and str(node.target) == name
+
+    layers = [user for user in users if is_parameter(layer_weight(user))]
+    others = sorted({operation_name(user) for user in users if user not in layers})
+    if not layers:
+        if all(is_parameter(layer_bias(user)) for user in users):
+            return "bias"
+        return f"used by {', '.join(others)}, not the weight of a layer"
+    if others:
+        return f"shared with {', '.join(others)}"
+    if len({layer.target for layer in layers}) > 1:
+        return "used by layers of different kinds"
+    if not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}, not a real floating-point type"
+    if not parameter.numel():
+        return "has no elements"
+    return next((reason for layer in layers if (reason := unusable(layer, constant)) is not None), None)
+
+
+def _find_sites(
+    module: GraphModule, nodes: Sequence[Node], weights: set[str]
+) -> tuple[dict[Node, Site], dict[Node, Site]]:
+    """Sites by the node of their first call, and by the nodes of later calls. weights: names of their weights."""
+    calls: dict[str, list[Node]] = {}
     for node in nodes:
-        weight = _weight_node(node)
-        if weight is None or not attribute(module, str(weight.target)).is_floating_point():
-            continue
-        name = aliases.get(str(weight.target), str(weight.target))
-        calls = readers[name]
-        if not all(_weight_node(call) is not None and call.target == node.target for call in calls):
-            continue
-        if name in by_weight:
-            repeat[node] = by_weight[name]
-        else:
-            by_weight[name] = first[node] = _site(module, node, name, len(calls))
+        weight = layer_weight(node)
+        if weight is not None and str(weight.target) in weights:
+            calls.setdefault(str(weight.target), []).append(node)
+    sites = {name: _site(module, mine[0], name, len(mine)) for name, mine in calls.items()}
+    first = {mine[0]: sites[name] for name, mine in calls.items()}
+    repeat = {node: sites[name] for name, mine in calls.items() for node in mine[1:]}
     return first, repeat
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Other names of shared parameters, each to the first name."""
-    names: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        aliases[name] = names.setdefault(id(parameter), name)
-    return aliases
-
-
 def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> Site:
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = layer_bias(node)
     path, _, leaf = weight_name.rpartition(".")
-    batch_norm, activation = _what_follows(node)
+    batch_norm, activation = what_follows(node)
     return Site(
         name=path if leaf == "weight" else weight_name,
-        module_class=_module_class(node),
+        module_class=module_class(node),
         weight_name=weight_name,
-        bias_name=str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None,
-        geometry=_geometry(node, tuple(attribute(module, weight_name).shape)),
+        bias_name=None if bias is None else str(bias.target),
+        geometry=layer_geometry(node, tuple(attribute(module, weight_name).shape)),
         batch_norm=batch_norm,
         activation=activation,
         num_calls=num_calls,
     )
-
-
-def _module_class(node: Node) -> str:
-    """Class name of the innermost module that ran this node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    for _, owner in reversed(stack.values()):
-        return str(owner if isinstance(owner, str) else owner.__name__).rpartition(".")[2]
-    return "Linear" if node.target == _aten.linear.default else "Conv"
-
-
-def _geometry(node: Node, weight_shape: tuple[int, ...]) -> LayerGeometry:
-    dims = len(weight_shape) - 2
-    if dims == 0:
-        return LayerGeometry(weight_shape)
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    values |= dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-    dilation = _per_dim(values["dilation"], dims)
-    return LayerGeometry(
-        weight_shape=weight_shape,
-        stride=_per_dim(values["stride"], dims),
-        padding=_padding(values["padding"], weight_shape[2:], dilation),
-        dilation=dilation,
-        output_padding=_per_dim(values.get("output_padding", 0), dims),
-        groups=int(values["groups"]),
-        transposed=bool(values.get("transposed", node.target in _TRANSPOSED)),
-    )
-
-
-def _per_dim(value: Any, dims: int) -> tuple[int, ...]:
-    """torch allows one number for all dimensions."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return tuple(int(v) for v in (values * dims if len(values) == 1 else values))
-
-
-def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    if value == "valid":
-        return ((0, 0),) * len(kernel)
-    if value == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((t // 2, t - t // 2) for t in total)
-    return tuple((p, p) for p in _per_dim(value, len(kernel)))
-
-
-def _what_follows(node: Node) -> tuple[BatchNormAfter | None, Activation]:
-    """Batch norm and activation that read this node's output, if nothing else does."""
-    follower = _only_user(node)
-    batch_norm = None
-    if follower is not None and follower.target in _BATCH_NORM:
-        batch_norm = _batch_norm(follower)
-        if batch_norm is None:
-            return None, "identity"
-        follower = _only_user(follower)
-        if follower is not None and follower.target is operator.getitem:
-            follower = _only_user(follower)
-    return batch_norm, _activation(follower)
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _batch_norm(node: Node) -> BatchNormAfter | None:
-    inference = node.target == _BATCH_NORM[0] or node.args[5] is False
-    names = [arg.target if isinstance(arg, Node) and arg.op == "get_attr" else None for arg in node.args[1:5]]
-    given = [arg is not None for arg in node.args[1:5]]
-    known = [name is not None for name in names]
-    if not inference or given != known or not (known[2] and known[3]):
-        return None
-    eps = node.args[6] if node.target == _BATCH_NORM[0] else node.args[7]
-    weight, bias, mean, var = (None if name is None else str(name) for name in names)
-    assert mean is not None
-    assert var is not None
-    assert isinstance(eps, float)
-    return BatchNormAfter(weight, bias, mean, var, eps)
-
-
-def _activation(node: Node | None) -> Activation:
-    if node is None or node.target not in _RELU or node.kwargs:
-        return "identity"
-    limits = tuple(node.args[1:])
-    if node.target == _aten.relu.default or (node.target != _aten.hardtanh.default and limits in ((0,), (0, None))):
-        return "relu"
-    return "relu6" if node.target == _aten.relu6.default or limits == (0, 6) else "identity"
-
-
-def _sort_nodes(nodes: Sequence[Node], calls: dict[Node, Site]) -> tuple[frozenset[Node], frozenset[Node]]:
-    constant: set[Node] = set()
-    common: set[Node] = set()
-    for node in nodes:
-        if node.op == "placeholder":
-            common.add(node)
-        elif node.op == "get_attr" or (node.op == "call_function" and all(n in constant for n in node.all_input_nodes)):
-            constant.add(node)
-        elif node not in calls and all(n in constant or n in common for n in node.all_input_nodes):
-            common.add(node)
-    return frozenset(constant), frozenset(common)
-
-
-def _float_parameters(
-    module: GraphModule, nodes: Sequence[Node], first_calls: dict[Node, Site]
-) -> tuple[FloatParameter, ...]:
-    """Every parameter that is not the weight of a site, with the reason."""
-    aliases = _aliases(module)
-    weights = {site.weight_name for site in first_calls.values()}
-    users: dict[str, list[Node]] = {}
-    for node in nodes:
-        if node.op == "get_attr":
-            users.setdefault(aliases.get(str(node.target), str(node.target)), []).extend(node.users)
-    return tuple(
-        FloatParameter(name, tuple(parameter.shape), _reason(name, users.get(name, []), aliases))
-        for name, parameter in module.named_parameters()
-        if name not in weights
-    )
-
-
-def _reason(name: str, users: Sequence[Node], aliases: dict[str, str]) -> str:
-    if not users:
-        return "not used in the forward pass"
-    weights = {user: _weight_node(user) for user in users}
-    as_weight = [user for user, node in weights.items() if node is not None and aliases[str(node.target)] == name]
-    if as_weight and len(as_weight) < len(users):
-        others = {_operation(user) for user in users if user not in as_weight}
-        return f"shared with {', '.join(sorted(others))}"
-    if as_weight:
-        return "used by layers of different kinds"
-    if all(user.target in _LAYERS for user in users):
-        return "bias"
-    return f"used by {', '.join(sorted({_operation(user) for user in users}))}, not the weight of a layer"
-
-
-def _operation(node: Node) -> str:
-    target = node.target
-    return target.__name__.split(".")[0].removeprefix("_") if callable(target) else str(node.op)
