@@ -14,9 +14,8 @@ from distributed_adaround.data.manifest import owner, prove_coverage
 from distributed_adaround.distributed.comm import Comm, agreed, phase
 from distributed_adaround.distributed.runtime import RankContext, process_group
 from distributed_adaround.errors import InputError, SpecError
-from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.sites import ModelInputs
-from distributed_adaround.network import NetworkRounder, activation_store, make_walker, plan_layers
+from distributed_adaround.network import NetworkRounder, activation_store, agree_on_weights, make_walker, plan_layers
 from distributed_adaround.report.console import Progress, SilentProgress
 from distributed_adaround.report.events import EventLog
 from distributed_adaround.report.layers import LayerTable
@@ -63,7 +62,7 @@ def quantize(
     working = model if inplace else _copy(model)
     with process_group(context, method.runtime.timeout_minutes, join_only=True) as comm, _eval_mode(working):
         microbatches = _ListMicrobatches(batches, comm, sharded)
-        _same_model(working, comm)
+        agree_on_weights(working.state_dict(), comm)
         store = activation_store(method.runtime, context)
         with phase(comm, "capture the model"):
             walker = make_walker(
@@ -103,15 +102,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _same_model(model: nn.Module, comm: Comm) -> None:
-    if comm.world_size == 1:
-        return
-    digests = comm.all_gather_object(model_digest(model.state_dict().items()))
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        raise agreed(InputError(f"ranks {odd} pass another model than rank 0; load the same weights on every rank"))
 
 
 def _method(spec: MethodSpec | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> MethodSpec:

@@ -21,7 +21,7 @@ from distributed_adaround.activations import ActivationStore
 from distributed_adaround.checkpoint import Checkpoint, LayerRecord
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, build_manifest, prove_coverage
-from distributed_adaround.distributed.comm import Comm, agreed, phase
+from distributed_adaround.distributed.comm import Comm, phase
 from distributed_adaround.distributed.runtime import RankContext, process_group
 from distributed_adaround.errors import InputError
 from distributed_adaround.export.state_dict import write_codes, write_dequantized
@@ -33,7 +33,6 @@ from distributed_adaround.model.load import (
     load_callable,
     load_factory,
     load_program,
-    model_digest,
 )
 from distributed_adaround.model.sites import ModelInputs, Walker
 from distributed_adaround.network import (
@@ -41,6 +40,7 @@ from distributed_adaround.network import (
     NetworkRounder,
     PlannedLayer,
     activation_store,
+    agree_on_weights,
     make_walker,
     plan_layers,
 )
@@ -86,8 +86,11 @@ class PreparedJob:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's tensors under its own names."""
-        state = self.model.state_dict if isinstance(self.model, ExportedProgram) else self.model.state_dict()
-        return dict(state)
+        return _state_dict(self.model)
+
+
+def _state_dict(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
+    return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
 
 
 @contextmanager
@@ -106,7 +109,7 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         manifest = _deal_data(spec.data, comm)
         with phase(comm, "load the model"):
             model = _load_model(spec.model, folder)
-        digest = _same_model(model, comm)
+        digest = agree_on_weights(_state_dict(model), comm)
         with phase(comm, "read the calibration data"):
             loader = stack.enter_context(_loader(spec.data, manifest, comm))
             microbatches = FileMicrobatches(loader, _converter(spec.data, model, folder))
@@ -182,22 +185,6 @@ def _load_model(model: ModelSpec, folder: Path | None) -> nn.Module | ExportedPr
         assert model.factory is not None
         weights = None if model.weights is None else stack.enter_context(storage.local_file(model.weights))
         return load_factory(model.factory, model.factory_args, weights, folder)
-
-
-def _same_model(model: nn.Module | ExportedProgram, comm: Comm) -> str:
-    """The model's digest. All ranks must have the same: a factory that draws at random would spoil it in silence."""
-    with phase(comm, "hash the model"):
-        state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
-        digest = model_digest((name, tensor) for name, tensor in state.items() if isinstance(tensor, Tensor))
-    digests = comm.all_gather_object(digest)
-    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if odd:
-        raise agreed(
-            InputError(
-                f"model.factory: ranks {odd} built other weights than rank 0; give model.weights, or seed the factory"
-            )
-        )
-    return digest
 
 
 def _loader(data: DataSpec, manifest: Manifest, comm: Comm) -> SampleLoader:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,10 +22,11 @@ from torch.utils import _pytree as pytree
 
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.checkpoint import LayerRecord
-from distributed_adaround.distributed.comm import Comm, phase, same_everywhere
+from distributed_adaround.distributed.comm import Comm, agreed, phase, same_everywhere
 from distributed_adaround.distributed.runtime import RankContext
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.graph import capture, export_model, straight_line, without_cache
+from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.replay import ReplayWalker
 from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations, Walker
 from distributed_adaround.numerics.grid import Grid
@@ -76,6 +77,26 @@ def activation_store(runtime: RuntimeSpec, context: RankContext) -> ActivationSt
         device_budget=device if runtime.device_memory is None else parse_bytes(runtime.device_memory),
         spill_dir=runtime.spill_dir,
     )
+
+
+def agree_on_weights(state: Mapping[str, Any], comm: Comm) -> str:
+    """Digest of a model's state dict, which all ranks must share: other weights would spoil the result in silence.
+
+    Raises:
+        InputError: ranks hold other weights than rank 0, from a factory that draws at random, say.
+    """
+    with phase(comm, "hash the model"):
+        digest = model_digest((name, tensor) for name, tensor in state.items() if isinstance(tensor, Tensor))
+    digests = comm.all_gather_object(digest)
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        raise agreed(
+            InputError(
+                f"the model on ranks {odd} has other weights than on rank 0; load the same weights on all ranks, with "
+                "model.weights in a job file, or seed the factory"
+            )
+        )
+    return digest
 
 
 def make_walker(
@@ -229,7 +250,8 @@ class NetworkRounder:
         """Learn one layer and check that all ranks found the same."""
         started = time.monotonic()
         grid = weight_grid(walker, site, layer_format)
-        problem = make_problem(self.spec, walker, site, grid, walker.reach(site), total, self.device, self.store)
+        activations = self._targets(walker, site, walker.reach(site))
+        problem = make_problem(self.spec, walker, site, grid, activations, total, self.device, self.store)
         result = round_layer(problem, make_solver(self.spec.rounding), self.comm, self.progress.step)
         same_everywhere(self.comm, [result.codes], f"layer {site.name}: the rounding")
         report = LayerReport(
@@ -248,6 +270,19 @@ class NetworkRounder:
             note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
         )
         return make_record(site, layer_format, grid, result.codes, report)
+
+    def _targets(self, walker: Walker, site: Site, activations: SiteActivations) -> SiteActivations:
+        """The targets `asymmetry * W x + (1 - asymmetry) * W x̂` in the place of `W x`."""
+        share = self.spec.rounding.asymmetry
+        if share == 1:
+            return activations
+        weight = walker.tensor(site.weight_name).to(self.device)
+        bias = None if site.bias_name is None else walker.tensor(site.bias_name).to(self.device)
+        targets = []
+        for x, y in zip(activations.inputs, activations.targets, strict=True):
+            own = site.geometry.apply(x.to(self.device), weight, bias)
+            targets.append(self.store.keep(torch.lerp(own, y.to(self.device), share)))
+        return replace(activations, targets=targets)
 
     def _output_error(self, walker: Walker, total: int) -> float:
         sums = torch.zeros(total, 2, dtype=torch.float64)

@@ -7,8 +7,9 @@ layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from distributed_adaround.network import (
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.spec import JobSpec
 
-_TRIAL_STEPS = 5
+_TRIAL_STEPS = 10
 _UNLIMITED = 1 << 62
 
 
@@ -142,18 +143,28 @@ class _Trial:
     def _measure(self, layer: PlannedLayer, activations: SiteActivations) -> float:
         assert layer.format is not None
         job, comm = self._job, SoloComm()
-        rounding = job.spec.rounding.model_copy(update={"max_iter": _TRIAL_STEPS})
         grid = weight_grid(job.walker, layer.site, layer.format)
         problem = make_problem(job.spec, job.walker, layer.site, grid, activations, 1, job.context.device, self._store)
-        started = time.monotonic()
-        nearest = output_errors(problem, [problem.grid.dequantize(problem.grid.quantize(problem.weight))], comm)
-        compared = time.monotonic()
-        make_solver(rounding)(problem, nearest, comm, lambda step, loss: None)
-        if job.context.device.type == "cuda":
-            torch.cuda.synchronize(job.context.device)
-        per_step = (time.monotonic() - compared) / _TRIAL_STEPS
-        steps = job.spec.rounding.max_iter if job.spec.rounding.solver != "nearest" else 0
-        return 3 * (compared - started) * self.rank_share + steps * per_step
+        candidates = [problem.grid.dequantize(problem.grid.quantize(problem.weight))]
+        nearest = output_errors(problem, candidates, comm)
+
+        def seconds(work: Callable[[], object]) -> float:
+            started = time.monotonic()
+            work()
+            if job.context.device.type == "cuda":
+                torch.cuda.synchronize(job.context.device)
+            return time.monotonic() - started
+
+        def solve(steps: int) -> object:
+            rounding = job.spec.rounding.model_copy(update={"max_iter": steps})
+            return make_solver(rounding)(problem, nearest, comm, lambda step, loss: None)
+
+        comparing = 3 * seconds(lambda: output_errors(problem, candidates, comm)) * self.rank_share
+        if job.spec.rounding.solver == "nearest":
+            return comparing
+        # The difference of two runs: the first steps pay for what is set up once.
+        few, more = (seconds(partial(solve, steps)) for steps in (_TRIAL_STEPS, 3 * _TRIAL_STEPS))
+        return comparing + max(0.0, more - few) / (2 * _TRIAL_STEPS) * job.spec.rounding.max_iter
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

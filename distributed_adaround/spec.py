@@ -170,8 +170,8 @@ class DataSpec(Section):
     prefetch: int = Field(2, ge=0, le=1024, description="Microbatches that are read ahead; 0: none.")
 
 
-# For nearest measured on ResNet-20 and MiniLM at 3 bits: from 3 to 30 nearly all soft values settle and the output error
-# hardly changes; at 1 a tenth and more stay open. The others are the paper's and the ancestor's.
+# For nearest measured on ResNet-20 and MiniLM at 3 bits: from 3 to 30 nearly all soft values settle and the output
+# error hardly changes; at 1 a tenth and more stay open. The others are the paper's and the ancestor's.
 _REG_PARAMS = {"sum": 0.01, "mean": 0.001, "nearest": 10.0}
 
 
@@ -208,6 +208,13 @@ class RoundingSpec(Section):
     )
     activation_in_loss: bool = Field(
         True, description="Compare outputs after the ReLU or ReLU6 that follows a layer, where there is one."
+    )
+    asymmetry: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="How much of the error that earlier layers left in a layer's inputs its rounding is to make up "
+        "for: 1: all, as in the paper; 0: none. Less is better where that error is large: transformers at 3 bits.",
     )
     compute_dtype: Literal["float32", "float64"] = Field(
         "float32", description="Precision of the learning; float64 gives the same codes on any number of ranks."

@@ -325,7 +325,7 @@ def test_two_ranks_learn_what_one_rank_learns(pool: RankPool, kind: str) -> None
     ("kind", "messages"),
     [
         ("other counts", ["InputError: ranks pass [3, 4] batches"] * 2),
-        ("other model", ["InputError: ranks [1] pass another model than rank 0"] * 2),
+        ("other model", ["InputError: the model on ranks [1] has other weights than on rank 0"] * 2),
         ("bad batch on one rank", ["PeerError: rank 1 failed to read the batches", "InputError: a batch is a str"]),
         ("nothing anywhere", ["InputError: batches is empty"] * 2),
     ],

@@ -42,12 +42,15 @@ def test_no_step_waits_for_the_device() -> None:
     weight = torch.randn(1, 8, 16, device="cuda")
     soft = SoftRounding(weight, weight.floor(), weight.floor() + 1)
     bucket = torch.zeros(weight.numel() + 3, device="cuda")
-    inputs, targets, scale = (torch.randn(*shape, device="cuda") for shape in ((1, 32, 16), (32, 8), (8,)))
+    shapes = ((1, 32, 16), (32, 8), (32, 8), (8,))
+    inputs, base, targets, scale = (torch.randn(*shape, device="cuda") for shape in shapes)
     transform = OutputTransform(scale, scale, "relu")
+    linear = transform.linear_part()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fill_bucket(bucket, soft, inputs, targets, None, transform, scale)
+        fill_bucket(bucket, soft, inputs, None, targets, linear, scale)
+        fill_bucket(bucket, soft, inputs, base, targets, transform, scale)
         add_regularizer(bucket, soft, 0.1, 5.0, 0, 1)
         soft.gradient_by_alpha(bucket[:-3].view_as(soft.alpha))
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,19 +85,33 @@ def test_weights_stay_as_they_are(network: str, tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("solver", "steps"), [("minibatch", 1000), ("nearest", 0)])
+@pytest.mark.parametrize(("solver", "learning"), [("minibatch", 250), ("nearest", 0)])
 def test_seconds_are_those_of_the_steps_and_the_comparisons(
-    solver: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    solver: str, learning: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every look at the clock is a second later.
-    clock = count()
-    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    """A clock that only work moves: 2 s a comparison, 5 s to set up a solver, a quarter of a second a step."""
+    now = [0.0]
+    compare = plan.output_errors
+
+    def compare_slowly(*args: Any) -> Any:
+        now[0] += 2
+        return compare(*args)
+
+    def slow_solver(rounding: Any) -> Any:
+        def solve(*_: Any) -> None:
+            now[0] += 5 + rounding.max_iter / 4
+
+        return solve
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(plan, "output_errors", compare_slowly)
+    monkeypatch.setattr(plan, "make_solver", slow_solver)
     found = plan_of(write_job(tmp_path / "job", "mlp", rounding={"solver": solver, "max_iter": 1000}), world_size=2)
     share = max(found.samples_per_rank) / 2
     for layer in found.layers:
-        assert math.isclose(layer.seconds, 3 * 1 * share + steps / 5)
-    # Both layers are of one kind, so only one is timed; a second for each reach and each commit.
-    assert math.isclose(found.seconds, sum(layer.seconds for layer in found.layers) + 2 * 2 * share)
+        assert math.isclose(layer.seconds, 3 * 2 * share + learning)
+    # Reaching and committing layers takes no time by this clock.
+    assert math.isclose(found.seconds, sum(layer.seconds for layer in found.layers))
 
 
 def test_a_model_that_is_replayed_says_so(tmp_path: Path) -> None:

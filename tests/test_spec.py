@@ -153,6 +153,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "reg_param": 10.0,
             "normalization": "nearest",
             "activation_in_loss": True,
+            "asymmetry": 1.0,
             "compute_dtype": "float32",
         },
         "seed": 3,
@@ -174,7 +175,8 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
 def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     digest = JobSpec(**JOB).result_digest()
     same = [
-        ("rounding.lr", 0.05), ("rounding.beta", [20, 2]), ("rounding.reg_param", 10), ("data.uri", ["x", "y"]), ("data.prefetch", 0),
+        ("rounding.lr", 0.05), ("rounding.beta", [20, 2]), ("rounding.reg_param", 10),
+        ("data.uri", ["x", "y"]), ("data.prefetch", 0),
         ("output.uri", "other"), ("output.overwrite", True), ("output.formats", ["dequantized"]),
         ("runtime.device", "cpu"), ("runtime.backend", "gloo"), ("runtime.timeout_minutes", 1),
         ("runtime.activation_memory", "1GiB"), ("runtime.device_memory", 5), ("runtime.spill_dir", "/x"),

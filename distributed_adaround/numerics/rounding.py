@@ -92,6 +92,15 @@ class OutputTransform:
         """f(y); y holds out channels at `channel_dim`."""
         return self._activate(self._affine(y, channel_dim))
 
+    @property
+    def is_affine(self) -> bool:
+        """No activation: only differences of outputs matter."""
+        return self.activation == "identity"
+
+    def linear_part(self) -> OutputTransform:
+        """The same transform of differences of outputs: without shift and activation."""
+        return OutputTransform(self.scale, None if self.scale is None else torch.zeros_like(self.scale))
+
     def _affine(self, y: Tensor, channel_dim: int) -> Tensor:
         if self.scale is None or self.shift is None:
             return y
@@ -124,21 +133,30 @@ class SoftRounding:
     """State and gradient of the soft weights of one layer.
 
     lo, hi: the two neighbours of every weight on the grid, in weight units, any shape. alpha: the learned variable.
+
+    The learning works with the difference `Ŵ - W`, which is exactly 0 at the start for every weight between its
+    neighbours: computed as `Ŵ` less `W` it would be rounding noise, which Adam turns into full steps.
     """
 
     def __init__(self, weight: Tensor, lo: Tensor, hi: Tensor) -> None:
-        self.lo = lo
         self.delta = hi - lo
         self.alpha = initial_alpha(weight, lo, hi)
         self.sigmoid = torch.empty_like(self.alpha)
         self.h = torch.empty_like(self.alpha)
-        self.weight = torch.empty_like(self.alpha)
+        self.difference = torch.empty_like(self.alpha)
+        self._start = rectified_sigmoid(self.alpha)
+        # Weights beyond the range start at its end, not at themselves.
+        clipped = torch.where(
+            (weight < lo) | (weight > hi) | (self.delta == 0), lo - weight + self._start * self.delta, 0.0
+        )
+        self._clipped = clipped if bool(clipped.any()) else None
 
     def refresh(self) -> Tensor:
-        """Recompute h and the soft weight from alpha; returns the soft weight (a buffer, overwritten next time)."""
+        """Recompute h from alpha; returns `Ŵ - W` (a buffer, overwritten next time)."""
         torch.sigmoid(self.alpha, out=self.sigmoid)
         torch.mul(self.sigmoid, ZETA - GAMMA, out=self.h).add_(GAMMA).clamp_(0.0, 1.0)
-        return torch.addcmul(self.lo, self.h, self.delta, out=self.weight)
+        torch.sub(self.h, self._start, out=self.difference).mul_(self.delta)
+        return self.difference if self._clipped is None else self.difference.add_(self._clipped)
 
     def gradient_by_alpha(self, grad_h: Tensor) -> Tensor:
         """Derivative by alpha from the derivative by h, in place: the slope of h, 0 where h is clamped."""

@@ -27,6 +27,11 @@ from distributed_adaround.solve.rows import BatchPlan, BatchUnit, CalibrationRow
 # Steps between two looks at the loss. Reading it waits for the device, so not at every step.
 _LOOK_EVERY = 100
 
+# Adam divides by the gradient's size, so where a layer starts without error it would take full steps along rounding
+# noise, another one for each number of ranks. With the normalization `nearest` gradients that matter are about 1 per
+# weight and can be told from noise; the other two have no known scale and keep torch's eps.
+_ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
+
 Normalization = Literal["sum", "mean", "nearest"]
 
 
@@ -75,13 +80,13 @@ def solve_minibatch(
     weights = channel_weights(nearest, settings.normalization, problem.weight.numel()).to(problem.device, problem.dtype)
     bucket = torch.zeros(soft.alpha.numel() + 3, dtype=problem.dtype, device=problem.device)
     soft.alpha.grad = gradient = bucket[:-3].view_as(soft.alpha)
-    adam = torch.optim.Adam([soft.alpha], lr=settings.lr, fused=True)
+    adam = torch.optim.Adam([soft.alpha], lr=settings.lr, eps=_ADAM_EPS[settings.normalization], fused=True)
+    transform = problem.transform.linear_part() if problem.transform.is_affine else problem.transform
     bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
     schedule = settings.schedule
     for step in range(schedule.num_steps):
         local, batch_rows = plan.batch(step)
-        inputs, targets = rows.gather(local)
-        fill_bucket(bucket, soft, inputs, targets, problem.bias, problem.transform, weights / max(1, batch_rows))
+        fill_bucket(bucket, soft, *rows.gather(local), transform, weights / max(1, batch_rows))
         add_regularizer(bucket, soft, schedule.weight(step), schedule.beta(step), comm.rank, comm.world_size)
         comm.all_reduce(bucket)
         soft.gradient_by_alpha(gradient)
@@ -103,23 +108,23 @@ def fill_bucket(
     bucket: Tensor,
     soft: SoftRounding,
     inputs: Tensor,
+    base: Tensor | None,
     targets: Tensor,
-    bias: Tensor | None,
     transform: OutputTransform,
     channel_weight: Tensor,
 ) -> None:
     """Write this rank's data term into the bucket: gradient by h, loss, non-finite flag.
 
-    inputs `(G, R, J)`, targets `(R, O)`; no rows give zeros. channel_weight `(O,)`: divided by the rows of the global
-    batch already.
+    inputs `(G, R, J)`, base `(R, O)` or None, targets `(R, O)` as CalibrationRows gathers them; no rows give zeros.
+    transform: of base and difference. channel_weight `(O,)`: divided by the rows of the global batch already.
     """
-    weight = soft.refresh()
+    difference = soft.refresh()
     rows = inputs.shape[1]
-    outputs = torch.bmm(inputs, weight.transpose(1, 2)).permute(1, 0, 2).reshape(targets.shape)
-    if bias is not None:
-        outputs += bias
+    outputs = torch.bmm(inputs, difference.transpose(1, 2)).permute(1, 0, 2).reshape(targets.shape)
+    if base is not None:
+        outputs = outputs + base
     loss, gradient = transform.forward_backward(outputs, targets, channel_weight)
-    by_group = gradient.view(rows, *weight.shape[:2]).permute(1, 2, 0)
+    by_group = gradient.view(rows, *difference.shape[:2]).permute(1, 2, 0)
     grad_h = bucket[:-3].view_as(soft.h)
     torch.bmm(by_group, inputs, out=grad_h).mul_(soft.delta)
     bucket[-3] = loss
@@ -144,6 +149,6 @@ def _solution(problem: LayerProblem, soft: SoftRounding, low: Tensor, high: Tens
     choice = int((soft.delta > 0).sum())
     return Solution(
         codes=torch.where(patches.from_patch_layout(soft.rounds_up, problem.geometry), high, low),
-        soft_weight=patches.from_patch_layout(soft.refresh(), problem.geometry),
+        soft_weight=problem.weight + patches.from_patch_layout(soft.refresh(), problem.geometry),
         unsettled=int(soft.unsettled.sum()) / max(1, choice),
     )

@@ -26,8 +26,10 @@ BatchUnit = Literal["rows", "samples"]
 class CalibrationRows:
     """This rank's rows of one layer, ready to be gathered.
 
-    features: `(P, C)` padded inputs, channels last. targets: `(R, O)`, transformed float outputs. Both may lie on the
-    host or in files; batches are brought to the compute device.
+    features: `(P, C)` padded inputs, channels last. base: `(R, O)`, outputs `W x̂ + b` of the float weight, to which a
+    solver adds what the difference `Ŵ - W` makes. targets: `(R, O)`, through what follows the layer. Where that is no
+    activation the base cancels: base is None, and targets hold the target less the base. All may lie on the host or in
+    files; batches are brought to the compute device.
     """
 
     def __init__(self, problem: LayerProblem) -> None:
@@ -41,8 +43,10 @@ class CalibrationRows:
             self.sample_rows.append(counts)
             selected.append(select)
         # The sizes are known before any row is copied: only one microbatch at a time lies outside the budget.
-        self._targets = problem.store.empty((sum(map(len, selected)), geometry.out_channels), problem.dtype)
-        _fill(self._targets, (self._target_rows(problem, *pair) for pair in zip(acts.targets, selected, strict=True)))
+        shape = (sum(map(len, selected)), geometry.out_channels)
+        self._targets = problem.store.empty(shape, problem.dtype)
+        self._base = None if problem.transform.is_affine else problem.store.empty(shape, problem.dtype)
+        self._fill_outputs(problem, selected)
         self._starts: Tensor | None = None
         self._offsets = torch.zeros(1, math.prod(geometry.kernel_size), dtype=torch.int64)
         self._shape_of_row: Tensor | None = None
@@ -59,10 +63,23 @@ class CalibrationRows:
     def num_rows(self) -> int:
         return self._targets.shape[0]
 
-    def _target_rows(self, problem: LayerProblem, y: Tensor, select: Tensor) -> Tensor:
-        """Float outputs of one microbatch through what follows the layer, `(R, O)`."""
-        rows = _take(y.movedim(self._channel_dim, -1), select)
-        return problem.transform(rows.to(problem.device, problem.dtype))
+    def _fill_outputs(self, problem: LayerProblem, selected: Sequence[Tensor]) -> None:
+        """Targets, and the base where it is needed, one microbatch after the other."""
+        weight = problem.geometry.from_matrix(problem.weight)
+        start = 0
+        for x, y, select in zip(problem.activations.inputs, problem.activations.targets, selected, strict=True):
+            outputs = problem.geometry.apply(x.to(problem.device, problem.dtype), weight, problem.bias)
+            base, target = (
+                _take(values.movedim(self._channel_dim, -1), select).to(problem.device, problem.dtype)
+                for values in (outputs, y)
+            )
+            rows = slice(start, start + len(select))
+            if self._base is None:
+                self._targets[rows] = problem.transform.linear_part()(target - base)
+            else:
+                self._base[rows] = base
+                self._targets[rows] = problem.transform(target)
+            start += len(select)
 
     def _locate(self, problem: LayerProblem, selected: Sequence[Tensor]) -> int:
         """Find where the rows of a convolution start; returns the number of positions P."""
@@ -83,15 +100,18 @@ class CalibrationRows:
         self._shape_of_row = torch.cat(shapes) if len(sizes) > 1 else None
         return position
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs `(G, R, J)` and targets `(R, O)` of local rows, int64 `(R,)` on the host."""
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Inputs `(G, R, J)`, base `(R, O)` or None, and targets `(R, O)` of local rows, int64 `(R,)` on the host."""
         positions = rows[:, None]
         if self._starts is not None:
             shape = 0 if self._shape_of_row is None else self._shape_of_row[rows]
             positions = self._starts[rows][:, None] + self._offsets[shape]
         inputs = patches.gather_rows(self._features, positions.to(self._features.device), self._geometry)
-        targets = self._targets.index_select(0, rows.to(self._targets.device))
-        return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+        base = None if self._base is None else self._select(self._base, rows)
+        return inputs.to(self._device, non_blocking=True), base, self._select(self._targets, rows)
+
+    def _select(self, values: Tensor, rows: Tensor) -> Tensor:
+        return values.index_select(0, rows.to(values.device)).to(self._device, non_blocking=True)
 
 
 def _counting_rows(mask: Tensor | None, leading: tuple[int, ...], batch_size: int) -> tuple[list[int], Tensor]:

@@ -41,7 +41,9 @@ def test_soft_weight_starts_at_the_float_weight(dtype: torch.dtype, tolerance: f
     weight = torch.cat([torch.linspace(-1, 0.75, 200), torch.tensor([0.0, 0.25, -1.0, 0.125])])[None].to(dtype)
     lo, hi = (grid.dequantize(codes) for codes in grid.neighbours(weight))
     soft = SoftRounding(weight, lo, hi)
-    torch.testing.assert_close(soft.refresh(), weight, rtol=0, atol=tolerance)
+    # All lie between their neighbours: the difference is exactly 0, and alpha really stands for the float weight.
+    assert torch.equal(soft.refresh(), torch.zeros_like(weight))
+    torch.testing.assert_close(lo + soft.h * (hi - lo), weight, rtol=0, atol=tolerance)
     # Before any step the hard decision is nearest rounding (no ties among these weights but the last).
     hard = torch.where(soft.rounds_up, hi, lo)
     assert torch.equal(hard[:, :-1], grid.dequantize(grid.quantize(weight))[:, :-1])
@@ -53,9 +55,37 @@ def test_clamped_weights_start_finite_at_the_end_of_the_range() -> None:
     lo, hi = (grid.dequantize(codes) for codes in grid.neighbours(weight))
     soft = SoftRounding(weight, lo, hi)
     assert torch.isfinite(soft.alpha).all()
-    assert soft.refresh().tolist() == [[-1.0, -1.0, 0.75, 0.75, 0.75, 0.75]]
+    ends = torch.tensor([[-1.0, -1.0, 0.75, 0.75, 0.75, 0.75]])
+    assert torch.equal(soft.refresh(), ends - weight)
+    assert torch.equal(lo + soft.h * (hi - lo), ends)
     # Nothing to choose, so nothing can be unsettled.
     assert not soft.unsettled.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_difference_is_exact_at_the_start(dtype: torch.dtype) -> None:
+    # Scales that are no powers of two: lo + h (hi - lo) is the weight only up to rounding.
+    grid = Grid(torch.rand(40, 1, dtype=dtype) + 0.1, torch.zeros(40, 1, dtype=dtype), -4, 3)
+    weight = torch.randn(40, 500, dtype=dtype)
+    weight[:, :8] = grid.scale * torch.arange(-4, 4)
+    lo, hi = (grid.dequantize(codes) for codes in grid.neighbours(weight))
+    between = (lo <= weight) & (weight <= hi)
+    assert 1000 < int(between.sum()) < weight.numel() - 1000
+    expected = torch.where(between, 0.0, torch.where(weight < lo, lo, hi) - weight)
+    soft = SoftRounding(weight, lo, hi)
+    assert (lo + soft.delta * rectified_sigmoid(soft.alpha) - weight)[between].any(), "too easy: nothing is rounded"
+    assert torch.equal(soft.refresh(), expected)
+    assert torch.equal(soft.refresh(), expected), "nothing may add up"
+    start = soft.alpha.clone()
+    soft.alpha.normal_(0, 3)
+    moved = soft.refresh().clone()
+    reference = lo + paper_h(soft.alpha) * (hi - lo) - weight
+    # A few roundings of numbers up to the largest weight.
+    exactness = 8 * torch.finfo(dtype).eps * float(weight.abs().max())
+    torch.testing.assert_close(moved, reference, rtol=0, atol=exactness)
+    assert torch.equal(moved[lo == hi], expected[lo == hi]), "there is nothing to choose"
+    soft.alpha.copy_(start)
+    assert torch.equal(soft.refresh(), expected)
 
 
 def test_initial_alpha_of_weights_outside_their_neighbours() -> None:
@@ -162,14 +192,29 @@ class TestOutputTransform:
         assert gradient.shape == (0, 4)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_linear_part_is_the_transform_of_differences(affine: bool) -> None:
+    a, b = torch.randn(2, 3, 4, 7, dtype=torch.float64) * 5
+    scale, shift = (torch.randn(2, 4, dtype=torch.float64)) if affine else (None, None)
+    expected = reference_transform(a, scale, shift, "identity") - reference_transform(b, scale, shift, "identity")
+    for activation in ("identity", "relu", "relu6"):
+        transform = OutputTransform(scale, shift, activation)
+        assert transform.is_affine == (activation == "identity")
+        linear = transform.linear_part()
+        torch.testing.assert_close(linear(a - b, channel_dim=1), expected, rtol=1e-12, atol=1e-12)
+        assert not linear(torch.zeros_like(a), channel_dim=1).any()
+    assert scale is None or shift.all(), "the transform itself is left alone"
+
+
 def test_gradient_by_alpha_against_autograd() -> None:
     lo, hi = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64) + 4
-    soft = SoftRounding((lo + hi) / 2, lo, hi)
+    weight = lo + torch.rand(3, 5, dtype=torch.float64) * (hi - lo)
+    soft = SoftRounding(weight, lo, hi)
     alpha = (torch.randn(3, 5, dtype=torch.float64) * 2.5).requires_grad_()
     soft.alpha.copy_(alpha.detach())
     probe = torch.randn(3, 5, dtype=torch.float64)
     h = paper_h(alpha)
     assert ((h == 0) | (h == 1)).any()
     (gradient,) = torch.autograd.grad((h * probe).sum(), alpha)
-    torch.testing.assert_close(soft.refresh(), (lo + h * (hi - lo)).detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(soft.refresh(), (lo + h * (hi - lo) - weight).detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(soft.gradient_by_alpha(probe.clone()), gradient, rtol=1e-12, atol=1e-15)

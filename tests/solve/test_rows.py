@@ -30,27 +30,34 @@ def apply_to_rows(layer: nn.Module, geometry: LayerGeometry, rows: Tensor) -> Te
     return product if layer.bias is None else product + layer.bias.detach()
 
 
+@pytest.mark.parametrize("activation", ["relu6", "identity"])
 @pytest.mark.parametrize("host_budget", [10**9, 0])
-def test_rows_and_targets_of_every_layer(case: Any, host_budget: int, make_problem: Any) -> None:
+def test_rows_and_targets_of_every_layer(case: Any, host_budget: int, activation: Any, make_problem: Any) -> None:
     layer, inputs = case
     floats = [x + torch.randn_like(x) for x in inputs]
     scale, shift = torch.randn(2, layer(inputs[0]).shape[1], dtype=torch.float64)
-    transform = OutputTransform(scale, shift, "relu6")
+    transform = OutputTransform(scale, shift, activation)
     problem = make_problem(layer, inputs, float_inputs=floats, transform=transform, host_budget=host_budget)
     rows = CalibrationRows(problem)
     with torch.no_grad():
         outputs = torch.cat([flat_rows(layer(x)) for x in inputs])
-        expected = F.relu6(torch.cat([flat_rows(layer(x)) for x in floats]) * scale + shift)
+        expected = torch.cat([flat_rows(layer(x)) for x in floats]) * scale + shift
+    expected = F.relu6(expected) if activation == "relu6" else expected - (outputs * scale + shift)
     assert rows.num_rows == outputs.shape[0]
     drawn = torch.randint(rows.num_rows, (40,))
-    gathered, targets = rows.gather(drawn)
+    gathered, base, targets = rows.gather(drawn)
     torch.testing.assert_close(apply_to_rows(layer, problem.geometry, gathered), outputs[drawn], rtol=1e-11, atol=1e-11)
+    if activation == "identity":
+        assert base is None
+    else:
+        torch.testing.assert_close(base, outputs[drawn], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(targets, expected[drawn], rtol=1e-12, atol=1e-12)
     per_sample = [[rows_of(layer, x)] * x.shape[0] for x in inputs]
     assert rows.sample_rows == per_sample
-    # Both big tensors are counted: on the host, or on disk when nothing fits there.
+    # All big tensors are counted: on the host, or on disk when nothing fits there.
     tier = "host" if host_budget else "disk"
-    assert problem.store._used[tier] >= rows.num_rows * (problem.geometry.out_channels + 1) * 8
+    outputs_kept = 1 if base is None else 2
+    assert problem.store._used[tier] >= rows.num_rows * (outputs_kept * problem.geometry.out_channels + 1) * 8
 
 
 def rows_of(layer: nn.Module, x: Tensor) -> int:
@@ -63,33 +70,47 @@ def test_rows_equal_unfold(make_problem: Any) -> None:
     rows = CalibrationRows(make_problem(layer, inputs))
     columns = [F.unfold(x, (2, 3), (2, 1), (1, 0), (1, 2)).transpose(1, 2).reshape(-1, 4, 6) for x in inputs]
     expected = torch.cat(columns).transpose(1, 2).reshape(1, -1, 24)  # (row, kernel, channel)
-    gathered, _ = rows.gather(torch.arange(rows.num_rows))
+    gathered, _, _ = rows.gather(torch.arange(rows.num_rows))
     assert torch.equal(gathered, expected)
 
 
+@pytest.mark.parametrize("activation", ["relu", "identity"])
 @pytest.mark.parametrize("kind", ["linear", "linear-flat", "conv1d"])
-def test_masked_rows_are_not_there(kind: str, make_problem: Any) -> None:
+def test_masked_rows_are_not_there(kind: str, activation: Any, make_problem: Any) -> None:
     masks = [torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]), torch.tensor([[0, 0, 0], [1, 0, 1]]), None]
     shapes = [(2, 4), (2, 3), (1, 2)]
     if kind == "conv1d":
         layer: nn.Module = nn.Conv1d(5, 3, 3, padding=1).double()
         inputs = [torch.randn(n, 5, t).double() for n, t in shapes]
-        outputs = [layer(x).detach().movedim(1, -1) for x in inputs]
     else:
         layer = nn.Linear(5, 3).double()
         inputs = [torch.randn(n, t, 5).double() for n, t in shapes]
         inputs = [x.reshape(-1, 5) if kind == "linear-flat" else x for x in inputs]
-        outputs = [layer(x).detach() for x in inputs]
-    problem = make_problem(layer, inputs, masks=masks, batch_sizes=[2, 2, 1])
+    floats = [x + torch.randn_like(x) for x in inputs]
+    transform = OutputTransform(activation=activation)
+    problem = make_problem(
+        layer, inputs, float_inputs=floats, masks=masks, batch_sizes=[2, 2, 1], transform=transform
+    )
     rows = CalibrationRows(problem)
     assert rows.sample_rows == [[2, 3], [0, 2], [2]]
     keep = torch.cat(
         [(torch.ones(n, t) if m is None else m).flatten() for (n, t), m in zip(shapes, masks, strict=True)]
     )
-    expected = torch.cat([y.reshape(-1, 3) for y in outputs])[keep.bool()]
-    gathered, targets = rows.gather(torch.arange(rows.num_rows))
-    torch.testing.assert_close(apply_to_rows(layer, problem.geometry, gathered), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(targets, expected, rtol=1e-12, atol=1e-12)
+
+    def kept_rows(x: list[Tensor]) -> Tensor:
+        outputs = [layer(part).detach() for part in x]
+        outputs = [y.movedim(1, -1) if kind == "conv1d" else y for y in outputs]
+        return torch.cat([y.reshape(-1, 3) for y in outputs])[keep.bool()]
+
+    quantized, exact = kept_rows(inputs), kept_rows(floats)
+    gathered, base, targets = rows.gather(torch.arange(rows.num_rows))
+    torch.testing.assert_close(apply_to_rows(layer, problem.geometry, gathered), quantized, rtol=1e-12, atol=1e-12)
+    if activation == "identity":
+        assert base is None
+        torch.testing.assert_close(targets, exact - quantized, rtol=1e-12, atol=1e-12)
+    else:
+        torch.testing.assert_close(base, quantized, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(targets, F.relu(exact), rtol=1e-12, atol=1e-12)
 
 
 def test_pooled_rows_ignore_the_mask(make_problem: Any) -> None:
@@ -99,33 +120,50 @@ def test_pooled_rows_ignore_the_mask(make_problem: Any) -> None:
     assert rows.num_rows == 2
 
 
-def test_rows_do_not_share_memory_with_activations(make_problem: Any) -> None:
-    problem = make_problem(nn.Linear(5, 3), [torch.randn(2, 5)])
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_rows_do_not_share_memory_with_activations(activation: Any, make_problem: Any) -> None:
+    transform = OutputTransform(activation=activation)
+    problem = make_problem(nn.Linear(5, 3), [torch.randn(2, 5)], transform=transform)
     rows = CalibrationRows(problem)
-    before = [t.clone() for t in rows.gather(torch.arange(2))]
+    inputs, base, targets = (None if t is None else t.clone() for t in rows.gather(torch.arange(2)))
     problem.activations.inputs[0].fill_(9)
     problem.activations.targets[0].fill_(9)
-    assert all(torch.equal(a, b) for a, b in zip(rows.gather(torch.arange(2)), before, strict=True))
+    again = rows.gather(torch.arange(2))
+    assert torch.equal(again[0], inputs)
+    assert torch.equal(again[2], targets)
+    assert again[1] is None if activation == "identity" else torch.equal(again[1], base)
 
 
-def test_other_dtypes_become_the_compute_dtype(make_problem: Any) -> None:
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_other_dtypes_become_the_compute_dtype(activation: Any, make_problem: Any) -> None:
     x = torch.randn(3, 5).bfloat16()
-    problem = make_problem(nn.Linear(5, 2), [x])
-    inputs, targets = CalibrationRows(problem).gather(torch.arange(3))
+    problem = make_problem(nn.Linear(5, 2), [x], transform=OutputTransform(activation=activation))
+    # The float layer's outputs have the model's dtype.
+    problem.activations.targets = [y.bfloat16() for y in problem.activations.targets]
+    inputs, base, targets = CalibrationRows(problem).gather(torch.arange(3))
     assert inputs.dtype == targets.dtype == torch.float32
     assert torch.equal(inputs[0], x.float())
+    expected = F.linear(x.float(), problem.weight, problem.bias)
+    if activation == "identity":
+        assert base is None
+        assert torch.equal(targets, problem.activations.targets[0].float() - expected)
+    else:
+        assert torch.equal(base, expected)
+        assert torch.equal(targets, F.relu(problem.activations.targets[0].float()))
 
 
-def test_a_rank_without_microbatches(case: Any, make_problem: Any, share: Any) -> None:
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_a_rank_without_microbatches(case: Any, activation: Any, make_problem: Any, share: Any) -> None:
     layer, inputs = case
-    problem = share(make_problem(layer, inputs), 3, 4)
+    problem = share(make_problem(layer, inputs, transform=OutputTransform(activation=activation)), 3, 4)
     assert problem.activations.indices == []
     rows = CalibrationRows(problem)
-    gathered, targets = rows.gather(torch.empty(0, dtype=torch.int64))
+    gathered, base, targets = rows.gather(torch.empty(0, dtype=torch.int64))
     geometry = problem.geometry
     assert rows.sample_rows == []
     assert gathered.shape == (geometry.groups, 0, geometry.inputs_per_output)
     assert targets.shape == (0, geometry.out_channels)
+    assert base is None if activation == "identity" else base.shape == (0, geometry.out_channels)
 
 
 # ---- batches
