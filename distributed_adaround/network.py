@@ -287,8 +287,8 @@ class NetworkRounder:
     def _output_error(self, walker: Walker, total: int) -> float:
         sums = torch.zeros(total, 2, dtype=torch.float64)
         for index, before, after in walker.finish():
-            difference = (after - before).double().square().sum()
-            sums[index] += torch.stack([difference, before.double().square().sum()]).cpu()
+            squares = [values.square().sum(dtype=torch.float64) for values in (after - before, before)]
+            sums[index] += torch.stack(squares).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")
 

@@ -137,47 +137,58 @@ class GraphWalker:
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         output = self._graph.nodes[-1]
-        self._advance_to(output)
-        self._float_weights.clear()
+        rest = self._nodes_before(output)
+        # One microbatch after the other to its end: outputs (logits, say) can be larger than all that came before.
         for batch in self._microbatches:
+            self._run_batch(batch, rest, (FLOAT, QUANTIZED))
             streams = (self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream)
                        for stream in (FLOAT, QUANTIZED))  # fmt: skip
             for before, after in zip(*map(pytree.tree_leaves, streams), strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
                     yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
+            for values in batch.values.values():
+                values.clear()
         self._microbatches = []
-        self._constants.clear()
+        for held in (self._constants, self._weights, self._float_weights):
+            held.clear()
 
     def _advance_to(self, node: Node) -> None:
         """Run everything between the cursor and `node` in both streams."""
-        stop = self._order[node]
-        nodes = [n for n in self._graph.nodes[self._cursor : stop] if n.op == "call_function"]
+        nodes = self._nodes_before(node)
         if nodes:
             self._run(nodes, (FLOAT, QUANTIZED))
-        self._cursor = stop
+        self._cursor = self._order[node]
+
+    def _nodes_before(self, node: Node) -> list[Node]:
+        """Operations between the cursor and `node`."""
+        return [n for n in self._graph.nodes[self._cursor : self._order[node]] if n.op == "call_function"]
 
     def _run(self, nodes: Sequence[Node], streams: Sequence[str]) -> None:
-        """Run nodes for every microbatch, keep what a later segment reads, drop what nothing reads any more."""
+        """Run nodes for every microbatch; the weights they read are fetched once for all."""
         for batch in self._microbatches:
-            loaded: dict[str, Values] = {FLOAT: {}, QUANTIZED: {}, COMMON: {}}
-            for node in nodes:
-                if node in self._graph.constant:
-                    self._constant(node)
-                elif node in self._graph.common:
-                    self._run_node(batch, node, COMMON, loaded)
-                else:
-                    for stream in streams:
-                        self._run_node(batch, node, stream, loaded)
-                self._drop(batch, loaded, node, streams)
-            for values in batch.values.values():
-                for node in nodes:
-                    if node in values:
-                        values[node] = self._keep(values[node])
+            self._run_batch(batch, nodes, streams)
         self._weights.clear()
         if QUANTIZED in streams:
             for node in nodes:
                 for source in self._last_reads.get(node, ()):
                     self._constants.pop(source, None)
+
+    def _run_batch(self, batch: _Microbatch, nodes: Sequence[Node], streams: Sequence[str]) -> None:
+        """Run nodes for one microbatch, keep what a later segment reads, drop what nothing reads any more."""
+        loaded: dict[str, Values] = {FLOAT: {}, QUANTIZED: {}, COMMON: {}}
+        for node in nodes:
+            if node in self._graph.constant:
+                self._constant(node)
+            elif node in self._graph.common:
+                self._run_node(batch, node, COMMON, loaded)
+            else:
+                for stream in streams:
+                    self._run_node(batch, node, stream, loaded)
+            self._drop(batch, loaded, node, streams)
+        for values in batch.values.values():
+            for node in nodes:
+                if node in values:
+                    values[node] = self._keep(values[node])
 
     def _run_node(self, batch: _Microbatch, node: Node, stream: str, loaded: dict[str, Values]) -> None:
         """One node for one microbatch in one stream. loaded: values brought back to the device in this segment."""

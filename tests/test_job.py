@@ -252,8 +252,8 @@ def test_ranks_that_build_different_weights_are_found(pool: RankPool, tmp_path: 
     vectors(tmp_path / "data.npz")
     path = write_job(tmp_path, "unseeded")
     message = (
-        "the model on ranks [1] has other weights than on rank 0; load the same weights on all ranks, with model.weights "
-        "in a job file, or seed the factory"
+        "the model on ranks [1] has other weights than on rank 0; load the same weights on all ranks, with "
+        "model.weights in a job file, or seed the factory"
     )
     assert pool.run(run_on_rank, 2, str(path)) == [("InputError", message, 0)] * 2
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.errors import InputError
+from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.patches import from_patch_layout, to_patch_layout
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding
+from distributed_adaround.solve import round_layer
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.minibatch import (
     MinibatchSettings,
@@ -223,6 +226,73 @@ def test_the_whole_solver_is_plain_adam_on_the_loss(
     assert (solutions[0].codes != problem.grid.quantize(problem.weight)).any(), "the problem is too easy to test much"
     assert [step for step, _ in seen] == [num_steps] * world_size
     assert seen[0][1] == pytest.approx(loss.item(), rel=1e-6)
+
+
+EQUAL_INPUTS = {
+    "linear": (nn.Linear(96, 80), (50, 96)),
+    "conv": (nn.Conv2d(24, 40, 3, padding=1), (24, 9, 11)),
+    "conv-strided": (nn.Conv2d(24, 40, (3, 5), stride=2, padding=(1, 2)), (24, 14, 14)),
+    "conv-grouped": (nn.Conv2d(24, 48, 3, padding=1, groups=4, bias=False), (24, 9, 9)),
+    "depthwise": (nn.Conv2d(24, 24, 3, padding=1, groups=24), (24, 10, 10)),
+    "conv1d-dilated": (nn.Conv1d(24, 16, 3, padding=2, dilation=2), (24, 30)),
+    "transposed": (nn.ConvTranspose2d(24, 20, 4, stride=2, padding=1, groups=2), (24, 6, 6)),
+}
+
+
+def first_layer(kind: str, make_problem: Any, *, clips: bool) -> Any:
+    """In float32, float and quantized inputs the same tensors: unless the grid clips, learning starts without error."""
+    layer, size = EQUAL_INPUTS[kind]
+    inputs = [F.avg_pool1d(torch.randn(n, *size).flatten(1), 3, 1, 1).view(n, *size) for n in (2, 1, 3, 2)]
+    problem = make_problem(layer, inputs)
+    ends = problem.weight.abs().amax(dim=1, keepdim=True)
+    assert (problem.grid.scale * 3 < ends).any(), "the grid that is chosen does clip"
+    return problem if clips else replace(problem, grid=Grid(ends / 2.9, torch.zeros_like(ends), -4, 3))
+
+
+@pytest.mark.parametrize("transform", ["nothing", "batch norm", "batch norm and relu"])
+@pytest.mark.parametrize("kind", EQUAL_INPUTS)
+def test_the_first_gradient_of_equal_inputs_is_exactly_zero(kind: str, transform: str, make_problem: Any) -> None:
+    problem = first_layer(kind, make_problem, clips=False)
+    channels = problem.geometry.out_channels
+    if transform != "nothing":
+        activation: Any = "relu" if "relu" in transform else "identity"
+        # A positive shift, for no channel to be silent.
+        problem = replace(problem, transform=OutputTransform(torch.randn(channels), torch.rand(channels), activation))
+    rows = CalibrationRows(problem)
+    soft = soft_rounding(problem)
+    bucket = torch.full((soft.alpha.numel() + 3,), 123.0)
+    everything = rows.gather(torch.arange(rows.num_rows))
+    fill_bucket(bucket, soft, *everything, as_solved(problem), torch.rand(channels) + 0.5)
+    assert not bucket.any(), f"{int(bucket.count_nonzero())} values, up to {float(bucket.abs().max())}"
+    # It is the start that makes no error, not the data.
+    soft.alpha.add_(0.1)
+    fill_bucket(bucket, soft, *everything, as_solved(problem), torch.rand(channels) + 0.5)
+    assert bucket[:-3].count_nonzero() > 0.8 * (bucket.numel() - 3)
+
+
+@pytest.mark.parametrize(("normalization", "reg_param"), [("sum", 0.05), ("mean", 0.05), ("nearest", 3.0)])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv-grouped", "depthwise"])
+def test_equal_inputs_on_any_number_of_ranks(
+    kind: str, clips: bool, normalization: Any, reg_param: float, make_problem: Any, share: Any, run_ranks: Any
+) -> None:
+    problem = first_layer(kind, make_problem, clips=clips)
+    # Few rows a batch: products of other sizes on each number of ranks, so another rounding noise.
+    config = settings(60, batch_size=16, lr=0.05, normalization=normalization, reg_param=reg_param)
+    solver = partial(solve_minibatch, settings=config)
+    alone = round_layer(problem, solver, SoloComm(), NO_PROGRESS)
+    assert alone.flipped > 0, "as nearest rounding: nothing was learned"
+    assert not alone.kept_nearest
+    for world_size in (2, 3, 5):  # 4 microbatches: one of five ranks is empty
+        results = run_ranks(
+            world_size,
+            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver, comm, NO_PROGRESS),
+        )
+        for result in results:
+            assert torch.equal(result.codes, results[0].codes)
+            assert result.nearest_error == alone.nearest_error
+            assert result.soft_error == pytest.approx(alone.soft_error, rel=1e-4)
+            assert result.hard_error == pytest.approx(alone.hard_error, rel=1e-4)
 
 
 def correlated_problem(make_problem: Any, dtype: torch.dtype, size: float = 1.0) -> Any:

@@ -88,9 +88,7 @@ def test_masked_rows_are_not_there(kind: str, activation: Any, make_problem: Any
         inputs = [x.reshape(-1, 5) if kind == "linear-flat" else x for x in inputs]
     floats = [x + torch.randn_like(x) for x in inputs]
     transform = OutputTransform(activation=activation)
-    problem = make_problem(
-        layer, inputs, float_inputs=floats, masks=masks, batch_sizes=[2, 2, 1], transform=transform
-    )
+    problem = make_problem(layer, inputs, float_inputs=floats, masks=masks, batch_sizes=[2, 2, 1], transform=transform)
     rows = CalibrationRows(problem)
     assert rows.sample_rows == [[2, 3], [0, 2], [2]]
     keep = torch.cat(
