@@ -115,7 +115,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _schema(options: argparse.Namespace) -> None:
-    print(markdown() if options.markdown else json.dumps(json_schema(), indent=2))
+    print(markdown().rstrip() if options.markdown else json.dumps(json_schema(), indent=2))
 
 
 def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
