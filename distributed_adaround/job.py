@@ -105,6 +105,9 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
     """
     context = RankContext.from_environment(spec.runtime.device, spec.runtime.backend)
     with ExitStack() as stack:
+        # Gradients of settled soft values decay into denormal numbers, on which CPUs are slow.
+        if torch.set_flush_denormal(True):
+            stack.callback(torch.set_flush_denormal, False)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
         manifest = _deal_data(spec.data, comm)
         with phase(comm, "load the model"):
