@@ -170,8 +170,8 @@ class DataSpec(Section):
     prefetch: int = Field(2, ge=0, le=1024, description="Microbatches that are read ahead; 0: none.")
 
 
-# For nearest measured on ResNet-20 and MiniLM at 3 bits: from 3 to 30 nearly all soft values settle and the output
-# error hardly changes; at 1 a tenth and more stay open. The others are the paper's and the ancestor's.
+# For nearest measured on ResNet-20 and MiniLM at 3 bits: from 10 to 30 nearly all soft values settle and the output
+# error hardly changes; at 3 some stay open, at 1 many. The others are the paper's and the ancestor's.
 _REG_PARAMS = {"sum": 0.01, "mean": 0.001, "nearest": 10.0}
 
 
