@@ -81,7 +81,7 @@ def regularizer(h: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 class OutputTransform:
     """What follows the layer inside the loss: an inference batch norm, then an activation.
 
-    scale, shift: `(O,)` or None, `f(y) = activation(y * scale + shift)`.
+    scale, shift: `(O,)` or None, `f(y) = activation(y * scale + shift)`; a shift needs a scale.
     """
 
     scale: Tensor | None = None
@@ -99,14 +99,15 @@ class OutputTransform:
 
     def linear_part(self) -> OutputTransform:
         """The same transform of differences of outputs: without shift and activation."""
-        return OutputTransform(self.scale, None if self.scale is None else torch.zeros_like(self.scale))
+        return OutputTransform(self.scale)
 
     def _affine(self, y: Tensor, channel_dim: int) -> Tensor:
-        if self.scale is None or self.shift is None:
+        if self.scale is None:
             return y
         shape = [1] * y.dim()
         shape[channel_dim] = -1
-        return y * self.scale.view(shape) + self.shift.view(shape)
+        scaled = y * self.scale.view(shape)
+        return scaled if self.shift is None else scaled.add_(self.shift.view(shape))
 
     def _activate(self, z: Tensor) -> Tensor:
         if self.activation == "relu":

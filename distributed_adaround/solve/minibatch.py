@@ -81,12 +81,11 @@ def solve_minibatch(
     bucket = torch.zeros(soft.alpha.numel() + 3, dtype=problem.dtype, device=problem.device)
     soft.alpha.grad = gradient = bucket[:-3].view_as(soft.alpha)
     adam = torch.optim.Adam([soft.alpha], lr=settings.lr, eps=_ADAM_EPS[settings.normalization], fused=True)
-    transform = problem.transform.linear_part() if problem.transform.is_affine else problem.transform
     bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
     schedule = settings.schedule
     for step in range(schedule.num_steps):
         local, batch_rows = plan.batch(step)
-        fill_bucket(bucket, soft, *rows.gather(local), transform, weights / max(1, batch_rows))
+        fill_bucket(bucket, soft, *rows.gather(local), rows.transform, weights / max(1, batch_rows))
         add_regularizer(bucket, soft, schedule.weight(step), schedule.beta(step), comm.rank, comm.world_size)
         comm.all_reduce(bucket)
         soft.gradient_by_alpha(gradient)

@@ -45,7 +45,10 @@ class CalibrationRows:
         # The sizes are known before any row is copied: only one microbatch at a time lies outside the budget.
         shape = (sum(map(len, selected)), geometry.out_channels)
         self._targets = problem.store.empty(shape, problem.dtype)
-        self._base = None if problem.transform.is_affine else problem.store.empty(shape, problem.dtype)
+        affine = problem.transform.is_affine
+        self._base = None if affine else problem.store.empty(shape, problem.dtype)
+        # What a solver applies to the base and what the difference adds to it.
+        self.transform = problem.transform.linear_part() if affine else problem.transform
         self._fill_outputs(problem, selected)
         self._starts: Tensor | None = None
         self._offsets = torch.zeros(1, math.prod(geometry.kernel_size), dtype=torch.int64)
@@ -75,10 +78,10 @@ class CalibrationRows:
             )
             rows = slice(start, start + len(select))
             if self._base is None:
-                self._targets[rows] = problem.transform.linear_part()(target - base)
+                self._targets[rows] = self.transform(target - base)
             else:
                 self._base[rows] = base
-                self._targets[rows] = problem.transform(target)
+                self._targets[rows] = self.transform(target)
             start += len(select)
 
     def _locate(self, problem: LayerProblem, selected: Sequence[Tensor]) -> int:

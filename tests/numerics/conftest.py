@@ -18,6 +18,7 @@ class AsymmetricConv1d(nn.Conv1d):
 
 
 # (module, spatial size of its input, padding as (before, after) where torch's module has another word for it)
+torch.manual_seed(0)  # layers made while modules load come before the fixture that seeds each test
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], tuple[tuple[int, int], ...] | None]] = {
     "linear": (nn.Linear(6, 4), (), None),
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), (11,), None),

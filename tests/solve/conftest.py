@@ -19,6 +19,7 @@ from distributed_adaround.numerics.rounding import OutputTransform
 from distributed_adaround.solve.problem import LayerProblem
 
 # Layers, and the spatial sizes of three microbatches of 2, 1 and 3 samples: all different, or all the same.
+torch.manual_seed(0)  # layers made while modules load come before the fixture that seeds each test
 LAYERS: dict[str, tuple[nn.Module, list[tuple[int, ...]]]] = {
     "linear": (nn.Linear(4, 6), [(), (), ()]),
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, dilation=2, padding=1), [(9,), (7,), (8,)]),
