@@ -16,16 +16,9 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from distributed_adaround.errors import SpecError
 from distributed_adaround.spec_errors import ABSENT, ContradictionError, Section, one_rule, shown
+from distributed_adaround.spec_format import LayerFormat, dtype_range, stale_fields
 from distributed_adaround.spec_load import read_job
-from distributed_adaround.spec_quantize import (
-    LayerFormat,
-    Override,
-    PositiveInt,
-    QuantizeSpec,
-    Text,
-    TextOrTexts,
-    dtype_range,
-)
+from distributed_adaround.spec_quantize import Override, PositiveInt, QuantizeSpec, Text, TextOrTexts
 
 __all__ = [
     "PRESETS",
@@ -242,7 +235,7 @@ class OutputSpec(Section):
     formats: list[Literal["safetensors", "dequantized"]] = Field(
         ["safetensors", "dequantized"],
         min_length=1,
-        description="safetensors: integer codes, scales and zero points; dequantized: float weights on the grid "
+        description="safetensors: codes, scales and zero points; dequantized: float weights on the grid "
         "under the model's own parameter names.",
     )
     overwrite: bool = Field(False, description="Replace finished results that are already in the folder.")
@@ -358,7 +351,7 @@ def _filled(given: Any, defaults: Mapping[str, Any]) -> Any:
     if not isinstance(given, dict):
         return given
     # The preset's range belongs to the preset's dtype.
-    stale = ("quant_min", "quant_max") if given.get("dtype") is not None else ()
+    stale = stale_fields(given.get("dtype"))
     return {name: value for name, value in defaults.items() if name not in stale} | given
 
 

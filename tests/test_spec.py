@@ -57,11 +57,10 @@ def test_specs_are_frozen_and_can_be_sent_to_other_processes() -> None:
 
 def test_defaults() -> None:
     spec = JobSpec(**JOB)
-    assert (spec.quantize.dtype, spec.quantize.qscheme, spec.quantize.observer) == (
-        "int4",
-        "per_channel_symmetric",
-        "mse",
-    )
+    assert (spec.quantize.dtype, spec.quantize.qscheme, spec.quantize.observer) == ("int4", None, "mse")
+    layer = spec.quantize.for_layer("a", "Linear")
+    assert layer is not None
+    assert (layer.strategy, layer.symmetric, layer.group_size) == ("channel", True, None)
     assert (spec.rounding.max_iter, spec.rounding.batch_size, spec.rounding.batch_unit) == (2000, 256, "rows")
     assert (spec.rounding.beta, spec.rounding.reg_param, spec.rounding.normalization) == ((20.0, 2.0), None, "nearest")
     assert (spec.data.microbatch_size, spec.data.virtual_shards, spec.data.num_samples) == (32, 64, None)
@@ -133,7 +132,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
     content = {
         "quantize": {
             "dtype": "int4",
-            "qscheme": "per_channel_symmetric",
+            "qscheme": None,
             "group_size": None,
             "quant_min": None,
             "quant_max": None,

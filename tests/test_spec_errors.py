@@ -61,6 +61,28 @@ BAD_VALUES = [
     ("quantize.quant_max", -8, "quantize.quant_max", ["-8", "quant_min -8 must be below", "widen"]),
     ("quantize.quant_min", 0, "quantize.quant_min", ["0", "zero point 0", "strictly between", "per_channel_affine"]),
     ("quantize.quant_max", 0, "quantize.quant_max", ["0", "zero point 0", "strictly between", "per_channel_affine"]),
+    ("quantize", {"dtype": "fp8", "quant_min": -3}, "quantize.quant_min", ["-3 does not apply to fp8", "remove it"]),
+    ("quantize", {"dtype": "mxfp4", "quant_max": 3}, "quantize.quant_max", ["3 does not apply to mxfp4"]),
+    ("quantize", {"dtype": "fp4", "qscheme": "per_tensor_affine"}, "quantize.qscheme", ["fp4", "per_tensor_symmetric"]),
+    (
+        "quantize",
+        {"dtype": "mxfp8", "qscheme": "per_channel_symmetric"},
+        "quantize.qscheme",
+        ["mxfp8", "per_group", "remove"],
+    ),
+    (
+        "quantize",
+        {"dtype": "mxfp4", "group_size": 16},
+        "quantize.group_size",
+        ["16 contradicts dtype mxfp4", "32", "remove"],
+    ),
+    (
+        "quantize",
+        {"dtype": "nvfp4", "group_size": 32},
+        "quantize.group_size",
+        ["32 contradicts dtype nvfp4", "16", "remove"],
+    ),
+    ("quantize.dtype", "mxfp5", "quantize.dtype", ["'mxfp5'", "did you mean 'mxfp"]),
     ("quantize.percentile", 50, "quantize.percentile", ["50", "greater than 50", "99.9"]),
     ("quantize.percentile", 99.0, "quantize.percentile", ["99.0", "only with observer: percentile", "not mse"]),
     ("quantize.ignore", ["a", "re:("], "quantize.ignore.1", ["'re:('", "not a regular expression", "correct it"]),
@@ -126,6 +148,9 @@ BAD_OVERRIDES = [
     ({"dtype": "int8", "quant_min": -100}, {"dtype": "uint8", "quant_min": -100}, "quant_min", ["uint8, 0 to 255"]),
     ({"quant_min": -7}, {"qscheme": "per_tensor_affine"}, "qscheme", ["per_tensor_affine", "symmetric around zero"]),
     ({"quant_min": -2}, {"quant_max": -3}, "quant_min", ["-2", "below quant_max -3"]),
+    ({"dtype": "mxfp4"}, {"group_size": 16}, "group_size", ["16 contradicts dtype mxfp4"]),
+    ({"dtype": "mxfp4"}, {"dtype": "int4", "group_size": 64}, "group_size", ["64", "per_channel_symmetric"]),
+    ({"qscheme": "per_tensor_affine"}, {"dtype": "fp8"}, "qscheme", ["per_tensor_affine", "fp8", "symmetric"]),
     ({}, {"percentile": 99.0}, "percentile", ["99.0", "observer: percentile, not mse"]),
 ]
 

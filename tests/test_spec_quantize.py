@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec import LayerFormat, QuantizeSpec
+from distributed_adaround.numerics.floats import float_values
+from distributed_adaround.spec import LayerFormat, MethodSpec, QuantizeSpec
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,59 @@ def test_an_override_of_dtype_or_qscheme_drops_what_belonged_to_the_old_one() ->
     assert (layer_format(spec, "c").strategy, layer_format(spec, "c").group_size) == ("tensor", None)
     assert (layer_format(spec, "d").group_size, layer_format(spec, "d").quant_min) == (16, -7)
     assert (layer_format(spec, "e").quant_min, layer_format(spec, "e").quant_max) == (-7, 6)
+
+
+FLOATS = {
+    "float8_e4m3fn": ("float8_e4m3fn", 8, 252, "channel", None, "e4m3", "float32"),
+    "fp8": ("float8_e4m3fn", 8, 252, "channel", None, "e4m3", "float32"),
+    "float4_e2m1fn": ("float4_e2m1fn", 4, 14, "channel", None, "e2m1", "float32"),
+    "fp4": ("float4_e2m1fn", 4, 14, "channel", None, "e2m1", "float32"),
+    "mxfp8": ("mxfp8", 8, 252, "group", 32, "e4m3", "e8m0"),
+    "mxfp4": ("mxfp4", 4, 14, "group", 32, "e2m1", "e8m0"),
+    "nvfp4": ("nvfp4", 4, 14, "group", 16, "e2m1", "e4m3"),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_float_formats_and_what_they_imply(dtype: Any) -> None:
+    name, bits, last, strategy, size, element, scales = FLOATS[dtype]
+    expected = LayerFormat(name, bits, True, 0, last, True, strategy, size, "mse", 99.9, element, scales)  # type: ignore[arg-type]
+    assert layer_format(QuantizeSpec(dtype=dtype), "a") == expected
+    assert last + 1 == len(float_values(element))  # type: ignore[arg-type]
+    if size is not None:
+        given = QuantizeSpec(dtype=dtype, qscheme="per_group_symmetric", group_size=size)
+        assert layer_format(given, "a") == expected
+        with pytest.raises(SpecError, match=f"quantize.dtype: '{name}', blocks of {size} must divide the 24 .*another"):
+            expected.check("a", 24)
+    else:
+        grouped = layer_format(QuantizeSpec(dtype=dtype, qscheme="per_group_symmetric", group_size=8), "a")
+        assert (grouped.strategy, grouped.group_size) == ("group", 8)
+
+
+def test_overrides_between_integers_and_block_formats() -> None:
+    overrides: list[Any] = [
+        {"match": "a", "dtype": "mxfp4"},
+        {"match": "b", "dtype": "fp8"},
+        {"match": "c", "dtype": "nvfp4", "group_size": 16},
+    ]
+    spec = QuantizeSpec(qscheme="per_group_affine", group_size=128, quant_min=-6, overrides=[overrides[0]])
+    assert layer_format(spec, "a") == layer_format(QuantizeSpec(dtype="mxfp4"), "a")
+    spec = QuantizeSpec(qscheme="per_group_symmetric", group_size=128, overrides=overrides)
+    assert layer_format(spec, "a") == layer_format(QuantizeSpec(dtype="mxfp4"), "a")
+    assert (layer_format(spec, "b").dtype, layer_format(spec, "b").group_size) == ("float8_e4m3fn", 128)
+    assert layer_format(spec, "c") == layer_format(QuantizeSpec(dtype="nvfp4"), "c")
+    spec = QuantizeSpec(
+        dtype="mxfp4", overrides=[{"match": "a", "dtype": "int8"}, {"match": "b", "observer": "minmax"}]
+    )
+    assert layer_format(spec, "a") == layer_format(QuantizeSpec(dtype="int8"), "a")
+    assert (layer_format(spec, "b").dtype, layer_format(spec, "b").observer) == ("mxfp4", "minmax")
+
+
+def test_a_block_format_beside_a_preset_and_after_a_dump() -> None:
+    spec = MethodSpec(preset="seed", quantize={"dtype": "mxfp4"})
+    found = layer_format(spec.quantize, "a")
+    assert (found.group_size, found.scale_format, found.observer) == (32, "e8m0", "minmax")
+    assert QuantizeSpec(**spec.quantize.model_dump()) == spec.quantize
 
 
 def test_overrides_that_contradict_each_other_only_together_are_refused_for_the_layer() -> None:
