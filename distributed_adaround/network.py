@@ -29,6 +29,7 @@ from distributed_adaround.model.graph import capture, export_model, straight_lin
 from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.replay import ReplayWalker
 from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations, Walker
+from distributed_adaround.numerics.floats import encode
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
@@ -305,6 +306,8 @@ def weight_grid(walker: Walker, site: Site, layer_format: LayerFormat) -> Grid:
         group_size=layer_format.group_size,
         observer=layer_format.observer,
         percentile=layer_format.percentile,
+        element_format=layer_format.element_format,
+        scale_format=layer_format.scale_format,
     )
 
 
@@ -357,12 +360,22 @@ def describe_format(layer_format: LayerFormat) -> str:
 
 
 def make_record(site: Site, layer_format: LayerFormat, grid: Grid, codes: Tensor, report: LayerReport) -> LayerRecord:
-    """The committed form of a layer's result, on the host."""
+    """The committed form of a layer's result, on the host. grid: the one that the codes belong to."""
+    element = layer_format.element_format
+    codes = site.geometry.from_matrix(codes).cpu()
     kind = "symmetric" if layer_format.symmetric else "affine"
     shape = {"tensor": (), "channel": (-1,), "group": grid.scale.shape}[layer_format.strategy]
+    own: dict[str, Any] = {}
+    if element is None:
+        stored = codes.to(torch.int8 if layer_format.signed else torch.uint8)
+    else:
+        stored = encode(codes, element)
+        factor = None if grid.tensor_scale is None else grid.tensor_scale.item()
+        own = {"element_format": element, "scale_format": grid.scale_format, "tensor_scale": factor}
+        own |= {"quant_min": None, "quant_max": None}
     return LayerRecord(
         name=site.name,
-        codes=site.geometry.from_matrix(codes).cpu().to(torch.int8 if layer_format.signed else torch.uint8),
+        codes=stored,
         scale=grid.scale.reshape(shape).float(),
         zero_point=grid.zero_point.reshape(shape).to(torch.int32),
         format={
@@ -373,6 +386,7 @@ def make_record(site: Site, layer_format: LayerFormat, grid: Grid, codes: Tensor
             "quant_max": layer_format.quant_max,
             "groups": site.geometry.groups,
             "transposed": site.geometry.transposed,
+            **own,
         },
         metrics=report.to_dict(),
     )

@@ -1,4 +1,4 @@
-"""The result as safetensors: once as integer codes with a description, once as plain weights.
+"""The result as safetensors: once as codes with a description, once as plain weights.
 
     <output>/quantized.safetensors     per quantized weight W: codes under W, W_scale, W_zero_point; the rest unchanged
     <output>/quantized.json            the format of every quantized weight, and what stayed in float and why
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distributed_adaround import __version__, jsontext, storage
-from distributed_adaround.checkpoint import FORMAT_KEYS, LayerRecord
+from distributed_adaround.checkpoint import FLOAT_KEYS, FORMAT_KEYS, LayerRecord
 from distributed_adaround.errors import AdaRoundError, InputError
 
 FORMAT_VERSION = 1
@@ -31,7 +31,11 @@ _DEQUANTIZE = (
     "weight = (codes - zero_point) * scale, computed in float32, then cast to weight_dtype. Output channel o lies on "
     "output_axis of the codes; in a grouped transposed convolution o = g * codes.shape[1] + j, where j is the index "
     "on axis 1 and g counts the `groups` equal runs of axis 0. A scale of shape () serves all codes, (O,) one output "
-    "channel each, (O, n) n equal runs of the inputs of each output channel, flattened as (in channels, *kernel)."
+    "channel each, (O, n) n equal runs of the inputs of each output channel, flattened as (in channels, *kernel). "
+    "In a layer with element_format, weight = value(code) * scale. Codes of e4m3 are float8_e4m3fn numbers. Codes of "
+    "e2m1 are bit patterns (sign, 2 exponent bits, 1 mantissa bit), one in each uint8: 0 to 7 are 0, 0.5, 1, 1.5, 2, "
+    "3, 4, 6, and 8 more is the negative. With scale_format e8m0 each scale is a power of two; with e4m3 it is a "
+    "float8_e4m3fn number times tensor_scale: scale / tensor_scale, rounded to float8_e4m3fn."
 )
 
 
@@ -128,7 +132,7 @@ def _dequantized(tensors: dict[str, Tensor], text: Mapping[str, Mapping[str, Any
             codes=tensors[name],
             scale=tensors.pop(f"{name}_scale"),
             zero_point=tensors.pop(f"{name}_zero_point"),
-            format={key: layer[key] for key in FORMAT_KEYS},
+            format={key: layer[key] for key in FORMAT_KEYS | (FLOAT_KEYS & layer.keys())},
             metrics={},
         )
         tensors[name] = record.dequantize(getattr(torch, layer["weight_dtype"]))

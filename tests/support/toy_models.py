@@ -57,6 +57,24 @@ class Mlp(nn.Module):
         return self.third(F.relu(self.second(F.relu(self.first(x)))))
 
 
+class Wide(nn.Module):
+    """Linear layers whose inputs come in blocks of 32: one for each float format, and one with integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8 = nn.Linear(8, 64)
+        self.mxfp4 = nn.Linear(64, 32)
+        self.mxfp8 = nn.Linear(32, 64)
+        self.nvfp4 = nn.Linear(64, 32)
+        self.fp4 = nn.Linear(32, 16)
+        self.int4 = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mxfp4(F.relu(self.fp8(x)))
+        x = self.nvfp4(F.relu(self.mxfp8(F.relu(x))))
+        return self.int4(F.relu(self.fp4(F.relu(x))))
+
+
 def _seeded(build: type[nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -77,6 +95,10 @@ def attention(seed: int = 0) -> nn.Module:
 
 def mlp(seed: int = 0) -> nn.Module:
     return _seeded(Mlp, seed)
+
+
+def wide(seed: int = 0) -> nn.Module:
+    return _seeded(Wide, seed)
 
 
 def unseeded() -> nn.Module:
