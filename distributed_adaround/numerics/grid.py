@@ -141,7 +141,7 @@ def round_scale(scale: Tensor, scale_format: ScaleFormat, tensor_scale: Tensor |
     if scale_format == "e4m3":
         assert tensor_scale is not None, "e4m3 scales need the factor of the whole tensor"
         factor = tensor_scale.to(torch.float32)
-        # The cast would make NaN of what is above the largest value, 448, and 0 of what is far below the smallest.
+        # The cast makes 0 of what is far below the smallest value; that it stops at the largest, 448, is not promised.
         return (scale / factor).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).to(torch.float32) * factor
     return scale
 
