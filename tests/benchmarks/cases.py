@@ -1,0 +1,127 @@
+"""The real models and their data, from a folder that the user names.
+
+Each module there has `load_model()`, `calibration(n, seed=...)` and `evaluate(model)`. Calibration draws a permutation
+by its seed, so the first n of a larger draw are the same samples; what is drawn beyond them is held out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from distributed_adaround.model.sites import ModelInputs
+
+Batch = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One real model. ignore: layers that stay in float. The sizes are samples (images, sentences, windows of text)."""
+
+    name: str
+    module_name: str
+    ignore: tuple[str, ...]
+    num_calibration: int
+    num_held_out: int
+    microbatch_size: int
+
+    def load(self, folder: Path) -> ModuleType:
+        if not (folder / f"{self.module_name}.py").exists():
+            raise FileNotFoundError(f"{folder} has no {self.module_name}.py; name the folder of the cases with --cases")
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        return importlib.import_module(self.module_name)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("resnet20", "cifar10_resnet20", (), 512, 512, 64),
+        Case("minilm", "minilm_stsb", (), 512, 256, 32),
+        Case("smollm2", "smollm2_wikitext", ("lm_head",), 32, 16, 4),
+    )
+}
+
+
+def batches(module: ModuleType, case: Case, samples: tuple[int, int], seed: int) -> tuple[list[Batch], list[Batch]]:
+    """Calibration and held-out samples as microbatches. samples: how many of each."""
+    drawn = module.calibration(sum(samples), seed=seed)
+    found = len(drawn) if isinstance(drawn, Tensor) else len(next(iter(drawn.values())))
+    if found != sum(samples):
+        raise ValueError(f"case {case.name} has {found} samples, {sum(samples)} are asked for; lower --samples")
+    calibration, held_out = (
+        _cut(drawn, start, stop, case.microbatch_size) for start, stop in ((0, samples[0]), (samples[0], sum(samples)))
+    )
+    return calibration, held_out
+
+
+def _cut(drawn: Batch, start: int, stop: int, size: int) -> list[Batch]:
+    bounds = [(first, min(first + size, stop)) for first in range(start, stop, size)]
+    if isinstance(drawn, Tensor):
+        return [drawn[first:last] for first, last in bounds]
+    return [{key: value[first:last] for key, value in drawn.items()} for first, last in bounds]
+
+
+def model_inputs(batch: Batch) -> ModelInputs:
+    if isinstance(batch, Tensor):
+        return ModelInputs((batch,), {})
+    return ModelInputs((), dict(batch), batch.get("attention_mask"))
+
+
+class ListMicrobatches:
+    """Microbatches of one rank in memory, as the walker takes them."""
+
+    def __init__(self, given: Sequence[Batch]) -> None:
+        self._inputs = [model_inputs(batch) for batch in given]
+        self.total = len(given)
+        self.owned: Sequence[int] = range(self.total)
+
+    def load(self, index: int) -> ModelInputs:
+        return self._inputs[index]
+
+    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
+        return iter(enumerate(self._inputs))
+
+
+class OnDevice(nn.Module):
+    """A model on another device behind an interface on the host, which is what the cases' `evaluate` uses."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model.to(device)
+        self.device = device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda value: value.to(self.device), (args, kwargs))
+        return pytree.tree_map_only(Tensor, lambda value: value.cpu(), self.model(*args, **kwargs))
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for one microbatch."""
+    inputs = model_inputs(batch)
+    return model(*inputs.args, **inputs.kwargs)
+
+
+def embedding_texts(module: ModuleType) -> list[str]:
+    """Texts of the evaluation set of a case that embeds texts, each once."""
+    return sorted({text for first, second, _ in module._rows("test") for text in (first, second)})
+
+
+def metrics_of(module: ModuleType, model: nn.Module, original: nn.Module, device: torch.device) -> Mapping[str, float]:
+    """The case's own metrics on its whole evaluation set; for embeddings also the cosine to the float model's."""
+    shown = OnDevice(model, device).eval()
+    metrics: dict[str, float] = dict(module.evaluate(shown))
+    if hasattr(module, "embed"):
+        texts = embedding_texts(module)
+        ours, theirs = (module.embed(each, texts) for each in (shown, OnDevice(original, device).eval()))
+        metrics["cosine"] = float((ours * theirs).sum(1).mean())
+    return metrics
