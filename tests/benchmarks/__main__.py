@@ -1,19 +1,20 @@
-"""Command line of the benchmark: `python -m tests.benchmarks {layers,table} ...`, from the root of a clone."""
+"""Command line of the benchmark: `python -m tests.benchmarks {layers,networks,table} ...`, from the root of a clone."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks import records
-from tests.benchmarks.configurations import ANCESTOR, DEFAULT_SOLVERS, FORMATS, TRAJECTORIES, solver_sections
+from tests.benchmarks.configurations import ANCESTOR, CASES, DEFAULT_SOLVERS, FORMATS, TRAJECTORIES, solver_sections
 
-_CASES = ("resnet20", "minilm", "smollm2")
 # --quick: enough to see that everything works.
-_QUICK_SAMPLES, _QUICK_STEPS = (64, 32), 30
+_QUICK_SAMPLES, _QUICK_STEPS, _QUICK_ANCESTOR = (64, 32), 30, (2, 3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--every", type=int, default=1, help="take each n-th layer only")
     layers.add_argument("--trajectories", action="store_true", help="several numbers of steps, for error over seconds")
     layers.set_defaults(run=_layers)
+    networks = commands.add_parser("networks", help="whole networks, with their own metrics; a process for each run")
+    _add_common(networks)
+    networks.add_argument("--ranks", type=int, default=1, help="processes of each run (not of the ancestor)")
+    networks.add_argument("--ancestor-layers", type=int, help="measure so many layers of it, extrapolate its time")
+    networks.add_argument("--ancestor-steps", type=int, help="measure so many steps of it, extrapolate its time")
+    networks.set_defaults(run=_networks)
+    one = commands.add_parser("one", help="one run of networks, as networks starts it")
+    one.add_argument("job", type=json.loads)
+    one.set_defaults(run=_one)
     table = commands.add_parser("table", help="Markdown tables of OUT/results.jsonl, in OUT/results.md too")
     _add_out(table)
     table.set_defaults(run=_table)
@@ -51,7 +61,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("ADAROUND_CASES"),
         help="folder with the modules of the cases; default: the environment variable ADAROUND_CASES",
     )
-    parser.add_argument("--case", nargs="+", choices=_CASES, default=_CASES)
+    parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--format", nargs="+", choices=tuple(FORMATS), default=tuple(FORMATS))
     parser.add_argument("--solver", nargs="+", default=DEFAULT_SOLVERS, help="of configurations.py; NAME@N: N steps")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
@@ -63,40 +73,57 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few samples and steps: does everything work?")
 
 
-def _checked(options: argparse.Namespace) -> argparse.Namespace:
+def _chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """What both parts take, checked."""
     if options.cases is None:
         sys.exit("name the folder with the cases: --cases DIR or the environment variable ADAROUND_CASES")
-    for name in options.solver:
-        if name != ANCESTOR:
-            solver_sections(name)
+    solvers, settings, samples = list(options.solver), list(options.set), options.samples
     if options.quick:
-        options.samples = options.samples or _QUICK_SAMPLES
-        options.set = [f"rounding.max_iter={_QUICK_STEPS}", *options.set]
-        options.solver = list(dict.fromkeys(name.partition("@")[0] for name in options.solver))
-    return options
+        samples = samples or _QUICK_SAMPLES
+        settings.insert(0, f"rounding.max_iter={_QUICK_STEPS}")
+        solvers = [name.partition("@")[0] for name in solvers]
+    for name in solvers:
+        if name.partition("@")[0] != ANCESTOR:
+            solver_sections(name)
+    return {
+        "folder": Path(options.cases).resolve(),
+        "out": options.out,
+        "formats": options.format,
+        "solvers": list(dict.fromkeys(solvers)),
+        "seeds": options.seeds,
+        "settings": settings,
+        "samples": None if samples is None else tuple(samples),
+        "vary_samples": options.vary_samples,
+        "device": options.device,
+        "again": options.again,
+    }
 
 
 def _layers(options: argparse.Namespace) -> None:
-    from tests.benchmarks.cases import CASES
     from tests.benchmarks.layers import LayerOptions, run_case
 
-    options = _checked(options)
-    solvers = dict.fromkeys([*options.solver, *(TRAJECTORIES if options.trajectories else ())])
-    chosen = LayerOptions(
-        folder=options.cases.resolve() if isinstance(options.cases, Path) else Path(options.cases).resolve(),
-        out=options.out,
-        formats=options.format,
-        solvers=[name for name in solvers if name != ANCESTOR],
-        seeds=options.seeds,
-        settings=options.set,
-        samples=None if options.samples is None else tuple(options.samples),
-        vary_samples=options.vary_samples,
-        every=options.every,
-        device=options.device,
-        again=options.again,
-    )
+    options.solver = [*options.solver, *(TRAJECTORIES if options.trajectories else ())]
+    chosen = _chosen(options)
+    skipped = [name for name in chosen["solvers"] if name.partition("@")[0] == ANCESTOR]
+    if skipped:
+        sys.exit(f"{', '.join(skipped)}: works on whole networks; use `networks`, or the solver seed here")
     for name in options.case:
-        run_case(CASES[name], chosen)
+        run_case(CASES[name], LayerOptions(**chosen, every=options.every))
+
+
+def _networks(options: argparse.Namespace) -> None:
+    from tests.benchmarks.networks import NetworkOptions, run_networks
+
+    partial = (options.ancestor_layers, options.ancestor_steps)
+    if options.quick and partial == (None, None):
+        partial = _QUICK_ANCESTOR
+    run_networks(NetworkOptions(**_chosen(options), cases=options.case, ranks=options.ranks, partial=partial))
+
+
+def _one(options: argparse.Namespace) -> None:
+    from tests.benchmarks.network_run import run
+
+    run(options.job)
 
 
 def _table(options: argparse.Namespace) -> None:

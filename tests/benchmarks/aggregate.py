@@ -11,7 +11,7 @@ from typing import Any
 Record = Mapping[str, Any]
 
 # What one row is about: lines that agree in these differ in seed (and layer) only.
-GROUP = ("part", "case", "format", "solver", "samples", "settings", "ranks", "device", "vary_samples", "ancestor")
+GROUP = ("part", "case", "format", "solver", "samples", "settings", "ranks", "device", "vary_samples", "partial")
 BASELINES = ("gptq", "minibatch", "minibatch@10000")
 
 
@@ -32,12 +32,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. layers: which layers its means are over. problem: why it has no figures, or why not all."""
+    """One configuration. layers: which layers its means are over. problem: why it has no figures, or why not all.
+    note: what the runs say about themselves."""
 
     group: Mapping[str, Any]
     figures: Mapping[str, Figure] = field(default_factory=dict)
     layers: frozenset[str] = frozenset()
     problem: str = ""
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -79,9 +81,10 @@ def _row(group: Mapping[str, Any], members: Sequence[Record]) -> Row:
     if len(whole) < len(by_seed):
         problem = f"{len(by_seed) - len(whole)} of {len(by_seed)} seeds lack layers and are left out. {problem}".strip()
     seeds = [_mean_over_layers(lines) for lines in whole]
+    note = next((record["note"] for record in good if record.get("note")), "")
     names = {name: None for seed in seeds for name in seed}
     figures = {name: Figure.of([seed[name] for seed in seeds if name in seed]) for name in names}
-    return Row(group, figures, frozenset(layer for layer in complete if layer is not None), problem)
+    return Row(group, figures, frozenset(layer for layer in complete if layer is not None), problem, note)
 
 
 def _mean_over_layers(lines: Sequence[Record]) -> dict[str, float]:

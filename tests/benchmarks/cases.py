@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,37 +18,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distributed_adaround.model.sites import ModelInputs
+from tests.benchmarks.configurations import Case
 
 Batch = Tensor | dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One real model. ignore: layers that stay in float. The sizes are samples (images, sentences, windows of text)."""
-
-    name: str
-    module_name: str
-    ignore: tuple[str, ...]
-    num_calibration: int
-    num_held_out: int
-    microbatch_size: int
-
-    def load(self, folder: Path) -> ModuleType:
-        if not (folder / f"{self.module_name}.py").exists():
-            raise FileNotFoundError(f"{folder} has no {self.module_name}.py; name the folder of the cases with --cases")
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-        return importlib.import_module(self.module_name)
-
-
-CASES = {
-    case.name: case
-    for case in (
-        Case("resnet20", "cifar10_resnet20", (), 512, 512, 64),
-        Case("minilm", "minilm_stsb", (), 512, 256, 32),
-        Case("smollm2", "smollm2_wikitext", ("lm_head",), 32, 16, 4),
-    )
-}
+def load_case(case: Case, folder: Path) -> ModuleType:
+    if not (folder / f"{case.module_name}.py").exists():
+        raise FileNotFoundError(f"{folder} has no {case.module_name}.py; name the folder of the cases with --cases")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(case.module_name)
 
 
 def batches(module: ModuleType, case: Case, samples: tuple[int, int], seed: int) -> tuple[list[Batch], list[Batch]]:

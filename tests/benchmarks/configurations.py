@@ -1,9 +1,11 @@
-"""What is compared: number formats and solvers, as fields of the job spec. To add one, add a line to a table here."""
+"""What is compared: cases, number formats and solvers, the last two as fields of the job spec. To add one, add a line
+to a table here. Knows no torch, so that the process that starts the runs stays small."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distributed_adaround.errors import SpecError
@@ -13,6 +15,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One real model. ignore: layers that stay in float. The sizes are samples (images, sentences, windows of text)."""
+
+    name: str
+    module_name: str
+    ignore: tuple[str, ...]
+    num_calibration: int
+    num_held_out: int
+    microbatch_size: int
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("resnet20", "cifar10_resnet20", (), 512, 512, 64),
+        Case("minilm", "minilm_stsb", (), 512, 256, 32),
+        Case("smollm2", "smollm2_wikitext", ("lm_head",), 32, 16, 4),
+    )
+}
 
 # Name -> fields of the section `quantize`.
 FORMATS: Mapping[str, Fields] = {

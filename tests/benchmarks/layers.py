@@ -27,8 +27,8 @@ from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution, Solver
 from distributed_adaround.spec import MethodSpec
 from tests.benchmarks import records
-from tests.benchmarks.cases import Case, ListMicrobatches, batches
-from tests.benchmarks.configurations import is_random, method_spec, quantize_fields
+from tests.benchmarks.cases import ListMicrobatches, batches, load_case
+from tests.benchmarks.configurations import Case, is_random, method_spec, quantize_fields
 from tests.benchmarks.measure import Stopwatch, resolve_device
 
 COMM: Comm = SoloComm()
@@ -84,7 +84,7 @@ def run_case(case: Case, options: LayerOptions) -> None:
 
 
 def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]) -> None:
-    module = case.load(options.folder)
+    module = load_case(case, options.folder)
     device = resolve_device(options.device)
     calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
     data = ListMicrobatches([*calibration, *held_out])

@@ -17,17 +17,18 @@ Record = dict[str, Any]
 FILE_NAME = "results.jsonl"
 # What a run is: two lines that agree in all of these are the same run, and the later one counts.
 KEY = ("part", "case", "format", "solver", "seed", "layer", "samples", "settings", "ranks", "device", "vary_samples",
-       "ancestor", "shape")  # fmt: skip
+       "partial", "shape")  # fmt: skip
 
 
 def key(record: Mapping[str, Any]) -> str:
     return json.dumps([record.get(name) for name in KEY])
 
 
-def append(folder: Path, record: Mapping[str, Any]) -> None:
+def append(folder: Path, record: Mapping[str, Any], machine: Mapping[str, Any] | None = None) -> None:
+    """Add one line. machine: facts about it (default: of this one, which imports torch)."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    line = json.dumps({**record, "machine": machine_facts()}) + "\n"
+    line = json.dumps({**record, "machine": machine_facts() if machine is None else machine}) + "\n"
     # A line that an earlier run was killed in the middle of stays alone.
     begun = path.exists() and not path.read_bytes().endswith(b"\n")
     with open(path, "a", encoding="utf-8") as file:

@@ -81,7 +81,7 @@ def _shared_problem(rows: Sequence[Row]) -> str:
 
 
 def _note(row: Row) -> str:
-    return " ".join(part for part in (row.problem, row.group.get("ancestor") or "") if part)
+    return " ".join(part for part in (row.problem, row.note) if part)
 
 
 def _blocks(records: Sequence[Record]) -> str:
