@@ -1,4 +1,4 @@
-"""Command line of the benchmark: `python -m tests.benchmarks {layers,networks,table} ...`, from the root of a clone."""
+"""The benchmark: `python -m tests.benchmarks {layers,networks,block,table,plot} ...`, from the root of a clone."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("one", help="one run of networks, as networks starts it")
     one.add_argument("job", type=json.loads)
     one.set_defaults(run=_one)
+    block = commands.add_parser("block", help="seconds of one synthetic decoder block, beside bare matrix products")
+    _add_out(block)
+    block.add_argument("--solver", nargs="+", default=("gram@1000",))
+    block.add_argument("--format", choices=tuple(FORMATS), default="int4")
+    block.add_argument("--scale", type=int, default=1, help="divides all sizes; 16 runs on a CPU")
+    block.add_argument("--precision", choices=("highest", "high", "medium"), default="highest")
+    block.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="in every spec")
+    block.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    block.add_argument("--seed", type=int, default=0)
+    block.set_defaults(run=_block)
+    plot = commands.add_parser("plot", help="error against seconds, in OUT/layers.png and OUT/networks.png")
+    _add_out(plot)
+    plot.set_defaults(run=_plot)
     table = commands.add_parser("table", help="Markdown tables of OUT/results.jsonl, in OUT/results.md too")
     _add_out(table)
     table.set_defaults(run=_table)
@@ -68,7 +81,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vary-samples", action="store_true", help="each seed draws samples of its own")
     parser.add_argument("--samples", nargs=2, type=int, metavar=("CALIBRATION", "HELD_OUT"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="in every spec")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--again", action="store_true", help="also runs that have a line already")
     parser.add_argument("--quick", action="store_true", help="few samples and steps: does everything work?")
 
@@ -124,6 +137,30 @@ def _one(options: argparse.Namespace) -> None:
     from tests.benchmarks.network_run import run
 
     run(options.job)
+
+
+def _block(options: argparse.Namespace) -> None:
+    from tests.benchmarks.block import BlockOptions, run_block
+
+    run_block(
+        BlockOptions(
+            out=options.out,
+            solvers=options.solver,
+            number_format=options.format,
+            settings=options.set,
+            scale=options.scale,
+            precision=options.precision,
+            device=options.device,
+            seed=options.seed,
+        )
+    )
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from tests.benchmarks.plot import draw
+
+    for path in draw(records.read(options.out), options.out):
+        print(path)
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def is_random(solver: str) -> bool:
 
 
 def solver_sections(name: str) -> Fields:
-    """Sections of the spec for a solver of the table, with `@N` as its number of steps.
+    """Sections of the spec for a solver of the table, without the `@N` of its name.
 
     Raises:
         SpecError: no such solver.
@@ -95,14 +95,12 @@ def solver_sections(name: str) -> Fields:
     base, _, steps = name.partition("@")
     if base not in SOLVERS or (steps and not steps.isdecimal()):
         raise SpecError(f"{name}: no such solver here; known are {', '.join(SOLVERS)}, each also with @STEPS")
-    sections = copy.deepcopy(SOLVERS[base])
-    if steps:
-        sections.setdefault("rounding", {})["max_iter"] = int(steps)
-    return sections
+    return copy.deepcopy(SOLVERS[base])
 
 
 def method_spec(solver: str, quantize: Fields, *, seed: int, device: str, settings: Sequence[str] = ()) -> MethodSpec:
-    """The spec of one run. quantize: the format. settings: `section.field=value` each, over everything else.
+    """The spec of one run. quantize: the format. settings: `section.field=value` each, over everything
+    but the number of steps in a solver's name.
 
     Raises:
         SpecError: the package refuses it.
@@ -110,7 +108,8 @@ def method_spec(solver: str, quantize: Fields, *, seed: int, device: str, settin
     sections = solver_sections(solver)
     sections["quantize"] = quantize | sections.get("quantize", {})
     sections["runtime"] = {"seed": seed, "device": device}
-    for setting in settings:
+    steps = solver.partition("@")[2]
+    for setting in [*settings, *([f"rounding.max_iter={steps}"] if steps else [])]:
         _apply(sections, setting)
     return MethodSpec(**sections)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_adaround.activations import ActivationStore
 from distributed_adaround.distributed.comm import Comm, SoloComm
 from distributed_adaround.distributed.runtime import RankContext
 from distributed_adaround.errors import SpecError
@@ -29,7 +30,7 @@ from distributed_adaround.spec import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.cases import ListMicrobatches, batches, load_case
 from tests.benchmarks.configurations import Case, is_random, method_spec, quantize_fields
-from tests.benchmarks.measure import Stopwatch, resolve_device
+from tests.benchmarks.measure import Stopwatch
 
 COMM: Comm = SoloComm()
 
@@ -47,7 +48,7 @@ class LayerOptions:
     samples: tuple[int, int] | None = None
     vary_samples: bool = False
     every: int = 1
-    device: str = "auto"
+    device: str = "cpu"
     again: bool = False
 
 
@@ -74,6 +75,12 @@ class TimedSolver:
         return solution
 
 
+def warm_up(spec: MethodSpec, problem: LayerProblem) -> None:
+    """A few steps whose result is dropped: first calls load code and build kernels."""
+    few = spec.rounding.model_copy(update={"max_iter": 2})
+    round_layer(problem, make_solver(few), COMM, lambda step, loss: None)
+
+
 def run_case(case: Case, options: LayerOptions) -> None:
     """Solve the layers of a case with every configuration that has no line yet. One walk serves them all, and one
     per seed where each seed has samples of its own."""
@@ -85,7 +92,7 @@ def run_case(case: Case, options: LayerOptions) -> None:
 
 def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]) -> None:
     module = load_case(case, options.folder)
-    device = resolve_device(options.device)
+    device = torch.device(options.device)
     calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
     data = ListMicrobatches([*calibration, *held_out])
     context = RankContext.from_environment(str(device))
@@ -102,12 +109,13 @@ def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]
     last = max((index for index, site in enumerate(walker.sites) if pending.get(site)), default=None)
     if last is None:
         return
+    warm: set[str] = set()
     walker.start(data)
     for site in walker.sites[: last + 1]:
         if pending.get(site):
             parts = split(walker.reach(site), len(calibration))
             for run in pending[site]:
-                line = _solve(run, walker, site, parts, device, store)
+                line = _solve(run, walker, site, parts, device, store, warm)
                 records.append(options.out, line)
                 _print_line(line)
         walker.commit(site, None)
@@ -123,7 +131,7 @@ def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequen
                 head = {
                     "part": "layers", "case": case.name, "format": format_name, "solver": solver, "seed": seed,
                     "samples": list(samples), "settings": list(options.settings),
-                    "vary_samples": options.vary_samples, "device": str(resolve_device(options.device)),
+                    "vary_samples": options.vary_samples, "device": options.device,
                 }  # fmt: skip
                 # No activation inside: the moments of the layer are all there is to know.
                 settings = ["rounding.activation_in_loss=false", *options.settings]
@@ -161,9 +169,10 @@ def _solve(
     site: Site,
     parts: tuple[SiteActivations, SiteActivations],
     device: torch.device,
-    store: Any,
+    store: ActivationStore,
+    warm: set[str],
 ) -> records.Record:
-    """One line of the results."""
+    """One line of the results. warm: solvers that have run in this process."""
     line = {**run.head, "layer": site.name, "shape_of_weight": list(site.geometry.weight_shape)}
     layer_format = run.spec.quantize.for_layer(site.name, site.module_class)
     assert layer_format is not None, "ignored layers are not chosen"
@@ -171,6 +180,9 @@ def _solve(
     try:
         grid = weight_grid(walker, site, layer_format)
         problem = make_problem(run.spec, walker, site, grid, calibration, len(calibration.indices), device, store)
+        if (base := run.head["solver"].partition("@")[0]) not in warm:
+            warm_up(run.spec, problem)
+            warm.add(base)
         solver = TimedSolver(make_solver(run.spec.rounding), device)
         watch = Stopwatch(device)
         result = round_layer(problem, solver, COMM, lambda step, loss: None)

@@ -44,10 +44,6 @@ class Stopwatch:
         return self._now() - self._start
 
 
-def resolve_device(name: str) -> torch.device:
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
-
-
 def peak_memory() -> dict[str, int]:
     """Largest memory of this process so far, in bytes: on the host, and on the GPU what torch allocated."""
     peak = {"peak_host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -29,7 +29,7 @@ from tests.benchmarks.configurations import (
     method_spec,
     quantize_fields,
 )
-from tests.benchmarks.measure import Stopwatch, counted_collectives, peak_memory, resolve_device
+from tests.benchmarks.measure import Stopwatch, counted_collectives, peak_memory
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def run(job: Mapping[str, Any]) -> None:
         return
     draw = head["seed"] if head["vary_samples"] else 0
     samples = batches(module, case, tuple(head["samples"]), draw)
-    setting = Setting(head, module, model, *samples, fields, resolve_device(head["device"]))
+    setting = Setting(head, module, model, *samples, fields(head["device"]))
     lines = _run_ancestor(setting, spec) if solver == ANCESTOR else _run_package(setting, spec)
     for line in lines:
         records.append(out, line)

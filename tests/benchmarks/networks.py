@@ -32,7 +32,7 @@ class NetworkOptions:
     vary_samples: bool = False
     ranks: int = 1
     partial: tuple[int | None, int | None] = (None, None)
-    device: str = "auto"
+    device: str = "cpu"
     again: bool = False
 
 
