@@ -108,6 +108,8 @@ def _measure(spec: MethodSpec, shape: BlockShape, device: torch.device, seed: in
         for name, width in outputs.items():
             layers[name] = _solve(spec, name, width, features, generator)
             print(f"{name}: {layers[name]}", flush=True)
+        # The next inputs need the room.
+        del features
     ceiling = moments_ceiling + sum(layer["product_seconds"] * layer["steps"] for layer in layers.values())
     seconds, solver_seconds = (sum(layer[key] for layer in layers.values()) for key in ("seconds", "solver_seconds"))
     return {

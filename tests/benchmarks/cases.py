@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,17 +91,48 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     return model(*inputs.args, **inputs.kwargs)
 
 
-def embedding_texts(module: ModuleType) -> list[str]:
-    """Texts of the evaluation set of a case that embeds texts, each once."""
-    return sorted({text for first, second, _ in module._rows("test") for text in (first, second)})
+def metrics_of(
+    module: ModuleType, model: nn.Module, original: nn.Module, device: torch.device, cache: Path
+) -> dict[str, float]:
+    """The case's own metrics on its whole evaluation set; for embeddings also the mean cosine to the float model's.
 
-
-def metrics_of(module: ModuleType, model: nn.Module, original: nn.Module, device: torch.device) -> Mapping[str, float]:
-    """The case's own metrics on its whole evaluation set; for embeddings also the cosine to the float model's."""
+    cache: folder for the float model's embeddings, which are the same for every run.
+    """
     shown = OnDevice(model, device).eval()
-    metrics: dict[str, float] = dict(module.evaluate(shown))
-    if hasattr(module, "embed"):
-        texts = embedding_texts(module)
-        ours, theirs = (module.embed(each, texts) for each in (shown, OnDevice(original, device).eval()))
-        metrics["cosine"] = float((ours * theirs).sum(1).mean())
-    return metrics
+    if not hasattr(module, "embed"):
+        return dict(module.evaluate(shown))
+    with _recorded(module) as calls:
+        metrics = dict(module.evaluate(shown))
+    texts = [text for given, _ in calls for text in given]
+    ours = torch.cat([embeddings for _, embeddings in calls])
+    theirs = _float_embeddings(module, OnDevice(original, device).eval(), texts, cache / f"{module.__name__}-float.pt")
+    return {**metrics, "cosine": float((ours * theirs).sum(1).mean())}
+
+
+@contextmanager
+def _recorded(module: ModuleType) -> Iterator[list[tuple[list[str], Tensor]]]:
+    """What `evaluate` gives to the case's `embed`, and gets: embedding again would take as long as the metric."""
+    embed, calls = module.embed, []
+
+    def recording(model: nn.Module, texts: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((texts, embed(model, texts, *args, **kwargs)))
+        return calls[-1][1]
+
+    vars(module)["embed"] = recording
+    try:
+        yield calls
+    finally:
+        vars(module)["embed"] = embed
+
+
+def _float_embeddings(module: ModuleType, original: nn.Module, texts: list[str], path: Path) -> Tensor:
+    """Embeddings by the float model, from a file where an earlier run has left them for the same texts."""
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["texts"] == texts:
+            embeddings: Tensor = kept["embeddings"]
+            return embeddings
+    embeddings = module.embed(original, texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"texts": texts, "embeddings": embeddings}, path)
+    return embeddings

@@ -92,29 +92,33 @@ def run_case(case: Case, options: LayerOptions) -> None:
 
 def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]) -> None:
     module = load_case(case, options.folder)
+    # Before the data: the first load of a case may convert what its tokenizer needs.
+    model = module.load_model()
     device = torch.device(options.device)
     calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
     data = ListMicrobatches([*calibration, *held_out])
     context = RankContext.from_environment(str(device))
     store = activation_store(MethodSpec().runtime, context)
-    walker = make_walker(module.load_model(), data.load(0), varying=False, device=device, store=store)
+    walker = make_walker(model, data.load(0), varying=False, device=device, store=store)
     for note in walker.notes:
         print(f"{case.name}: {note}")
     runs = list(_runs(case, options, seeds, walker.sites))
     done = set() if options.again else records.finished(records.read(options.out))
-    pending = {
-        site: [run for run in runs if records.key({**run.head, "layer": site.name}) not in done]
-        for site in [site for site in walker.sites if site.name not in case.ignore][:: options.every]
-    }
-    last = max((index for index, site in enumerate(walker.sites) if pending.get(site)), default=None)
+    chosen = {run.head["format"]: _sites(walker.sites, run, options.every) for run in runs}
+    pending: dict[str, list[Run]] = {site.name: [] for site in walker.sites}
+    for run in runs:
+        for name in chosen[run.head["format"]]:
+            if records.key({**run.head, "layer": name}) not in done:
+                pending[name].append(run)
+    last = max((index for index, site in enumerate(walker.sites) if pending[site.name]), default=None)
     if last is None:
         return
     warm: set[str] = set()
     walker.start(data)
     for site in walker.sites[: last + 1]:
-        if pending.get(site):
+        if pending[site.name]:
             parts = split(walker.reach(site), len(calibration))
-            for run in pending[site]:
+            for run in pending[site.name]:
                 line = _solve(run, walker, site, parts, device, store, warm)
                 records.append(options.out, line)
                 _print_line(line)
@@ -128,7 +132,7 @@ def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequen
     for format_name in options.formats:
         for solver in options.solvers:
             for seed in seeds if is_random(solver) else seeds[:1]:
-                head = {
+                head: dict[str, Any] = {
                     "part": "layers", "case": case.name, "format": format_name, "solver": solver, "seed": seed,
                     "samples": list(samples), "settings": list(options.settings),
                     "vary_samples": options.vary_samples, "device": options.device,
@@ -144,6 +148,14 @@ def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequen
                     print(f"{case.name} {format_name} {solver}: refused: {error}")
                     continue
                 yield Run(spec, head)
+
+
+def _sites(sites: Sequence[Site], run: Run, every: int) -> list[str]:
+    """Layers that a format is measured on. Those that groups do not divide are not: they would be measured twice."""
+    wants_groups = run.spec.quantize.group_size is not None
+    formats = {site.name: run.spec.quantize.for_layer(site.name, site.module_class) for site in sites}
+    fitting = [name for name, found in formats.items() if found and (found.group_size is not None) >= wants_groups]
+    return fitting[::every]
 
 
 def split(activations: SiteActivations, count: int) -> tuple[SiteActivations, SiteActivations]:

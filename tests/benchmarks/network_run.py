@@ -41,7 +41,7 @@ class Setting:
     model: nn.Module
     calibration: list[Batch]
     held_out: list[Batch]
-    fields: dict[str, Any]
+    out: Path
     device: torch.device
 
 
@@ -62,7 +62,7 @@ def run(job: Mapping[str, Any]) -> None:
         return
     draw = head["seed"] if head["vary_samples"] else 0
     samples = batches(module, case, tuple(head["samples"]), draw)
-    setting = Setting(head, module, model, *samples, fields(head["device"]))
+    setting = Setting(head, module, model, *samples, out, torch.device(head["device"]))
     lines = _run_ancestor(setting, spec) if solver == ANCESTOR else _run_package(setting, spec)
     for line in lines:
         records.append(out, line)
@@ -105,7 +105,7 @@ def _over_ranks(comm: Comm, sent: Mapping[str, int]) -> dict[str, int]:
 
 
 def _quality(setting: Setting, quantized: nn.Module, layers: list[str]) -> dict[str, Any]:
-    metrics = metrics_of(setting.module, quantized, setting.model, setting.device)
+    metrics = metrics_of(setting.module, quantized, setting.model, setting.device, setting.out)
     return {"metrics": metrics, **held_out_errors(setting.model, quantized, layers, setting.held_out, setting.device)}
 
 

@@ -49,7 +49,8 @@ def run_networks(options: NetworkOptions) -> None:
             print(result.stderr, file=sys.stderr)
             lines = result.stderr.strip().splitlines() or ["no message"]
             # The line of an exception, not what torchrun says after it.
-            error = next((line for line in reversed(lines) if "Error" in line and not line.startswith(" ")), lines[-1])
+            errors = [line for line in lines if "Error: " in line and not line.startswith(" ")]
+            error = next((line for line in reversed(errors) if "ChildFailedError" not in line), lines[-1])
             records.append(options.out, {**head, "failed": f"exit {result.returncode}: {error[:300]}"}, machine={})
 
 
