@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Spawned workers get the parent's sys.path; without this they could not import their own code.
 sys.path.append(str(Path(__file__).parent / "support"))
+# The benchmarks are a package of the clone, `tests.benchmarks`.
+sys.path.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
     from rank_pool import RankPool

@@ -1,0 +1,240 @@
+"""One layer at a time behind a float prefix: every solver gets the same samples and the same grid.
+
+Error: squared output error over squared output on held-out samples, before batch norm and activation. The bias is in
+both outputs and cancels.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.activations import ActivationStore
+from distributed_adaround.distributed.comm import Comm, SoloComm
+from distributed_adaround.distributed.runtime import RankContext
+from distributed_adaround.errors import SpecError
+from distributed_adaround.model.sites import Site, SiteActivations, Walker
+from distributed_adaround.network import activation_store, make_problem, make_solver, make_walker, weight_grid
+from distributed_adaround.numerics.rounding import OutputTransform
+from distributed_adaround.solve import LayerResult, round_layer
+from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution, Solver
+from distributed_adaround.spec import MethodSpec
+from tests.benchmarks import records
+from tests.benchmarks.cases import ListMicrobatches, batches, load_case
+from tests.benchmarks.configurations import Case, is_random, method_spec, quantize_fields
+from tests.benchmarks.measure import Stopwatch
+
+COMM: Comm = SoloComm()
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What the command line says. every: take each n-th layer only. samples: (calibration, held out) or the case's."""
+
+    folder: Path
+    out: Path
+    formats: Sequence[str]
+    solvers: Sequence[str]
+    seeds: Sequence[int]
+    settings: Sequence[str] = ()
+    samples: tuple[int, int] | None = None
+    vary_samples: bool = False
+    every: int = 1
+    device: str = "cpu"
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration of one case; its figures of a layer are one line of the results."""
+
+    spec: MethodSpec
+    head: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TimedSolver:
+    """A solver that remembers how long it took; `round_layer` adds evaluations to it."""
+
+    solver: Solver
+    device: torch.device
+    seconds: float = 0.0
+
+    def __call__(self, problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep) -> Solution:
+        watch = Stopwatch(self.device)
+        solution = self.solver(problem, nearest, comm, on_step)
+        self.seconds = watch.seconds
+        return solution
+
+
+def warm_up(spec: MethodSpec, problem: LayerProblem) -> None:
+    """A few steps whose result is dropped: first calls load code and build kernels."""
+    few = spec.rounding.model_copy(update={"max_iter": 2})
+    round_layer(problem, make_solver(few), COMM, lambda step, loss: None)
+
+
+def run_case(case: Case, options: LayerOptions) -> None:
+    """Solve the layers of a case with every configuration that has no line yet. One walk serves them all, and one
+    per seed where each seed has samples of its own."""
+    draws = options.seeds if options.vary_samples else options.seeds[:1]
+    for draw in draws:
+        seeds = (draw,) if options.vary_samples else options.seeds
+        _run_draw(case, options, 0 if not options.vary_samples else draw, seeds)
+
+
+def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]) -> None:
+    module = load_case(case, options.folder)
+    # Before the data: the first load of a case may convert what its tokenizer needs.
+    model = module.load_model()
+    device = torch.device(options.device)
+    calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
+    data = ListMicrobatches([*calibration, *held_out])
+    context = RankContext.from_environment(str(device))
+    store = activation_store(MethodSpec().runtime, context)
+    walker = make_walker(model, data.load(0), varying=False, device=device, store=store)
+    for note in walker.notes:
+        print(f"{case.name}: {note}")
+    runs = list(_runs(case, options, seeds, walker.sites))
+    done = set() if options.again else records.finished(records.read(options.out))
+    chosen = {run.head["format"]: _sites(walker.sites, run, options.every) for run in runs}
+    pending: dict[str, list[Run]] = {site.name: [] for site in walker.sites}
+    for run in runs:
+        for name in chosen[run.head["format"]]:
+            if records.key({**run.head, "layer": name}) not in done:
+                pending[name].append(run)
+    last = max((index for index, site in enumerate(walker.sites) if pending[site.name]), default=None)
+    if last is None:
+        return
+    warm: set[str] = set()
+    walker.start(data)
+    for site in walker.sites[: last + 1]:
+        if pending[site.name]:
+            parts = split(walker.reach(site), len(calibration))
+            for run in pending[site.name]:
+                line = _solve(run, walker, site, parts, device, store, warm)
+                records.append(options.out, line)
+                _print_line(line)
+        walker.commit(site, None)
+
+
+def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequence[Site]) -> Iterator[Run]:
+    """All configurations; those that the spec refuses become a line that says so."""
+    inputs = {site.name: site.geometry.inputs_per_output for site in sites}
+    samples = options.samples or (case.num_calibration, case.num_held_out)
+    for format_name in options.formats:
+        for solver in options.solvers:
+            for seed in seeds if is_random(solver) else seeds[:1]:
+                head: dict[str, Any] = {
+                    "part": "layers", "case": case.name, "format": format_name, "solver": solver, "seed": seed,
+                    "samples": list(samples), "settings": list(options.settings),
+                    "vary_samples": options.vary_samples, "device": options.device,
+                }  # fmt: skip
+                # No activation inside: the moments of the layer are all there is to know.
+                settings = ["rounding.activation_in_loss=false", *options.settings]
+                try:
+                    fields = quantize_fields(format_name, inputs, case.ignore)
+                    spec = method_spec(solver, fields, seed=seed, device=head["device"], settings=settings)
+                    make_solver(spec.rounding)
+                except SpecError as error:
+                    records.append(options.out, {**head, "layer": None, "refused": str(error)})
+                    print(f"{case.name} {format_name} {solver}: refused: {error}")
+                    continue
+                yield Run(spec, head)
+
+
+def _sites(sites: Sequence[Site], run: Run, every: int) -> list[str]:
+    """Layers that a format is measured on. Those that groups do not divide are not: they would be measured twice."""
+    wants_groups = run.spec.quantize.group_size is not None
+    formats = {site.name: run.spec.quantize.for_layer(site.name, site.module_class) for site in sites}
+    fitting = [name for name, found in formats.items() if found and (found.group_size is not None) >= wants_groups]
+    return fitting[::every]
+
+
+def split(activations: SiteActivations, count: int) -> tuple[SiteActivations, SiteActivations]:
+    """The first `count` microbatches and the others, each numbered from 0."""
+    assert activations.indices == list(range(len(activations.indices))), "one rank holds all microbatches"
+
+    def part(chosen: slice) -> SiteActivations:
+        return SiteActivations(
+            indices=list(range(len(activations.indices[chosen]))),
+            inputs=activations.inputs[chosen],
+            float_inputs=activations.float_inputs[chosen],
+            targets=activations.targets[chosen],
+            masks=activations.masks[chosen],
+            batch_sizes=activations.batch_sizes[chosen],
+        )
+
+    return part(slice(0, count)), part(slice(count, None))
+
+
+def _solve(
+    run: Run,
+    walker: Walker,
+    site: Site,
+    parts: tuple[SiteActivations, SiteActivations],
+    device: torch.device,
+    store: ActivationStore,
+    warm: set[str],
+) -> records.Record:
+    """One line of the results. warm: solvers that have run in this process."""
+    line = {**run.head, "layer": site.name, "shape_of_weight": list(site.geometry.weight_shape)}
+    layer_format = run.spec.quantize.for_layer(site.name, site.module_class)
+    assert layer_format is not None, "ignored layers are not chosen"
+    calibration, held_out = parts
+    try:
+        grid = weight_grid(walker, site, layer_format)
+        problem = make_problem(run.spec, walker, site, grid, calibration, len(calibration.indices), device, store)
+        if (base := run.head["solver"].partition("@")[0]) not in warm:
+            warm_up(run.spec, problem)
+            warm.add(base)
+        solver = TimedSolver(make_solver(run.spec.rounding), device)
+        watch = Stopwatch(device)
+        result = round_layer(problem, solver, COMM, lambda step, loss: None)
+        seconds = watch.seconds
+        weight = rounded_weight(problem, result)
+    except Exception as error:
+        # One configuration that fails must not end the others; the table shows it.
+        traceback.print_exc()
+        return {**line, "failed": f"{type(error).__name__}: {error}"}
+    fresh = replace(
+        problem, activations=held_out, total_microbatches=len(held_out.indices), transform=OutputTransform()
+    )
+    return {
+        **line,
+        "error": output_errors(fresh, [weight], COMM).relative(0),
+        "calibration_error": result.hard_error,
+        "nearest_calibration_error": result.nearest_error,
+        "seconds": seconds,
+        "solver_seconds": solver.seconds,
+        "unsettled": result.unsettled,
+        "kept_nearest": result.kept_nearest,
+        "load": os.getloadavg()[0],
+    }
+
+
+def rounded_weight(problem: LayerProblem, result: LayerResult) -> Tensor:
+    """The result's weight `(O, I)`. A solver that refits scales hands them back as `grid`.
+
+    Raises:
+        AssertionError: it does not have the error that the result claims, so something is not read from the result.
+    """
+    grid = getattr(result, "grid", None) or problem.grid
+    weight = grid.dequantize(result.codes)
+    ours = output_errors(problem, [weight], COMM).relative(0)
+    claimed = result.hard_error
+    assert abs(ours - claimed) <= 1e-3 * claimed + 1e-12, f"{problem.name}: error {ours}, the result says {claimed}"
+    return weight
+
+
+def _print_line(line: records.Record) -> None:
+    what = f"{line['case']} {line['format']} {line['solver']} seed {line['seed']} {line['layer']}"
+    figures = line.get("failed") or f"held-out error {line['error']:.3e}, {line['seconds']:.2f} s"
+    print(f"{what}: {figures}", flush=True)
