@@ -1,7 +1,7 @@
 """Commits of finished layers, and their way back into a job that starts again.
 
     <output>/commits/manifest.json                        what counts; written last, with a checksum of itself
-    <output>/commits/layers/00003-layer1.conv2.safetensors    codes, scale, zero_point of one layer
+    <output>/commits/layers/00003-layer1.conv2.safetensors    codes, scale, zero_point (and shift) of one layer
 
 A layer file exists for a reader only when the manifest names it, so a crash at any moment leaves the state of the last
 whole commit. Layer files hold nothing but the result: no times, hosts or world size, so equal results are equal bytes.
@@ -52,7 +52,8 @@ class LayerRecord:
     quant_min, quant_max, and groups and transposed of a convolution (1 and False for any other layer), without which
     a scale cannot be laid over the codes. A float format has no quant_min and quant_max (None), but element_format
     ("e4m3", "e2m1"), scale_format ("float32", "e8m0", "e4m3") and tensor_scale, the float32 number times which e4m3
-    scales make up `scale` (None with other scales). metrics: what the report shows; JSON values only.
+    scales make up `scale` (None with other scales). metrics: what the report shows; JSON values only. shift: float32
+    `(O,)`, what is added to the layer's outputs by its bias (or the batch norm behind it), or None.
 
     Raises AdaRoundError when these do not fit together: that is a defect of this program.
     """
@@ -63,6 +64,7 @@ class LayerRecord:
     zero_point: Tensor
     format: dict[str, Any]
     metrics: dict[str, object]
+    shift: Tensor | None = None
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -77,7 +79,11 @@ class LayerRecord:
         numbers = [self.format[name] for name in names]
         if not all(isinstance(number, int) for number in numbers) or not isinstance(self.format["transposed"], bool):
             return f"format {self.format} has a value of the wrong type"
-        return self._scale_problem() or (self._float_problem() if self._is_float else self._integer_problem())
+        return (
+            self._scale_problem()
+            or self._shift_problem()
+            or (self._float_problem() if self._is_float else self._integer_problem())
+        )
 
     def _scale_problem(self) -> str | None:
         if self.scale.dtype != torch.float32 or self.zero_point.dtype != torch.int32:
@@ -89,6 +95,12 @@ class LayerRecord:
         per_group = len(shape) == 2 and shape[0] == num_outputs and shape[1] > 0 and num_inputs % shape[1] == 0
         if shape not in ((), (num_outputs,)) and not per_group:
             return f"scale of shape {shape} does not fit {num_outputs} outputs of {num_inputs} inputs"
+        return None
+
+    def _shift_problem(self) -> str | None:
+        shift = self.shift
+        if shift is not None and (shift.dtype != torch.float32 or shift.shape != (self.geometry.out_channels,)):
+            return f"shift is {shift.dtype} of shape {tuple(shift.shape)}, not one float32 for each output"
         return None
 
     def _integer_problem(self) -> str | None:
@@ -219,6 +231,7 @@ class Checkpoint:
             zero_point=tensors["zero_point"],
             format=dict(entry.format),
             metrics=dict(entry.metrics),
+            shift=tensors.get("shift"),
         )
 
     def commit(self, record: LayerRecord) -> None:
@@ -226,6 +239,8 @@ class Checkpoint:
         if record.name in self.committed:
             raise AdaRoundError(f"layer {record.name} was committed before; this is a defect of distributed_adaround")
         parts = {"codes": record.codes, "scale": record.scale, "zero_point": record.zero_point}
+        if record.shift is not None:
+            parts["shift"] = record.shift
         data = safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in parts.items()})
         entry = _Entry(
             name=record.name,

@@ -134,7 +134,14 @@ def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
         print(f"\nNote: {note}")
     print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
     print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
-    print(f"Time: about {plan.seconds:,.0f} s on this machine ({spec.rounding.solver}, {spec.rounding.max_iter} steps)")
+    print(f"Time: about {plan.seconds:,.0f} s on this machine ({_how(spec)})")
+
+
+def _how(spec: JobSpec) -> str:
+    steps = spec.rounding.num_steps
+    return spec.rounding.solver + (
+        f", {steps} {'sweeps' if spec.rounding.solver == 'gram' else 'steps'}" if steps else ""
+    )
 
 
 def _report(error: Exception, rank: int, world_size: int, debug: bool) -> None:

@@ -11,8 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,22 +24,23 @@ from distributed_adaround.checkpoint import LayerRecord
 from distributed_adaround.distributed.comm import Comm, agreed, phase, same_everywhere
 from distributed_adaround.distributed.runtime import RankContext
 from distributed_adaround.errors import InputError
+from distributed_adaround.layer_setup import (
+    describe_format,
+    make_problem,
+    make_record,
+    make_solver,
+    weighted_grid,
+)
 from distributed_adaround.model.graph import capture, export_model, straight_line, without_cache
 from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.replay import ReplayWalker
 from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations, Walker
-from distributed_adaround.numerics.floats import encode
-from distributed_adaround.numerics.grid import Grid
-from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
 from distributed_adaround.report.console import SilentProgress
 from distributed_adaround.report.events import EventLog
 from distributed_adaround.report.layers import LayerReport, LayerTable
 from distributed_adaround.solve import round_layer
-from distributed_adaround.solve.minibatch import MinibatchSettings, solve_minibatch
-from distributed_adaround.solve.nearest import solve_nearest
-from distributed_adaround.solve.problem import LayerProblem, Solver
-from distributed_adaround.spec import LayerFormat, MethodSpec, QuantizeSpec, RoundingSpec, RuntimeSpec, parse_bytes
+from distributed_adaround.solve.problem import MomentCache
+from distributed_adaround.spec import LayerFormat, MethodSpec, QuantizeSpec, RuntimeSpec, parse_bytes
 from distributed_adaround.walk import GraphWalker
 
 logger = logging.getLogger(__name__)
@@ -185,17 +185,6 @@ def float_parameters(walker: Walker, planned: Sequence[PlannedLayer]) -> tuple[F
     return (*walker.float_parameters, *ignored)
 
 
-def make_solver(rounding: RoundingSpec) -> Solver:
-    """The solver of the job with its settings."""
-    if rounding.solver == "nearest":
-        return solve_nearest
-    schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.regularization)
-    settings = MinibatchSettings(
-        schedule, rounding.batch_size, rounding.batch_unit, rounding.lr, rounding.normalization
-    )
-    return partial(solve_minibatch, settings=settings)
-
-
 @dataclass(frozen=True)
 class NetworkRounder:
     """What the loop over layers needs, apart from the model and the data."""
@@ -206,6 +195,7 @@ class NetworkRounder:
     store: ActivationStore
     progress: SilentProgress
     events: EventLog
+    moments: MomentCache = field(default_factory=MomentCache)
 
     def run(
         self,
@@ -227,13 +217,14 @@ class NetworkRounder:
             if layer.format is None:
                 walker.commit(layer.site, None)
                 continue
-            self.progress.layer(len(reports), layer.site.name, self.spec.rounding.max_iter)
+            self.progress.layer(len(reports), layer.site.name, self.spec.rounding.num_steps)
             record = load(layer.site.name)
             resumed = record is not None
             if record is None:
                 record = self._round(walker, layer.site, layer.format, microbatches.total)
                 commit(record)
-            walker.commit(layer.site, record.dequantize(walker.tensor(layer.site.weight_name).dtype))
+            weight = record.dequantize(walker.tensor(layer.site.weight_name).dtype)
+            walker.commit(layer.site, weight, record.shift)
             report = LayerReport.from_dict({**record.metrics, "resumed": resumed})
             records.append((layer.site, record))
             reports.append(report)
@@ -250,17 +241,20 @@ class NetworkRounder:
     def _round(self, walker: Walker, site: Site, layer_format: LayerFormat, total: int) -> LayerRecord:
         """Learn one layer and check that all ranks found the same."""
         started = time.monotonic()
-        grid = weight_grid(walker, site, layer_format)
         activations = self._targets(walker, site, walker.reach(site))
-        problem = make_problem(self.spec, walker, site, grid, activations, total, self.device, self.store)
+        problem = make_problem(
+            self.spec, walker, site, layer_format, activations, total, self.device, self.store, self.moments
+        )
+        problem = weighted_grid(problem, layer_format, self.comm)
         result = round_layer(problem, make_solver(self.spec.rounding), self.comm, self.progress.step)
-        same_everywhere(self.comm, [result.codes], f"layer {site.name}: the rounding")
+        found = [result.codes, result.grid.scale, *(() if result.shift is None else (result.shift,))]
+        same_everywhere(self.comm, found, f"layer {site.name}: the rounding")
         report = LayerReport(
             name=site.name,
             kind=site.module_class,
             shape=site.geometry.weight_shape,
             format=describe_format(layer_format),
-            solver=self.spec.rounding.solver,
+            solver=result.solver or self.spec.rounding.solver,
             nearest_error=result.nearest_error,
             soft_error=result.soft_error,
             hard_error=result.hard_error,
@@ -270,11 +264,11 @@ class NetworkRounder:
             seconds=time.monotonic() - started,
             note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
         )
-        return make_record(site, layer_format, grid, result.codes, report)
+        return make_record(site, layer_format, result, report)
 
     def _targets(self, walker: Walker, site: Site, activations: SiteActivations) -> SiteActivations:
         """The targets `asymmetry * W x + (1 - asymmetry) * W x̂` in the place of `W x`."""
-        share = self.spec.rounding.asymmetry
+        share = self.spec.rounding.damped_asymmetry
         if share == 1:
             return activations
         weight = walker.tensor(site.weight_name).to(self.device)
@@ -292,101 +286,3 @@ class NetworkRounder:
             sums[index] += torch.stack(squares).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")
-
-
-def weight_grid(walker: Walker, site: Site, layer_format: LayerFormat) -> Grid:
-    """The layer's grid, float32, on the host: the same on every rank and device."""
-    return choose_grid(
-        site.geometry.to_matrix(walker.tensor(site.weight_name)).cpu(),
-        qmin=layer_format.quant_min,
-        qmax=layer_format.quant_max,
-        symmetric=layer_format.symmetric,
-        zero_point=layer_format.zero_point if layer_format.symmetric else 0,
-        strategy=layer_format.strategy,
-        group_size=layer_format.group_size,
-        observer=layer_format.observer,
-        percentile=layer_format.percentile,
-        element_format=layer_format.element_format,
-        scale_format=layer_format.scale_format,
-    )
-
-
-def make_problem(
-    spec: MethodSpec,
-    walker: Walker,
-    site: Site,
-    grid: Grid,
-    activations: SiteActivations,
-    total: int,
-    device: torch.device,
-    store: ActivationStore,
-) -> LayerProblem:
-    """Everything the solver sees of one layer. total: microbatches of all ranks."""
-    dtype = getattr(torch, spec.rounding.compute_dtype)
-    weight = site.geometry.to_matrix(walker.tensor(site.weight_name)).to(device, dtype, copy=True)
-    return LayerProblem(
-        name=site.name,
-        geometry=site.geometry,
-        weight=weight,
-        bias=None if site.bias_name is None else walker.tensor(site.bias_name).to(device, dtype),
-        grid=grid.to(dtype, device),
-        transform=_output_transform(walker, site, spec.rounding.activation_in_loss, dtype, device),
-        activations=activations,
-        total_microbatches=total,
-        store=store,
-        seed=spec.runtime.seed,
-    )
-
-
-def _output_transform(
-    walker: Walker, site: Site, activation_in_loss: bool, dtype: torch.dtype, device: torch.device
-) -> OutputTransform:
-    activation = site.activation if activation_in_loss else "identity"
-    norm = site.batch_norm
-    if norm is None:
-        return OutputTransform(activation=activation)
-    mean, var = (walker.tensor(name).to(device, dtype) for name in (norm.running_mean, norm.running_var))
-    gamma = torch.ones_like(mean) if norm.weight is None else walker.tensor(norm.weight).to(device, dtype)
-    beta = torch.zeros_like(mean) if norm.bias is None else walker.tensor(norm.bias).to(device, dtype)
-    scale = gamma / torch.sqrt(var + norm.eps)
-    return OutputTransform(scale, beta - mean * scale, activation)
-
-
-def describe_format(layer_format: LayerFormat) -> str:
-    """ "int4 per_group_symmetric 128" """
-    kind = "symmetric" if layer_format.symmetric else "affine"
-    size = f" {layer_format.group_size}" if layer_format.group_size else ""
-    return f"{layer_format.dtype} per_{layer_format.strategy}_{kind}{size}"
-
-
-def make_record(site: Site, layer_format: LayerFormat, grid: Grid, codes: Tensor, report: LayerReport) -> LayerRecord:
-    """The committed form of a layer's result, on the host. grid: the one that the codes belong to."""
-    element = layer_format.element_format
-    codes = site.geometry.from_matrix(codes).cpu()
-    kind = "symmetric" if layer_format.symmetric else "affine"
-    shape = {"tensor": (), "channel": (-1,), "group": grid.scale.shape}[layer_format.strategy]
-    own: dict[str, Any] = {}
-    if element is None:
-        stored = codes.to(torch.int8 if layer_format.signed else torch.uint8)
-    else:
-        stored = encode(codes, element)
-        factor = None if grid.tensor_scale is None else grid.tensor_scale.item()
-        own = {"element_format": element, "scale_format": grid.scale_format, "tensor_scale": factor}
-        own |= {"quant_min": None, "quant_max": None}
-    return LayerRecord(
-        name=site.name,
-        codes=stored,
-        scale=grid.scale.reshape(shape).float(),
-        zero_point=grid.zero_point.reshape(shape).to(torch.int32),
-        format={
-            "dtype": layer_format.dtype,
-            "qscheme": f"per_{layer_format.strategy}_{kind}",
-            "group_size": layer_format.group_size,
-            "quant_min": layer_format.quant_min,
-            "quant_max": layer_format.quant_max,
-            "groups": site.geometry.groups,
-            "transposed": site.geometry.transposed,
-            **own,
-        },
-        metrics=report.to_dict(),
-    )

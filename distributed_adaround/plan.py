@@ -18,19 +18,16 @@ from torch import Tensor
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.job import PreparedJob, prepare
+from distributed_adaround.layer_setup import describe_format, make_problem, make_solver, weighted_grid
 from distributed_adaround.model.sites import FloatParameter, ModelInputs, SiteActivations
-from distributed_adaround.network import (
-    PlannedLayer,
-    describe_format,
-    float_parameters,
-    make_problem,
-    make_solver,
-    weight_grid,
-)
+from distributed_adaround.network import PlannedLayer, float_parameters
 from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.moments import layer_moments
+from distributed_adaround.solve.problem import MomentCache
 from distributed_adaround.spec import JobSpec
 
-_TRIAL_STEPS = 10
+# Of minibatch; a sweep of gram costs as much as many of them.
+_TRIAL_STEPS = {"minibatch": 10, "gram": 1}
 _UNLIMITED = 1 << 62
 
 
@@ -143,8 +140,17 @@ class _Trial:
     def _measure(self, layer: PlannedLayer, activations: SiteActivations) -> float:
         assert layer.format is not None
         job, comm = self._job, SoloComm()
-        grid = weight_grid(job.walker, layer.site, layer.format)
-        problem = make_problem(job.spec, job.walker, layer.site, grid, activations, 1, job.context.device, self._store)
+        problem = make_problem(
+            job.spec,
+            job.walker,
+            layer.site,
+            layer.format,
+            activations,
+            1,
+            job.context.device,
+            self._store,
+            MomentCache(),
+        )
         candidates = [problem.grid.dequantize(problem.grid.quantize(problem.weight))]
         nearest = output_errors(problem, candidates, comm)
 
@@ -156,15 +162,21 @@ class _Trial:
             return time.monotonic() - started
 
         def solve(steps: int) -> object:
-            rounding = job.spec.rounding.model_copy(update={"max_iter": steps})
-            return make_solver(rounding)(problem, nearest, comm, lambda step, loss: None)
+            return make_solver(rounding.with_steps(steps))(problem, nearest, comm, lambda step, loss: None)
 
-        comparing = 3 * seconds(lambda: output_errors(problem, candidates, comm)) * self.rank_share
-        if job.spec.rounding.solver == "nearest":
-            return comparing
+        rounding = job.spec.rounding
+        total = 3 * seconds(lambda: output_errors(problem, candidates, comm)) * self.rank_share
+        if rounding.needs_moments or layer.format.observer == "output_mse":
+            total += seconds(lambda: layer_moments(problem, comm)) * self.rank_share
+            problem = weighted_grid(problem, layer.format, comm)
+        if not rounding.num_steps:
+            return total + seconds(partial(solve, 1))
         # The difference of two runs: the first steps pay for what is set up once.
-        few, more = (seconds(partial(solve, steps)) for steps in (_TRIAL_STEPS, 3 * _TRIAL_STEPS))
-        return comparing + max(0.0, more - few) / (2 * _TRIAL_STEPS) * job.spec.rounding.max_iter
+        trial = _TRIAL_STEPS[rounding.solver]
+        few, more = (seconds(partial(solve, steps)) for steps in (trial, 3 * trial))
+        per_step = max(0.0, more - few) / (2 * trial)
+        once = max(0.0, few - trial * per_step) if rounding.needs_moments else 0.0
+        return total + once + per_step * rounding.num_steps
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -19,6 +19,7 @@ from distributed_adaround.spec_errors import ABSENT, ContradictionError, Section
 from distributed_adaround.spec_format import LayerFormat, dtype_range, stale_fields
 from distributed_adaround.spec_load import read_job
 from distributed_adaround.spec_quantize import Override, PositiveInt, QuantizeSpec, Text, TextOrTexts
+from distributed_adaround.spec_rounding import RoundingSpec
 
 __all__ = [
     "PRESETS",
@@ -48,8 +49,6 @@ _UNITS = {"B": 1} | {
 _MAX_BYTES = 2**63 - 1
 
 PositiveFloat = Annotated[float, Field(gt=0)]
-Exponent = Annotated[float, Field(gt=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 ImportPath = Annotated[str, Field(pattern=rf"^{_NAME}:{_NAME}$")]
 
 Arguments = Annotated[
@@ -161,68 +160,6 @@ class DataSpec(Section):
     )
     pad_value: float = Field(0.0, description="Value that fills up the shorter samples of a microbatch.")
     prefetch: int = Field(2, ge=0, le=1024, description="Microbatches that are read ahead; 0: none.")
-
-
-# For nearest measured on ResNet-20 and MiniLM at 3 bits: from 10 to 30 nearly all soft values settle and the output
-# error hardly changes; at 3 some stay open, at 1 many. The others are the paper's and the ancestor's.
-_REG_PARAMS = {"sum": 0.01, "mean": 0.001, "nearest": 10.0}
-
-
-class RoundingSpec(Section):
-    """How the rounding of each layer is learned."""
-
-    solver: Literal["minibatch", "nearest"] = Field(
-        "minibatch", description="minibatch: AdaRound by gradient steps; nearest: plain rounding, the baseline."
-    )
-    max_iter: PositiveInt = Field(2000, description="Steps per layer.")
-    batch_size: PositiveInt = Field(256, description="Size of the batch of one step over all ranks together.")
-    batch_unit: Literal["rows", "samples"] = Field(
-        "rows",
-        description="What batch_size counts: rows (tokens or output pixels, drawn from all samples) or whole samples.",
-    )
-    lr: PositiveFloat = Field(0.05, description="Learning rate of Adam.")
-    warm_start: float = Field(
-        0.2, ge=0, lt=1, description="First part of the steps, 0 to 1, in which the regularizer is off."
-    )
-    beta: Annotated[tuple[Exponent, Exponent], Field(strict=False)] = Field(
-        (20.0, 2.0),
-        description="Exponent of the regularizer at its start and at the last step, above 1; it falls along a cosine.",
-    )
-    reg_param: NonNegativeFloat | None = Field(
-        None,
-        description="Weight of the regularizer, lambda in the paper; null: what goes with the normalization: 0.01 for "
-        "sum, 0.001 for mean, 10 for nearest.",
-    )
-    normalization: Literal["sum", "mean", "nearest"] = Field(
-        "nearest",
-        description="Scale of the squared error. sum: summed over output channels and averaged over rows, as in the "
-        "paper; mean: averaged over both, as in PyTorch's AdaptiveRoundingOptimizer; nearest: each output channel "
-        "relative to its error under nearest rounding, so that one reg_param means the same in every layer.",
-    )
-    activation_in_loss: bool = Field(
-        True, description="Compare outputs after the ReLU or ReLU6 that follows a layer, where there is one."
-    )
-    asymmetry: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="How much of the error that earlier layers left in a layer's inputs its rounding is to make up "
-        "for: 1: all, as in the paper; 0: none. Less is better where that error is large: transformers at 3 bits.",
-    )
-    compute_dtype: Literal["float32", "float64"] = Field(
-        "float32", description="Precision of the learning; float64 gives the same codes on any number of ranks."
-    )
-
-    @property
-    def regularization(self) -> float:
-        """reg_param, or the value that goes with the normalization."""
-        return _REG_PARAMS[self.normalization] if self.reg_param is None else self.reg_param
-
-    @model_validator(mode="after")
-    def _beta_falls(self) -> Self:
-        if self.beta[0] < self.beta[1]:
-            raise ContradictionError(("beta",), self.beta, "must not rise; give the larger value first, as in [20, 2]")
-        return self
 
 
 class OutputSpec(Section):
@@ -370,7 +307,7 @@ class JobSpec(MethodSpec):
         """
         content = {
             "quantize": self.quantize.model_dump(mode="json"),
-            "rounding": self.rounding.model_dump(mode="json") | {"reg_param": self.rounding.regularization},
+            "rounding": self.rounding.resolved(),
             "seed": self.runtime.seed,
             "data": self.data.model_dump(mode="json", exclude={"uri", "prefetch"}),
         }

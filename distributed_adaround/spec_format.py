@@ -27,7 +27,7 @@ QScheme = Literal[
     "per_group_symmetric",
     "per_group_affine",
 ]
-Observer = Literal["minmax", "mse", "percentile"]
+Observer = Literal["minmax", "mse", "percentile", "output_mse"]
 Strategy = Literal["tensor", "channel", "group"]
 ElementFormat = Literal["e4m3", "e2m1"]
 ScaleFormat = Literal["float32", "e8m0", "e4m3"]

@@ -80,7 +80,8 @@ class QuantizeSpec(Section):
     observer: Observer = Field(
         "mse",
         description="How scales are found from the weights: minmax covers the largest weight, mse minimizes the "
-        "squared rounding error, percentile cuts off the largest weights.",
+        "squared rounding error, percentile cuts off the largest weights; output_mse weighs each weight's error by the "
+        "mean square of its input.",
     )
     percentile: Percentile = Field(
         _DEFAULT_PERCENTILE, description="Share of the weights, in percent, that observer: percentile keeps in range."

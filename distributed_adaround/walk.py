@@ -119,10 +119,11 @@ class GraphWalker:
             targets=[batch.values[FLOAT][node] for batch in batches],
             masks=[batch.mask for batch in batches],
             batch_sizes=[batch.size for batch in batches],
+            source=source.name,
         )
 
     @torch.no_grad()
-    def commit(self, site: Site, weight: Tensor | None) -> None:
+    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
         if self._reached != site:
             self.reach(site)
         node = self._site_nodes[site.name]
@@ -131,6 +132,12 @@ class GraphWalker:
             if site.num_calls > 1:
                 self._float_weights[site.weight_name] = parameter.clone()
             parameter.copy_(weight)
+        if shift is not None:
+            assert site.shift_name is not None
+            tensor = self.tensor(site.shift_name)
+            # The float stream has yet to pass a batch norm behind the site.
+            self._float_weights[site.shift_name] = tensor.clone()
+            tensor.copy_(site.shifted(tensor, shift))
         self._run([node], (QUANTIZED,))
         self._cursor = self._order[node] + 1
 

@@ -34,7 +34,7 @@ from distributed_adaround.model.operations import (
     unusable,
     what_follows,
 )
-from distributed_adaround.model.sites import FloatParameter, ModelInputs, Site
+from distributed_adaround.model.sites import BatchNormAfter, FloatParameter, ModelInputs, Site
 
 
 @dataclass(frozen=True)
@@ -301,4 +301,14 @@ def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> 
         batch_norm=batch_norm,
         activation=activation,
         num_calls=num_calls,
+        shift_name=_shift_name(module, bias, batch_norm, num_calls),
     )
+
+
+def _shift_name(
+    module: GraphModule, bias: Node | None, batch_norm: BatchNormAfter | None, num_calls: int
+) -> str | None:
+    """Tensor that shifts the outputs of a layer that runs once, if nothing else reads it."""
+    name = str(bias.target) if bias is not None else batch_norm.running_mean if batch_norm is not None else None
+    readers = sum(len(node.users) for node in module.graph.nodes if node.op == "get_attr" and str(node.target) == name)
+    return name if readers == 1 and num_calls == 1 else None

@@ -82,7 +82,8 @@ class ReplayWalker:
         self._tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
             module.named_buffers(remove_duplicate=False)
         )
-        # Weight of every committed site that the module does not hold at the moment: float between the passes.
+        # Weight and corrected bias of every committed site that the module does not hold at the moment: float between
+        # the passes.
         self._other_weights: dict[str, Tensor] = {}
         self._notes = [
             f"could not be exported: {reason}; layers are captured by hooks, which runs the model again for every layer"
@@ -137,14 +138,19 @@ class ReplayWalker:
         self._note_gaps(site, len(floats) - len(result.indices), strayed, len(floats))
         return result
 
-    def commit(self, site: Site, weight: Tensor | None) -> None:
-        if weight is None:
-            return
-        parameter = self._tensors[site.weight_name]
-        if site.weight_name not in self._other_weights:
-            self._other_weights[site.weight_name] = _host_copy(parameter)
+    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
+        if weight is not None:
+            self._replace(site.weight_name, weight)
+        if shift is not None:
+            assert site.shift_name is not None
+            self._replace(site.shift_name, site.shifted(self.tensor(site.shift_name), shift))
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Another value for a tensor of the quantized model."""
+        if name not in self._other_weights:
+            self._other_weights[name] = _host_copy(self._tensors[name])
         with torch.no_grad():
-            parameter.copy_(weight)
+            self._tensors[name].copy_(value)
 
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Both models in full. A microbatch whose outputs differ in number or shape is left out and noted."""
@@ -297,8 +303,15 @@ def _sites(
                 bias_name=f"{prefix}bias" if layer.bias is not None else None,
                 geometry=geometry_of(layer),
                 num_calls=sum(num_calls.get(other, 0) for other in group),
+                shift_name=f"{prefix}bias" if _owns_bias(layers, name) and num_calls[name] == 1 else None,
             )
     return tuple(sites.values())
+
+
+def _owns_bias(layers: dict[str, nn.Module], name: str) -> bool:
+    """Whether the layer has a bias that no other layer has too."""
+    bias = layers[name].bias
+    return bias is not None and sum(layer.bias is bias for layer in layers.values()) == 1
 
 
 def _explicitly_padded(layer: nn.Module, x: Tensor) -> Tensor:

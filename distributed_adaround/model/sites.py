@@ -34,7 +34,8 @@ class Site:
 
     name: path of the module, as in `named_modules`. module_class: its class name ("Conv2d"), for `ignore` and
     `overrides`. batch_norm, activation: what follows the layer's output, when nothing else reads that output.
-    num_calls: how often the layer runs in one forward; rounding is learned at the first call.
+    num_calls: how often the layer runs in one forward; rounding is learned at the first call. shift_name: tensor that
+    can shift the layer's outputs and nothing else, its bias or the mean of the batch norm behind it, or None.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Site:
     batch_norm: BatchNormAfter | None = None
     activation: Activation = "identity"
     num_calls: int = 1
+    shift_name: str | None = None
+
+    def shifted(self, tensor: Tensor, shift: Tensor) -> Tensor:
+        """The tensor named shift_name, changed so that the layer's outputs grow by shift `(O,)`."""
+        shift = shift.to(tensor.device, tensor.dtype)
+        return tensor + shift if self.shift_name == self.bias_name else tensor - shift
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ class SiteActivations:
     """What both streams hold at a site, one entry per owned microbatch.
 
     indices: global microbatch indices. inputs: x̂, from the quantized prefix. float_inputs: x. targets: the float
-    layer's output `W x + b`, before batch norm and activation. masks: see ModelInputs. batch_sizes: samples.
+    layer's output `W x + b`, before batch norm and activation. masks: see ModelInputs. batch_sizes: samples. source:
+    name of what the inputs are; sites with the same source have the same inputs. None: not known.
     """
 
     indices: list[int]
@@ -97,6 +105,7 @@ class SiteActivations:
     targets: list[Tensor]
     masks: list[Tensor | None]
     batch_sizes: list[int] = field(default_factory=list)
+    source: str | None = None
 
 
 class Walker(Protocol):
@@ -123,9 +132,10 @@ class Walker(Protocol):
     def reach(self, site: Site) -> SiteActivations:
         """Advance both streams up to the site's inputs; the float stream also through the site."""
 
-    def commit(self, site: Site, weight: Tensor | None) -> None:
-        """Put the dequantized weight, in torch's shape, into the model (None: it stays as it is), and let the quantized
-        stream pass the site. `reach` may be left out before it, where nothing is to be learned."""
+    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
+        """Put the dequantized weight, in torch's shape, into the model (None: it stays as it is), shift the layer's
+        outputs by `(O,)` through the tensor named site.shift_name, and let the quantized stream pass the site. `reach`
+        may be left out before it, where nothing is to be learned."""
 
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Run the rest of the model: (microbatch index, float output, quantized output), for each output of real

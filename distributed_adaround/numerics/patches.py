@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from distributed_adaround.numerics.layers import LayerGeometry, pad
+
+# Numbers of one unfolded piece of a microbatch: 32 MiB of float32.
+_PIECE = 1 << 23
 
 
 def channels_last_padded(x: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -56,6 +60,48 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     strided: tuple[slice, ...] = tuple(slice(None, None, s) for s in stride)
     spread[(slice(None), slice(None), *strided)] = x
     return spread
+
+
+def unfolded_pieces(x: Tensor, geometry: LayerGeometry) -> Iterator[Tensor]:
+    """Inputs of all rows of a layer, `(G, rows, J)` in the weight's own order (C/G, *kernel), a piece at a time.
+
+    x: `(N, C, *L)` of a convolution, `(..., I)` of a Linear layer. Only one piece is ever copied out of x.
+    """
+    groups, inputs = geometry.groups, geometry.inputs_per_output
+    if not geometry.num_spatial_dims:
+        yield from torch.split(x.reshape(1, -1, inputs), max(1, _PIECE // inputs), dim=1)
+        return
+    view = _windows(x, geometry)
+    row = math.prod(view.shape[2 : 1 + geometry.num_spatial_dims]) * groups * inputs
+    lines = max(1, _PIECE // row)
+    samples = max(1, lines // view.shape[1])
+    for part in torch.split(view, samples):
+        for piece in torch.split(part, lines, dim=1):
+            yield piece.reshape(-1, groups, inputs).transpose(0, 1)
+
+
+def _windows(x: Tensor, geometry: LayerGeometry) -> Tensor:
+    """What each output pixel of a convolution sees, `(N, *output L, G, C/G, *kernel)`: a view of the padded input."""
+    if geometry.transposed:
+        x = _spread(x, geometry.stride)
+    x = pad(x, _padding(geometry)).contiguous()
+    dims = geometry.num_spatial_dims
+    stride = (1,) * dims if geometry.transposed else geometry.stride
+    reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
+    outputs = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+    per_group = geometry.in_channels // geometry.groups
+    sample, channel, *pitches = x.stride()
+    view = x.as_strided(
+        (x.shape[0], *outputs, geometry.groups, per_group, *geometry.kernel_size),
+        (
+            sample,
+            *(s * p for s, p in zip(stride, pitches, strict=True)),
+            per_group * channel,
+            channel,
+            *(d * p for d, p in zip(geometry.dilation, pitches, strict=True)),
+        ),
+    )
+    return view.flip(tuple(range(-dims, 0))) if geometry.transposed else view
 
 
 def row_positions(padded_size: tuple[int, ...], output_size: tuple[int, ...], geometry: LayerGeometry) -> Tensor:

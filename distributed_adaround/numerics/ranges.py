@@ -52,12 +52,14 @@ def choose_grid(
     percentile: float = 99.9,
     element_format: ElementFormat | None = None,
     scale_format: ScaleFormat = "float32",
+    importance: Tensor | None = None,
 ) -> Grid:
     """Grid of a weight matrix `(O, I)`, in float32 whatever the weight's dtype.
 
     zero_point: of symmetric grids; affine grids find their own. group_size: divides I, with strategy "group".
     percentile: share of |w| (in percent) that the percentile observer keeps inside the range. element_format: of the
-    values, symmetric only, with qmin 0 and qmax the number of values less 1; None: integers.
+    values, symmetric only, with qmin 0 and qmax the number of values less 1; None: integers. importance: `(O, I)`, how
+    much the squared error of each weight counts for the mse observer; None: all the same.
     """
     rows, inputs = weight.shape
     block = {"tensor": rows * inputs, "channel": inputs, "group": group_size or inputs}[strategy]
@@ -82,7 +84,8 @@ def choose_grid(
     if observer == "mse":
         floats = _POWERS if scale_format == "e8m0" else _FLOAT_CANDIDATES
         shares = _CANDIDATES if values is None else floats
-        share = _best_share(blocks, low, high, grid_of_range, rounded, shares)
+        counts = None if importance is None else importance.to(torch.float32).reshape(-1, block)
+        share = _best_share(blocks, counts, low, high, grid_of_range, rounded, shares)
         low, high = low * share, high * share
     best = grid_of_range(low, high)
     return replace(best, scale=best.scale.reshape(shape), zero_point=best.zero_point.reshape(shape))
@@ -132,13 +135,14 @@ def _percentile_range(blocks: Tensor, percentile: float) -> tuple[Tensor, Tensor
 
 def _best_share(
     blocks: Tensor,
+    importance: Tensor | None,
     low: Tensor,
     high: Tensor,
     grid_of_range: Callable[[Tensor, Tensor], Grid],
     rounded: Callable[[Tensor, Grid], Tensor],
     shares: Sequence[float],
 ) -> Tensor:
-    """Share of the range `(B,)`, of those given, with the smallest squared rounding error of the weights."""
+    """Share of the range `(B,)`, of those given, with the smallest (weighted) squared rounding error of the weights."""
     # In units of about the largest weight, where squares do not underflow. Powers of two change no other bit.
     exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)[:, None]
     blocks = torch.ldexp(blocks, -exponent)
@@ -147,7 +151,8 @@ def _best_share(
     for share in shares:
         grid = grid_of_range(low * share, high * share)
         grid = replace(grid, scale=torch.ldexp(grid.scale, -exponent))
-        error = (rounded(blocks, grid) - blocks).square_().sum(dim=1)
+        squares = (rounded(blocks, grid) - blocks).square_()
+        error = squares.sum(dim=1) if importance is None else (squares * importance).sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, share, best)

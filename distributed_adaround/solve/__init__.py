@@ -1,4 +1,4 @@
-"""From a layer's problem to its codes: run a solver, and keep nearest rounding where that was better."""
+"""From a layer's problem to its codes: run a solver, correct the bias, keep nearest rounding where that was better."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.moments import by_group, layer_moments
 from distributed_adaround.solve.problem import LayerProblem, OnStep, Solver
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Codes `(O, I)` of a layer and how well they do; errors are relative to the energy of the float outputs."""
+    """Codes `(O, I)` of a layer on `grid`, and how well they do.
+
+    Errors are relative to the energy of the float outputs. shift: `(O,)`, what is added to the layer's bias, or None.
+    solver: which one it was, where that is not the one asked for.
+    """
 
     codes: Tensor
+    grid: Grid
+    shift: Tensor | None
     nearest_error: float
     soft_error: float
     hard_error: float
     flipped: float
     unsettled: float
     kept_nearest: bool
+    solver: str | None
 
 
 def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, on_step: OnStep) -> LayerResult:
@@ -31,21 +40,32 @@ def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, on_step: OnSt
     Raises:
         InputError: activations or loss are not finite.
     """
-    grid = problem.grid
-    nearest_codes = grid.quantize(problem.weight)
-    nearest = output_errors(problem, [grid.dequantize(nearest_codes)], comm)
+    nearest_codes = problem.grid.quantize(problem.weight)
+    nearest = output_errors(problem, [problem.grid.dequantize(nearest_codes)], comm)
     solution = solver(problem, nearest, comm, on_step)
+    grid = solution.grid or problem.grid
     hard = grid.dequantize(solution.codes)
+    shift = _bias_shift(problem, hard, comm) if problem.correct_bias else None
     candidates = [hard] if solution.soft_weight is None else [hard, solution.soft_weight]
-    solved = output_errors(problem, candidates, comm)
+    solved = output_errors(problem, candidates, comm, shift)
     kept_nearest = bool(solved.error[0].sum() > nearest.error[0].sum())
     codes = nearest_codes if kept_nearest else solution.codes
     return LayerResult(
         codes=codes,
+        grid=problem.grid if kept_nearest else grid,
+        shift=None if kept_nearest else shift,
         nearest_error=nearest.relative(0),
         soft_error=solved.relative(len(candidates) - 1),
         hard_error=nearest.relative(0) if kept_nearest else solved.relative(0),
         flipped=float(torch.count_nonzero(codes != nearest_codes)) / codes.numel(),
         unsettled=solution.unsettled,
         kept_nearest=kept_nearest,
+        solver=solution.solver,
     )
+
+
+def _bias_shift(problem: LayerProblem, rounded: Tensor, comm: Comm) -> Tensor:
+    """Mean of the output error over all rows, `(O,)`: with it in the bias no mean error is left."""
+    weight, difference = (by_group(matrix, problem) for matrix in (problem.weight, rounded - problem.weight))
+    error = layer_moments(problem, comm).mean_error(weight, difference, problem.asymmetry)
+    return error.reshape(-1).to(problem.dtype)

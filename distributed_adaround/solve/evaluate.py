@@ -13,8 +13,12 @@ from distributed_adaround.model.sites import row_mask
 from distributed_adaround.solve.problem import LayerProblem, OutputErrors
 
 
-def output_errors(problem: LayerProblem, candidates: Sequence[Tensor], comm: Comm) -> OutputErrors:
+def output_errors(
+    problem: LayerProblem, candidates: Sequence[Tensor], comm: Comm, shift: Tensor | None = None
+) -> OutputErrors:
     """Errors of weights `(O, I)` against the float layer, through what follows the layer.
+
+    shift: `(O,)`, added to the outputs of the candidates (a corrected bias), or None.
 
     Each microbatch's sums fill a place of their own, so the reduction only ever adds zeros to them and the total does
     not depend on the number of ranks.
@@ -26,12 +30,13 @@ def output_errors(problem: LayerProblem, candidates: Sequence[Tensor], comm: Com
     sums = torch.zeros(
         problem.total_microbatches, len(candidates) + 2, channels, dtype=torch.float64, device=problem.device
     )
+    bias = problem.bias if shift is None else shift if problem.bias is None else problem.bias + shift
     weights = [problem.geometry.from_matrix(weight) for weight in candidates]
     activations = problem.activations
     for index, x, target, mask in zip(
         activations.indices, activations.inputs, activations.targets, activations.masks, strict=True
     ):
-        sums[index] = _microbatch_errors(problem, weights, x, target, mask)
+        sums[index] = _microbatch_errors(problem, weights, bias, x, target, mask)
     total = comm.all_reduce(sums).sum(dim=0)
     if not bool(torch.isfinite(total).all()):
         raise agreed(
@@ -47,7 +52,12 @@ def output_errors(problem: LayerProblem, candidates: Sequence[Tensor], comm: Com
 
 
 def _microbatch_errors(
-    problem: LayerProblem, weights: Sequence[Tensor], x: Tensor, target: Tensor, mask: Tensor | None
+    problem: LayerProblem,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    x: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """`(candidates + 2, O)`: squared error of each candidate, energy of the float output, number of rows."""
     x = x.to(problem.device, problem.dtype)
@@ -62,7 +72,7 @@ def _microbatch_errors(
         return rows.square().sum(dim=0, dtype=torch.float64)
 
     errors = [
-        squares(problem.transform(problem.geometry.apply(x, weight, problem.bias), channel_dim) - expected)
+        squares(problem.transform(problem.geometry.apply(x, weight, bias), channel_dim) - expected)
         for weight in weights
     ]
     num_rows = expected.numel() // expected.shape[channel_dim] if keep is None else keep.sum()

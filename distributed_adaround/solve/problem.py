@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,10 +13,19 @@ from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.model.sites import SiteActivations
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.moments import Moments
 from distributed_adaround.numerics.rounding import OutputTransform
 
 # Called now and then from inside a solver's loop with (step, loss).
 OnStep = Callable[[int, float], None]
+
+
+@dataclass
+class MomentCache:
+    """Moments of the last input that a solver asked for, and what tells it from others (solve/moments.py)."""
+
+    key: object = None
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class LayerProblem:
 
     weight: `(O, I)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight, in
     the compute dtype. transform: what follows the layer inside the loss. activations: of this rank.
-    total_microbatches: of all ranks.
+    total_microbatches: of all ranks. asymmetry: share of the error in the inputs that the rounding is to make up for.
+    correct_bias: the mean output error will go into the layer's bias.
     """
 
     name: str
@@ -38,6 +48,9 @@ class LayerProblem:
     total_microbatches: int
     store: ActivationStore
     seed: int
+    asymmetry: float = 1.0
+    correct_bias: bool = False
+    moments: MomentCache = field(default_factory=MomentCache)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,11 +63,14 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class Solution:
-    """Hard codes `(O, I)`; where learned, the soft weight `(O, I)` at the end and the share of weights not settled."""
+    """Hard codes `(O, I)` of `grid` (None: the problem's own); where learned, the soft weight `(O, I)` at the end and
+    the share of weights not settled. solver: which one it was, where that is not the one asked for."""
 
     codes: Tensor
+    grid: Grid | None = None
     soft_weight: Tensor | None = None
     unsettled: float = 0.0
+    solver: str | None = None
 
 
 # All solvers have this signature; their own settings are bound beforehand (functools.partial).

@@ -46,18 +46,18 @@ FORMATS: Mapping[str, Fields] = {
     "int4g128": {"dtype": "int4", "qscheme": "per_group_symmetric", "group_size": 128, "observer": "mse"},
 }
 
-# Name -> sections of the job spec. `NAME@N` is NAME with rounding.max_iter N, for every N.
+# Name -> sections of the job spec. `NAME@N` is NAME with N steps (rounding.max_iter; of gram, rounding.sweeps).
 SOLVERS: Mapping[str, Fields] = {
     "nearest": {"rounding": {"solver": "nearest"}},
     "gptq": {"rounding": {"solver": "gptq"}},
     "minibatch": {"rounding": {"solver": "minibatch"}},
-    "gram": {"rounding": {"solver": "gram"}},
+    "gram": {"rounding": {"solver": "gram", "polish": False, "correct_bias": False}},
     "gptq+polish": {"rounding": {"solver": "gptq", "polish": True}},
     "minibatch+polish": {"rounding": {"solver": "minibatch", "polish": True}},
-    "gram+polish": {"rounding": {"solver": "gram", "polish": True}},
+    "gram+polish": {"rounding": {"solver": "gram", "polish": True, "correct_bias": False}},
     "gram+polish+bias": {"rounding": {"solver": "gram", "polish": True, "correct_bias": True}},
     "gram+polish+output_mse": {
-        "rounding": {"solver": "gram", "polish": True},
+        "rounding": {"solver": "gram", "polish": True, "correct_bias": False},
         "quantize": {"observer": "output_mse"},
     },
     "paper": {"preset": "paper"},
@@ -74,7 +74,7 @@ DEFAULT_SOLVERS = (
 # For error against seconds.
 TRAJECTORIES = (
     *(f"minibatch@{steps}" for steps in (100, 300, 1000, 3000, 10000)),
-    *(f"gram@{steps}" for steps in (30, 100, 300, 1000, 3000)),
+    *(f"gram@{steps}" for steps in (10, 20, 50, 100, 200, 400)),
 )
 
 # These draw batches, so their result depends on the seed. The others are run once for the same samples.
@@ -109,9 +109,13 @@ def method_spec(solver: str, quantize: Fields, *, seed: int, device: str, settin
     sections["quantize"] = quantize | sections.get("quantize", {})
     sections["runtime"] = {"seed": seed, "device": device}
     steps = solver.partition("@")[2]
-    for setting in [*settings, *([f"rounding.max_iter={steps}"] if steps else [])]:
+    for setting in [*settings, *([f"rounding.{_steps_field(solver)}={steps}"] if steps else [])]:
         _apply(sections, setting)
     return MethodSpec(**sections)
+
+
+def _steps_field(solver: str) -> str:
+    return "sweeps" if solver.startswith("gram") else "max_iter"
 
 
 def _apply(sections: Fields, setting: str) -> None:

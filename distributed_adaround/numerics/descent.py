@@ -1,0 +1,211 @@
+"""Descent on a layer's quadratic, block of inputs after block of inputs, with rounding inside.
+
+Shape legend: G conv groups, J inputs of one output, R out channels of a group, p inputs of a block.
+
+The loss of a row, `d A dᵀ - 2 d pᵀ` with d = ŵ - w, is smooth and cheap, and rows do not depend on each other. A sweep
+visits the inputs in blocks, inputs of large A_jj first. Inside a block it takes proximal gradient steps,
+
+    c = ŵ - (A_block d - p) / (L diag A)        L: largest eigenvalue of the block's A, scaled to a diagonal of ones
+    ŵ = S_(mu/L)(c)                             soft rounding (numerics/lattice.py)
+
+then the gradient of all inputs that come after is brought up to date: one matrix product per block, one product of the
+whole matrix per sweep. Blocks of one input make it coordinate descent, where each step is the exact minimum.
+
+mu is the weight of the regularizer `mu A_jj s² f (1 - f)`. At 0 the sweeps solve the least squares problem; at 1 the
+regularizer has cancelled each input's own curvature, so that every minimum lies on the grid. Raising mu slowly from one
+to the other carries the solution from the float weight to a good point of the grid (graduated non-convexity, Blake and
+Zisserman 1987). Weights may leave their two neighbours on the way: clipped inputs need others to make up for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.numerics.lattice import Lattice, LatticeRun
+from distributed_adaround.numerics.moments import Quadratic
+
+# Inputs whose gradient is kept up to date inside a sweep; those behind them are updated once for all of them.
+_FRONT = 128
+
+
+class Descent:
+    """State of the descent of some rows.
+
+    levels: weights over scales, `(G, J, R)`, inputs in the order of the descent. lattice: the scales change.
+    """
+
+    def __init__(
+        self, quadratic: Quadratic, lattice: Lattice, levels: Tensor | None = None, *, block: int, steps: int
+    ) -> None:
+        """levels: `(G, R, J)` to start from, in the weight's order; None: the float weights. block: inputs at once;
+        steps: proximal steps in each block."""
+        # Scales are refitted in place.
+        self.lattice = replace(lattice, scale=lattice.scale.clone())
+        self._steps = steps
+        self._runs = lattice.scale.shape[1]
+        diagonal = quadratic.second.diagonal(dim1=1, dim2=2)
+        self._order = _order(diagonal, self._runs, block)
+        self._second = _permuted(quadratic.second, self._order)
+        self._diagonal = diagonal.gather(1, self._order)
+        self._weight = self._inputs_first(quadratic.weight)
+        self._pull = None if quadratic.pull is None else self._inputs_first(quadratic.pull)
+        # A W + P, so that A Ŵ = gradient + this.
+        self._aim = torch.bmm(self._second, self._weight)
+        if self._pull is not None:
+            self._aim += self._pull
+        self.levels = torch.empty_like(self._weight)
+        for start, stop, run in self._each_run():
+            self.levels[:, start:stop] = (
+                torch.minimum(torch.maximum(self._weight[:, start:stop] / run.scale, run.low), run.high)
+                if levels is None
+                else self._inputs_first(levels)[:, start:stop]
+            )
+        self._blocks = self._make_blocks(block)
+
+    def sweep(self, mu: float) -> None:
+        """Visit all inputs once; before the inputs of a scale, refit it."""
+        gradient = self._gradient()
+        blocks = iter(self._blocks)
+        for index, (start, stop, run) in enumerate(self._each_run()):
+            if self.lattice.per_row:
+                run = self._refit(index, start, stop, gradient)
+            for first in range(start, stop, _FRONT):
+                last = min(first + _FRONT, stop)
+                before = self.levels[:, first:last].clone()
+                b = first
+                while b < last:
+                    a, b, lipschitz = next(blocks)
+                    self._visit(a, b, last, run, gradient, mu, lipschitz)
+                change = (self.levels[:, first:last] - before).mul_(run.scale)
+                gradient[:, last:].baddbmm_(self._second[:, last:, first:last], change)
+
+    def _visit(self, a: int, b: int, last: int, run: LatticeRun, gradient: Tensor, mu: float, lipschitz: float) -> None:
+        """Proximal steps of the inputs a..b; the gradient is right up to `last` afterwards."""
+        levels = self.levels[:, a:b]
+        before, slope = levels.clone(), gradient[:, a:b].clone()
+        own = self._second[:, a:b, a:b]
+        curvature = self._diagonal[:, a:b, None] * lipschitz
+        # An input that is always 0 has no slope and no curvature: it stays.
+        rate = torch.where(curvature > 0, 1 / curvature, 0.0) / run.scale
+        steps = self._steps if b - a > 1 else 1
+        for step in range(steps):
+            moved = run.round(torch.addcmul(levels, slope, rate, value=-1), min(1.0, mu / lipschitz))
+            if step + 1 < steps:
+                slope.baddbmm_(own, (moved - levels).mul_(run.scale))
+            levels.copy_(moved)
+        gradient[:, b:last].baddbmm_(self._second[:, b:last, a:b], (levels - before).mul_(run.scale))
+
+    def _gradient(self) -> Tensor:
+        """Half the derivative by the weights, `A D - P`, `(G, J, R)`."""
+        gradient = torch.bmm(self._second, self._weights() - self._weight)
+        return gradient if self._pull is None else gradient.sub_(self._pull)
+
+    def _weights(self) -> Tensor:
+        scale = self.lattice.scale
+        if self._runs > 1:
+            scale = scale.repeat_interleave(self.levels.shape[1] // self._runs, dim=1)
+        return self.levels * scale
+
+    def _refit(self, index: int, start: int, stop: int, gradient: Tensor) -> LatticeRun:
+        """The scale with the least loss for the present levels of one run, where its format can hold it.
+
+        s = s - <q, g> / <q, A q>, q the levels of the run: the minimum of a parabola over s.
+        """
+        run, levels = self.lattice.run(index), self.levels[:, start:stop]
+        if self._runs == 1:
+            product = (gradient + self._aim).div_(run.scale)
+        else:
+            product = torch.bmm(self._second[:, start:, start:stop], levels)
+        slope = (levels * gradient[:, start:stop]).sum(dim=1, keepdim=True)
+        curvature = (levels * product[:, : stop - start]).sum(dim=1, keepdim=True)
+        wanted = self.lattice.representable(run.scale - slope / curvature)
+        change = wanted - run.scale
+        # NaN and what rounding of the scale made worse fail this test.
+        better = (curvature > 0) & (change * (2 * slope + change * curvature) < 0)
+        gradient[:, start:].add_(product.mul_(torch.where(better, change, 0.0)))
+        run.scale.copy_(torch.where(better, wanted, run.scale))
+        return self.lattice.run(index)
+
+    def _each_run(self) -> Iterator[tuple[int, int, LatticeRun]]:
+        size = self.levels.shape[1] // self._runs
+        for index in range(self._runs):
+            yield index * size, (index + 1) * size, self.lattice.run(index)
+
+    def _make_blocks(self, block: int) -> list[tuple[int, int, float]]:
+        """First input, end and L of every block, in the order of the visits. Blocks of one input have L = 1."""
+        bounds = [
+            (a, min(a + block, end))
+            for start, stop, _ in self._each_run()
+            for first in range(start, stop, _FRONT)
+            for end in (min(first + _FRONT, stop),)
+            for a in range(first, end, block)
+        ]
+        if block == 1:
+            return [(a, b, 1.0) for a, b in bounds]
+        root = self._diagonal.clamp(min=torch.finfo(self._diagonal.dtype).tiny).rsqrt()
+        scaled = (self._second[:, a:b, a:b] * root[:, a:b, None] * root[:, None, a:b] for a, b in bounds)
+        largest = torch.stack([torch.linalg.eigvalsh(part)[:, -1].max() for part in scaled])
+        # One copy to the host for all blocks.
+        return [(a, b, lipschitz) for (a, b), lipschitz in zip(bounds, largest.clamp(min=1.0).tolist(), strict=True)]
+
+    def unsettled(self, tolerance: float) -> Tensor:
+        """How many levels are further than `tolerance` from the lattice."""
+        away = torch.zeros((), dtype=torch.int64, device=self.levels.device)
+        for start, stop, run in self._each_run():
+            levels = self.levels[:, start:stop]
+            away += ((run.round(levels) - levels).abs() > tolerance).sum()
+        return away
+
+    def settle(self) -> None:
+        """Every level to the nearest one of the lattice."""
+        for start, stop, run in self._each_run():
+            self.levels[:, start:stop] = run.round(self.levels[:, start:stop])
+
+    def losses(self) -> Tensor:
+        """Loss less its constant of each row, `(G, R)`."""
+        difference = self._weights() - self._weight
+        gradient = self._gradient()
+        if self._pull is not None:
+            gradient -= self._pull
+        return (gradient * difference).sum(dim=1)
+
+    def weights(self) -> Tensor:
+        """Weights `(G, R, J)` of the present levels, in the weight's order."""
+        return self._outputs_first(self._weights())
+
+    def codes(self) -> Tensor:
+        """Codes `(G, R, J)` of levels that have settled, in the weight's order."""
+        return self._outputs_first(self.lattice.codes(self.levels))
+
+    def _inputs_first(self, rows: Tensor) -> Tensor:
+        return rows.transpose(1, 2).gather(1, self._order[:, :, None].expand(-1, -1, rows.shape[1]))
+
+    def _outputs_first(self, values: Tensor) -> Tensor:
+        place = self._order[:, :, None].expand_as(values)
+        return torch.empty_like(values).scatter_(1, place, values).transpose(1, 2)
+
+
+def _order(diagonal: Tensor, runs: int, block: int) -> Tensor:
+    """Order of the visits, int64 `(G, J)`. diagonal: `(G, J)`.
+
+    Inside each run of inputs that share a scale by falling A_jj, dealt out to the blocks like cards: neighbours in that
+    order are often alike (one channel of an image under all kernel positions), and alike inputs in one block make L
+    large and its steps short. Measured on ResNet-20: as good after 100 sweeps as after 160 without dealing.
+    """
+    groups, inputs = diagonal.shape
+    size = inputs // runs
+    piles = -(-size // block)
+    dealt = torch.cat([torch.arange(pile, size, piles) for pile in range(piles)]).to(diagonal.device)
+    within = diagonal.reshape(groups, runs, size).argsort(dim=2, descending=True, stable=True)[:, :, dealt]
+    starts = torch.arange(runs, device=diagonal.device) * size
+    return (within + starts[:, None]).reshape(groups, inputs)
+
+
+def _permuted(second: Tensor, order: Tensor) -> Tensor:
+    """A `(G, J, J)` with rows and columns in the order `(G, J)`."""
+    rows = second.gather(1, order[:, :, None].expand_as(second))
+    return rows.gather(2, order[:, None, :].expand_as(second))

@@ -1,0 +1,111 @@
+"""Second moments of a layer's inputs, and the quadratic that its squared output error is.
+
+Shape legend: G conv groups (1 for Linear), J inputs of one output, R out channels of a group, N rows (tokens or output
+pixels), x float input, x̂ input from the quantized prefix.
+
+With the difference D = Ŵ - W the mean squared output error of a layer without an activation inside the loss is
+
+    mean ||α W (x - x̂) - D x̂||²  =  tr(D A Dᵀ) - 2 tr(D Pᵀ) + const
+    A = mean x̂ x̂ᵀ      C = mean (x - x̂) x̂ᵀ      P = α W C
+
+where α is the asymmetry. C is 0 where both streams are the same, so nothing is lost in the difference of two large
+products; DESIGN's B is A + C. With the bias corrected afterwards only the spread around the means counts: both moments
+lose the product of their means.
+
+Sums are exact: every microbatch's part is rounded once to a fixed point and added as int64, so the total has the same
+bits for every order and every number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class ExactSum:
+    """Sum of tensors as int64 in units of a power of two.
+
+    bound: largest absolute value that the total can reach. Parts are rounded to bound * 2^-61 or finer, so an entry of
+    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:
+        assert math.isfinite(bound), bound
+        # frexp: bound <= 2^exponent.
+        exponent = math.frexp(bound)[1] if bound > 0 else 0
+        self._unit = 2.0 ** max(-1000, min(1000, exponent - 61))
+        self.total = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def add(self, part: Tensor) -> None:
+        """Add one part, of the sum's shape."""
+        self.total += (part.to(torch.float64) / self._unit).round_().to(torch.int64)
+
+    def mean(self, count: int) -> Tensor:
+        """Total over count, float64."""
+        return self.total.to(torch.float64) * self._unit / count
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over all rows of all ranks, float64.
+
+    second: A, `(G, J, J)`. mean: of x̂, `(G, J)`. cross: C, `(G, J, J)`, and cross_mean, of x - x̂, `(G, J)`: None where
+    both streams are the same or the asymmetry is 0.
+    """
+
+    second: Tensor
+    mean: Tensor
+    cross: Tensor | None
+    cross_mean: Tensor | None
+    num_rows: int
+
+    def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> Quadratic:
+        """The quadratic of a layer. weight: `(G, R, J)`, whose dtype the result has. centred: the bias is corrected."""
+        second, cross = self.second, self.cross
+        if centred:
+            second = second - self.mean[:, :, None] * self.mean[:, None, :]
+        pull = None
+        if cross is not None and asymmetry:
+            assert self.cross_mean is not None
+            if centred:
+                cross = cross - self.cross_mean[:, :, None] * self.mean[:, None, :]
+            pull = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
+        return Quadratic(second.to(weight.dtype), weight, pull)
+
+    def mean_error(self, weight: Tensor, difference: Tensor, asymmetry: float) -> Tensor:
+        """Mean of the output error `α W (x - x̂) - D x̂` over all rows, `(G, R)`: what a corrected bias adds.
+
+        weight, difference: `(G, R, J)`.
+        """
+        error = -(difference.double() @ self.mean[:, :, None])[..., 0]
+        if self.cross_mean is not None:
+            error += asymmetry * (weight.double() @ self.cross_mean[:, :, None])[..., 0]
+        return error
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """`tr(D A Dᵀ) - 2 tr(D Pᵀ)` of a layer or some of its rows.
+
+    second: A, `(G, J, J)`. weight: W, `(G, R, J)`. pull: P, `(G, R, J)`, or None for 0.
+    """
+
+    second: Tensor
+    weight: Tensor
+    pull: Tensor | None
+
+    def rows(self, groups: slice, rows: slice) -> Quadratic:
+        """The part of some groups and of some out channels in them."""
+        pull = None if self.pull is None else self.pull[groups, rows]
+        return Quadratic(self.second[groups], self.weight[groups, rows], pull)
+
+    def loss(self, rounded: Tensor) -> Tensor:
+        """Loss less its constant of each row, `(G, R)`, of weights `(G, R, J)`."""
+        difference = rounded - self.weight
+        gradient = torch.bmm(difference, self.second)
+        if self.pull is not None:
+            gradient -= 2 * self.pull
+        return (gradient * difference).sum(dim=2)

@@ -1,0 +1,63 @@
+"""Solver `gram`: descent on the exact quadratic of all calibration data, from the float weights onto the grid.
+
+Without an activation inside the loss the squared output error is a quadratic of the weights, whose matrix is the second
+moment of the inputs. It is taken once, by all ranks together; after that no sample is touched again, and each rank
+solves some of the rows (numerics/descent.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.numerics.descent import Descent
+from distributed_adaround.numerics.rounding import SETTLED
+from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
+
+# Inputs of a block and proximal steps in each. Blocks of 1 get a little further per sweep, but a sweep then is a loop
+# over all inputs: measured on MiniLM and ResNet-20 at 3 bits, for the same error blocks of 32 take half the time.
+_BLOCK, _STEPS = 32, 4
+# The regularizer rises to this weight in the first 4/5 of the sweeps, to 1 in the rest. Most decisions fall below it:
+# over the same sweeps 0.3 and 0.7 ended 1 to 2 % worse than 0.5.
+_SLOW_PART, _SLOW_END = 0.8, 0.5
+# Sweeps between two looks at the loss. Reading it waits for the device.
+_LOOK_EVERY = 10
+
+
+@dataclass(frozen=True)
+class GramSettings:
+    """num_sweeps: passes over all inputs, each about the cost of one and a half products `(O, I) x (I, I)`."""
+
+    num_sweeps: int
+
+
+def regularizer_weight(sweep: int, num_sweeps: int) -> float:
+    """mu at sweep 0 .. num_sweeps - 1: near 0 at the first, 1 at the last, and a function of nothing else."""
+    done = (sweep + 1) / num_sweeps
+    if done <= _SLOW_PART:
+        return _SLOW_END * done / _SLOW_PART
+    return _SLOW_END + (1 - _SLOW_END) * (done - _SLOW_PART) / (1 - _SLOW_PART)
+
+
+def solve_gram(
+    problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep, *, settings: GramSettings
+) -> Solution:
+    """Round one layer; scales that belong to rows are refitted on the way.
+
+    Raises:
+        InputError: the inputs are not finite.
+    """
+
+    def work(part: RowProblem) -> RowSolution:
+        descent = Descent(part.quadratic, part.lattice, block=_BLOCK, steps=_STEPS)
+        for sweep in range(settings.num_sweeps):
+            descent.sweep(regularizer_weight(sweep, settings.num_sweeps))
+            if (sweep + 1) % _LOOK_EVERY == 0 or sweep + 1 == settings.num_sweeps:
+                on_step(sweep + 1, float(descent.losses().sum()))
+        unsettled = descent.unsettled(SETTLED)
+        descent.settle()
+        return RowSolution(descent.codes(), descent.lattice.scale, unsettled)
+
+    codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work)
+    return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())

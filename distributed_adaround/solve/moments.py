@@ -1,0 +1,159 @@
+"""Moments of a layer's inputs over all ranks, taken while the walk holds them; one reduction per layer.
+
+The unfolded input of a convolution is never held whole: it passes by in pieces. Layers that read the same tensor in the
+same way (query, key and value; gate and up) share one set of moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.distributed.comm import Comm, agreed
+from distributed_adaround.errors import InputError
+from distributed_adaround.model.sites import row_mask
+from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic
+from distributed_adaround.numerics.patches import unfolded_pieces
+from distributed_adaround.solve.problem import LayerProblem
+
+
+def layer_moments(problem: LayerProblem, comm: Comm) -> Moments:
+    """Moments of a layer's inputs, the same bits on any number of ranks. A collective: all ranks ask together.
+
+    Raises:
+        InputError: the inputs are not finite.
+    """
+    cache = problem.moments
+    key = (problem.activations.source or problem.name, _shape_of_rows(problem.geometry), problem.dtype)
+    if cache.moments is None or key != cache.key:
+        cache.moments = None  # frees the old ones first
+        cache.key, cache.moments = key, _measure(problem, comm)
+    return cache.moments
+
+
+def layer_quadratic(problem: LayerProblem, comm: Comm) -> Quadratic:
+    """The quadratic that the layer's squared output error is; a collective likewise."""
+    moments = layer_moments(problem, comm)
+    return moments.quadratic(by_group(problem.weight, problem), problem.asymmetry, problem.correct_bias)
+
+
+def by_group(matrix: Tensor, problem: LayerProblem) -> Tensor:
+    """A matrix `(O, I)` as `(G, R, J)`."""
+    return matrix.reshape(problem.geometry.groups, -1, problem.geometry.inputs_per_output)
+
+
+def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
+    """What makes rows of an input, apart from the tensor itself."""
+    reading = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding)
+    return (geometry.in_channels, geometry.groups, geometry.transposed, *reading)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How large the sums of one rank's microbatches can get. inputs, change: of squares of x̂ and of x - x̂."""
+
+    inputs: float
+    change: float
+    rows: int
+    differs: bool
+
+    @classmethod
+    def of_all(cls, sizes: list[_Size]) -> _Size:
+        return cls(
+            max(size.inputs for size in sizes),
+            max(size.change for size in sizes),
+            max(size.rows for size in sizes),
+            any(size.differs for size in sizes),
+        )
+
+
+def _measure(problem: LayerProblem, comm: Comm) -> Moments:
+    size = _Size.of_all(comm.all_gather_object(_own_size(problem)))
+    if not (math.isfinite(size.inputs) and math.isfinite(size.change)):
+        raise agreed(
+            InputError(
+                f"layer {problem.name}: its activations are not finite; check the weights and the calibration data"
+            )
+        )
+    groups, inputs = problem.geometry.groups, problem.geometry.inputs_per_output
+    total, device = problem.total_microbatches, problem.device
+    square = (groups, inputs, inputs)
+    # By Cauchy and Schwarz, per microbatch; a little room for the rounding of float32.
+    both = math.sqrt(size.inputs * size.change)
+    second = ExactSum(square, 1.01 * total * size.inputs, device)
+    mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.inputs * size.rows), device)
+    cross = ExactSum(square, 1.01 * total * both, device) if size.differs else None
+    cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    for x_hat, change in _pieces(problem, size.differs):
+        second.add(x_hat.transpose(1, 2) @ x_hat)
+        mean.add(x_hat.sum(dim=1))
+        count += x_hat.shape[1]
+        if cross is not None:
+            assert change is not None
+            cross.add(change.transpose(1, 2) @ x_hat)
+            cross_mean.add(change.sum(dim=1))
+    sums = [second, mean, *([] if cross is None else [cross, cross_mean])]
+    _reduce([*(one.total for one in sums), count], comm)
+    rows = max(1, int(count))
+    return Moments(
+        second=second.mean(rows),
+        mean=mean.mean(rows),
+        cross=None if cross is None else cross.mean(rows),
+        cross_mean=None if cross is None else cross_mean.mean(rows),
+        num_rows=rows,
+    )
+
+
+def _reduce(sums: list[Tensor], comm: Comm) -> None:
+    """Sum over ranks, all tensors in one collective."""
+    flat = torch.cat([total.reshape(-1) for total in sums])
+    comm.all_reduce(flat)
+    for total, part in zip(sums, torch.split(flat, [total.numel() for total in sums]), strict=True):
+        total.copy_(part.view_as(total))
+
+
+def _own_size(problem: LayerProblem) -> _Size:
+    """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
+    differs, inputs, change, rows = False, 0.0, 0.0, 0
+    for x_hat, x, target in zip(
+        problem.activations.inputs, problem.activations.float_inputs, problem.activations.targets, strict=True
+    ):
+        inputs = max(inputs, _largest_square_sum(x_hat, problem))
+        rows = max(rows, target.numel() // problem.geometry.out_channels)
+        if problem.asymmetry and x is not x_hat:
+            differs = True
+            change = max(change, _largest_square_sum(x.to(x_hat.device) - x_hat, problem))
+    return _Size(inputs, change, rows, differs)
+
+
+def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
+    """Largest sum over one channel of squares; NaN where a value is not finite."""
+    others = [dim for dim in range(x.dim()) if dim != (1 if problem.geometry.num_spatial_dims else x.dim() - 1)]
+    sums = x.square().sum(dim=others, dtype=torch.float64)
+    return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.nan
+
+
+def _pieces(problem: LayerProblem, differs: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time, without rows that are padding."""
+    acts, geometry = problem.activations, problem.geometry
+    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
+        channel_dim = 1 if geometry.num_spatial_dims else -1
+        keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
+        keep = None if keep is None else keep.reshape(-1).to(problem.device)
+        near = x_hat.to(problem.device, problem.dtype)
+        streams = [near]
+        if differs:
+            streams.append(x.to(problem.device, problem.dtype) - near)
+        start = 0
+        for parts in zip(*(unfolded_pieces(stream, geometry) for stream in streams), strict=True):
+            stop = start + parts[0].shape[1]
+            if keep is not None:
+                parts = tuple(part[:, keep[start:stop]] for part in parts)
+            yield parts[0], (parts[1] if differs else None)
+            start = stop
