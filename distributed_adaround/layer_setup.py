@@ -50,7 +50,7 @@ def _solver(name: str, rounding: RoundingSpec) -> Solver:
     if name == "gptq":
         return partial(solve_gptq, damping=rounding.damping)
     if name == "gram":
-        return partial(solve_gram, settings=GramSettings(rounding.sweeps))
+        return partial(solve_gram, settings=GramSettings(rounding.sweeps, rounding.damping))
     schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.regularization)
     settings = MinibatchSettings(
         schedule, rounding.batch_size, rounding.batch_unit, rounding.lr, rounding.normalization

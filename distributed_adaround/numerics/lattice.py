@@ -87,12 +87,24 @@ class Lattice:
         rounded = round_scale(torch.where(usable, scale, 1.0).float(), self.scale_format, self.tensor_scale)
         return torch.where(usable, rounded.to(scale.dtype), torch.nan)
 
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Weights `(G, R, J)` of codes `(G, R, J)`."""
+        if self.values is not None:
+            levels = self.values[codes.long()]
+        else:
+            levels = codes - self._of_inputs(self.zero_point, codes.shape[2]).transpose(1, 2)
+        return levels * self._of_inputs(self.scale, codes.shape[2]).transpose(1, 2)
+
+    def _of_inputs(self, values: Tensor, num_inputs: int) -> Tensor:
+        """`(G, n, R)` to something that broadcasts against `(G, J, R)`."""
+        runs = values.shape[1]
+        return values if runs == 1 else values.repeat_interleave(num_inputs // runs, dim=1)
+
     def codes(self, levels: Tensor) -> Tensor:
         """Codes `(G, J, R)` of levels `(G, J, R)` on the lattice."""
         if self.values is not None:
             return torch.searchsorted(self.values, levels.contiguous()).to(levels.dtype)
-        runs = self.scale.shape[1]
-        return levels + self.zero_point.repeat_interleave(levels.shape[1] // runs, dim=1)
+        return levels + self._of_inputs(self.zero_point, levels.shape[1])
 
 
 @dataclass(frozen=True)

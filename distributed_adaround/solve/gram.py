@@ -2,15 +2,20 @@
 
 Without an activation inside the loss the squared output error is a quadratic of the weights, whose matrix is the second
 moment of the inputs. It is taken once, by all ranks together; after that no sample is touched again, and each rank
-solves some of the rows (numerics/descent.py).
+solves some of the rows (numerics/descent.py). Rows that GPTQ rounds better take its codes: where inputs are nearly
+dependent (the first convolutions of a network) descent needs more sweeps than it gets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.descent import Descent
+from distributed_adaround.numerics.gptq import gptq_codes
 from distributed_adaround.numerics.rounding import SETTLED
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
 from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
@@ -27,9 +32,11 @@ _LOOK_EVERY = 10
 
 @dataclass(frozen=True)
 class GramSettings:
-    """num_sweeps: passes over all inputs, each about the cost of one and a half products `(O, I) x (I, I)`."""
+    """num_sweeps: passes over all inputs, each about the cost of one and a half products `(O, I) x (I, I)`. damping: of
+    GPTQ."""
 
     num_sweeps: int
+    damping: float
 
 
 def regularizer_weight(sweep: int, num_sweeps: int) -> float:
@@ -57,7 +64,18 @@ def solve_gram(
                 on_step(sweep + 1, float(descent.losses().sum()))
         unsettled = descent.unsettled(SETTLED)
         descent.settle()
-        return RowSolution(descent.codes(), descent.lattice.scale, unsettled)
+        return _better_rows(part, descent, settings.damping, unsettled)
 
     codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work)
     return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())
+
+
+def _better_rows(part: RowProblem, descent: Descent, damping: float, unsettled: Tensor) -> RowSolution:
+    """Of each row the codes with the smaller loss, of the descent or of GPTQ."""
+    other = gptq_codes(part.quadratic, part.lattice, damping)
+    theirs = part.quadratic.loss(part.lattice.dequantize(other)) < descent.losses()
+    return RowSolution(
+        torch.where(theirs[:, :, None], other, descent.codes()),
+        torch.where(theirs[:, None, :], part.lattice.scale, descent.lattice.scale),
+        unsettled,
+    )
