@@ -1,8 +1,9 @@
 """Cost of one step of solver `minibatch` over its two bare matrix products: python tests/benchmarks/step_cost.py
 
 On the CPU a solver runs whose communicator keeps time: between two steps it runs the bare products, so both see the
-same machine, and the table shows medians. On a GPU steps are not looked at one by one: solver and products are timed
-as whole loops between two waits for the device. Every step has the regularizer, as the last 80 % of a default job.
+same machine. The table shows medians of the thread's CPU time, which other processes disturb least. On a GPU steps are
+not looked at one by one: solver and products are timed as whole loops between two waits for the device. Every step has
+the regularizer, as the last 80 % of a default job.
 """
 
 from __future__ import annotations
