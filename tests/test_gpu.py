@@ -52,7 +52,7 @@ def test_no_step_waits_for_the_device() -> None:
         fill_bucket(bucket, soft, inputs, None, targets, linear, scale)
         fill_bucket(bucket, soft, inputs, base, targets, transform, scale)
         add_regularizer(bucket, soft, 0.1, 5.0, 0, 1)
-        soft.gradient_by_alpha(bucket[:-3].view_as(soft.alpha))
+        soft.descend(bucket[:-3].view_as(soft.alpha), 1e-2, 1e-8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(bucket).all()

@@ -21,6 +21,9 @@ from torch import Tensor
 
 ZETA = 1.1
 GAMMA = -0.1
+_WIDTH = ZETA - GAMMA
+# Between these two values of the sigmoid h is linear in it; at and beyond them h is 0 and 1.
+_SIGMOID_OF_0, _SIGMOID_OF_1 = -GAMMA / _WIDTH, (1 - GAMMA) / _WIDTH
 # A soft value nearer than this to 0 or 1 has settled.
 SETTLED = 0.01
 
@@ -67,14 +70,22 @@ class RoundingSchedule:
         return self.reg_param if step >= self._warm_steps else 0.0
 
 
-def regularizer(h: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Sum of `1 - |2h-1|^beta` over h (a scalar), and its derivative by h, of h's shape (eq. 24)."""
-    centred = h.mul(2).sub_(1)
-    magnitude = centred.abs()
+def regularizer(sigmoid: Tensor, beta: float) -> Tensor:
+    """Sum of `1 - |2h-1|^beta` (a scalar, eq. 24), from the clamped sigmoid."""
+    return (1 - _one_minus_2h(sigmoid).abs_().pow_(beta)).sum()
+
+
+def add_regularizer_gradient(gradient: Tensor, sigmoid: Tensor, beta: float, weight: float) -> None:
+    """Add `weight` times the derivative of the regularizer by the clamped sigmoid to `gradient`, in place."""
+    centred = _one_minus_2h(sigmoid)
     # |2h-1|^(beta-1), as powers of two: twice as fast as pow on a CPU. 0 becomes -inf, and 0 again.
-    power = magnitude.log2().mul_(beta - 1).exp2_()
-    value = h.numel() - torch.dot(power.flatten(), magnitude.flatten())
-    return value, power.copysign_(centred).mul_(-2 * beta)
+    power = centred.abs().log2_().mul_(beta - 1).exp2_().copysign_(centred)
+    gradient.add_(power, alpha=weight * beta * 2 * _WIDTH)
+
+
+def _one_minus_2h(sigmoid: Tensor) -> Tensor:
+    """In one pass, and exactly 0 in the middle, since ZETA + GAMMA = 1."""
+    return torch.rsub(sigmoid, _WIDTH, alpha=2 * _WIDTH)
 
 
 @dataclass(frozen=True)
@@ -123,11 +134,25 @@ class OutputTransform:
         error = self._activate(z) - target
         gradient = error * (2 * channel_weight)
         loss = torch.dot(error.flatten(), gradient.flatten()) / 2
+        aten = torch.ops.aten
         if self.activation == "relu":
-            gradient.mul_(z > 0)
+            aten.threshold_backward.grad_input(gradient, z, 0.0, grad_input=gradient)
         elif self.activation == "relu6":
-            gradient.mul_((z > 0) & (z < 6))
+            aten.hardtanh_backward.grad_input(gradient, z, 0.0, 6.0, grad_input=gradient)
         return loss, gradient if self.scale is None else gradient.mul_(self.scale)
+
+
+# On a CPU, passes over arrays of the weight's size go piece by piece: the next pass finds a piece in the cache, and
+# what is allocated in between is too small to be handed back to the system and cleared again at every step.
+_PIECE = 1 << 18
+# What torch.optim.Adam has by default.
+_ADAM = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A contiguous tensor as one-dimensional views, of a size that a CPU's cache holds; elsewhere it stays whole."""
+    flat = tensor.view(-1)
+    return torch.split(flat, _PIECE) if flat.device.type == "cpu" else (flat,)
 
 
 class SoftRounding:
@@ -137,34 +162,51 @@ class SoftRounding:
 
     The learning works with the difference `Ŵ - W`, which is exactly 0 at the start for every weight between its
     neighbours: computed as `Ŵ` less `W` it would be rounding noise, which Adam turns into full steps.
+
+    sigmoid: of alpha, clamped to where h is between 0 and 1. h is linear in it, so the loss is seen as a function of
+    it, and h itself is never written: every pass over arrays of the weight's size counts. slope: derivative of the
+    difference by it.
     """
 
     def __init__(self, weight: Tensor, lo: Tensor, hi: Tensor) -> None:
         self.delta = hi - lo
         self.alpha = initial_alpha(weight, lo, hi)
-        self.sigmoid = torch.empty_like(self.alpha)
-        self.h = torch.empty_like(self.alpha)
+        self.slope = self.delta * _WIDTH
+        self.sigmoid = torch.sigmoid(self.alpha).clamp_(_SIGMOID_OF_0, _SIGMOID_OF_1)
         self.difference = torch.empty_like(self.alpha)
-        self._start = rectified_sigmoid(self.alpha)
+        start = self.sigmoid.clone()
         # Weights beyond the range start at its end, not at themselves.
         clipped = torch.where(
-            (weight < lo) | (weight > hi) | (self.delta == 0), lo - weight + self._start * self.delta, 0.0
+            (weight < lo) | (weight > hi) | (self.delta == 0),
+            lo - weight + rectified_sigmoid(self.alpha) * self.delta,
+            0.0,
         )
-        self._clipped = clipped if bool(clipped.any()) else None
+        arrays = (self.alpha, self.sigmoid, start, self.slope, clipped, self.difference)
+        self._pieces = list(zip(*map(pieces, arrays), strict=True))
+        moments = [torch.zeros_like(self.alpha) for _ in range(2)]
+        self._moments = list(zip(*map(pieces, moments), strict=True))
+        self._steps = [torch.zeros((), dtype=torch.float32, device=weight.device) for _ in self._pieces]
+        self.refresh()
 
     def refresh(self) -> Tensor:
-        """Recompute h from alpha; returns `Ŵ - W` (a buffer, overwritten next time)."""
-        torch.sigmoid(self.alpha, out=self.sigmoid)
-        torch.mul(self.sigmoid, ZETA - GAMMA, out=self.h).add_(GAMMA).clamp_(0.0, 1.0)
-        torch.sub(self.h, self._start, out=self.difference).mul_(self.delta)
-        return self.difference if self._clipped is None else self.difference.add_(self._clipped)
+        """Recompute sigmoid and difference from alpha; returns the latter (a buffer, overwritten next time)."""
+        for piece in self._pieces:
+            _refresh(*piece)
+        return self.difference
 
-    def gradient_by_alpha(self, grad_h: Tensor) -> Tensor:
-        """Derivative by alpha from the derivative by h, in place: the slope of h, 0 where h is clamped."""
-        aten = torch.ops.aten
-        aten.hardtanh_backward.grad_input(grad_h, self.h, 0.0, 1.0, grad_input=grad_h)
-        aten.sigmoid_backward.grad_input(grad_h, self.sigmoid, grad_input=grad_h)
-        return grad_h.mul_(ZETA - GAMMA)
+    def gradient_by_alpha(self, gradient: Tensor) -> Tensor:
+        """Derivative by alpha from the derivative by the clamped sigmoid, in place; 0 where it is clamped."""
+        _to_gradient_by_alpha(gradient, self.sigmoid)
+        return gradient
+
+    def descend(self, gradient: Tensor, lr: float, eps: float) -> None:
+        """One step of Adam along the derivative by the clamped sigmoid, which is overwritten; then a refresh."""
+        parts = zip(self._pieces, self._moments, self._steps, pieces(gradient), strict=True)
+        for piece, (first, second), steps, derivative in parts:
+            alpha, sigmoid, *_ = piece
+            _to_gradient_by_alpha(derivative, sigmoid)
+            _adam_step(alpha, derivative, first, second, steps.add_(1), lr, eps)
+            _refresh(*piece)
 
     @property
     def rounds_up(self) -> Tensor:
@@ -176,3 +218,22 @@ class SoftRounding:
         """Bool: soft values further than 0.01 from both ends, where there is a choice at all."""
         h = rectified_sigmoid(self.alpha)
         return (h > SETTLED) & (h < 1 - SETTLED) & (self.delta > 0)
+
+
+def _refresh(alpha: Tensor, sigmoid: Tensor, start: Tensor, slope: Tensor, clipped: Tensor, difference: Tensor) -> None:
+    torch.sigmoid(alpha, out=sigmoid).clamp_(_SIGMOID_OF_0, _SIGMOID_OF_1)
+    torch.sub(sigmoid, start, out=difference)
+    torch.addcmul(clipped, difference, slope, out=difference)
+
+
+def _to_gradient_by_alpha(gradient: Tensor, sigmoid: Tensor) -> None:
+    aten = torch.ops.aten
+    aten.hardtanh_backward.grad_input(gradient, sigmoid, _SIGMOID_OF_0, _SIGMOID_OF_1, grad_input=gradient)
+    aten.sigmoid_backward.grad_input(gradient, sigmoid, grad_input=gradient)
+
+
+def _adam_step(
+    alpha: Tensor, gradient: Tensor, first: Tensor, second: Tensor, steps: Tensor, lr: float, eps: float
+) -> None:
+    """One step of torch.optim.Adam(fused=True), without the 30 microseconds of Python around its one operator."""
+    torch.ops.aten._fused_adam_([alpha], [gradient], [first], [second], [], [steps], lr=lr, eps=eps, **_ADAM)

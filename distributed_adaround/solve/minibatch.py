@@ -5,8 +5,9 @@ regularizer's for its share of the weights; both, the two losses and a non-finit
 summed over ranks in one collective. All ranks then take the same Adam step. The global batch does not depend on the
 number of ranks: more ranks mean less time per step, not another result.
 
-Layout of the bucket (W weights of the layer):  [ gradient by h: W | data loss | regularizer | non-finite ]
-The derivative of h by alpha is the same on all ranks and comes after the sum.
+Layout of the bucket (W weights of the layer):  [ gradient by s: W | data loss | regularizer | non-finite ]
+s is the clamped sigmoid of alpha, in which the soft weights are linear. Its derivative by alpha is the same on all
+ranks and comes after the sum.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from torch import Tensor
 from distributed_adaround.distributed.comm import Comm, agreed
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics import patches
-from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding, regularizer
+from distributed_adaround.numerics.rounding import (
+    OutputTransform,
+    RoundingSchedule,
+    SoftRounding,
+    add_regularizer_gradient,
+    pieces,
+    regularizer,
+)
 from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
 from distributed_adaround.solve.rows import BatchPlan, BatchUnit, CalibrationRows
 
@@ -79,19 +87,20 @@ def solve_minibatch(
     soft = SoftRounding(*(patches.to_patch_layout(w, problem.geometry) for w in (problem.weight, *neighbours)))
     weights = channel_weights(nearest, settings.normalization, problem.weight.numel()).to(problem.device, problem.dtype)
     bucket = torch.zeros(soft.alpha.numel() + 3, dtype=problem.dtype, device=problem.device)
-    soft.alpha.grad = gradient = bucket[:-3].view_as(soft.alpha)
-    adam = torch.optim.Adam([soft.alpha], lr=settings.lr, eps=_ADAM_EPS[settings.normalization], fused=True)
+    gradient = bucket[:-3].view_as(soft.alpha)
+    eps = _ADAM_EPS[settings.normalization]
     bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
     schedule = settings.schedule
     for step in range(schedule.num_steps):
         local, batch_rows = plan.batch(step)
         fill_bucket(bucket, soft, *rows.gather(local), rows.transform, weights / max(1, batch_rows))
-        add_regularizer(bucket, soft, schedule.weight(step), schedule.beta(step), comm.rank, comm.world_size)
+        look = (step + 1) % _LOOK_EVERY == 0 or step + 1 == schedule.num_steps
+        share = (comm.rank, comm.world_size)
+        add_regularizer(bucket, soft, schedule.weight(step), schedule.beta(step), *share, with_value=look)
         comm.all_reduce(bucket)
-        soft.gradient_by_alpha(gradient)
-        adam.step()
+        soft.descend(gradient, settings.lr, eps)
         bad += bucket[-1]
-        if (step + 1) % _LOOK_EVERY == 0 or step + 1 == schedule.num_steps:
+        if look:
             if float(bad):
                 raise agreed(
                     InputError(
@@ -112,36 +121,45 @@ def fill_bucket(
     transform: OutputTransform,
     channel_weight: Tensor,
 ) -> None:
-    """Write this rank's data term into the bucket: gradient by h, loss, non-finite flag.
+    """Write this rank's data term into the bucket: gradient by s, loss, non-finite flag.
 
     inputs `(G, R, J)`, base `(R, O)` or None, targets `(R, O)` as CalibrationRows gathers them; no rows give zeros.
     transform: of base and difference. channel_weight `(O,)`: divided by the rows of the global batch already.
     """
-    difference = soft.refresh()
+    difference = soft.difference
     rows = inputs.shape[1]
     outputs = torch.bmm(inputs, difference.transpose(1, 2)).permute(1, 0, 2).reshape(targets.shape)
     if base is not None:
-        outputs = outputs + base
+        outputs.add_(base)
     loss, gradient = transform.forward_backward(outputs, targets, channel_weight)
     by_group = gradient.view(rows, *difference.shape[:2]).permute(1, 2, 0)
-    grad_h = bucket[:-3].view_as(soft.h)
-    torch.bmm(by_group, inputs, out=grad_h).mul_(soft.delta)
+    torch.bmm(by_group, inputs, out=bucket[:-3].view_as(difference)).mul_(soft.slope)
     bucket[-3] = loss
     bucket[-2] = 0
-    bucket[-1] = (~torch.isfinite(loss)).to(bucket.dtype)
+    # 0 times an infinite or NaN loss is NaN.
+    torch.ne(loss * 0, 0, out=bucket[-1])
 
 
 def add_regularizer(
-    bucket: Tensor, soft: SoftRounding, reg_param: float, beta: float, rank: int, world_size: int
+    bucket: Tensor,
+    soft: SoftRounding,
+    reg_param: float,
+    beta: float,
+    rank: int,
+    world_size: int,
+    *,
+    with_value: bool = True,
 ) -> None:
-    """Add the regularizer of this rank's share of the weights to the bucket: its gradient and its value."""
+    """Add the regularizer of this rank's share of the weights to the bucket: its gradient; its value if wanted."""
     if reg_param == 0:
         return
-    size = soft.h.numel()
+    size = soft.sigmoid.numel()
     share = slice(size * rank // world_size, size * (rank + 1) // world_size)
-    value, gradient = regularizer(soft.h.view(-1)[share], beta)
-    bucket[:-3][share].add_(gradient, alpha=reg_param)
-    bucket[-2] += reg_param * value
+    sigmoid, gradient = soft.sigmoid.view(-1)[share], bucket[:-3][share]
+    for piece, derivative in zip(pieces(sigmoid), pieces(gradient), strict=True):
+        add_regularizer_gradient(derivative, piece, beta, reg_param)
+    if with_value:
+        bucket[-2] = reg_param * regularizer(sigmoid, beta)
 
 
 def _solution(problem: LayerProblem, soft: SoftRounding, low: Tensor, high: Tensor) -> Solution:

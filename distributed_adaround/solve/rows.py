@@ -22,6 +22,9 @@ from distributed_adaround.solve.problem import LayerProblem
 
 BatchUnit = Literal["rows", "samples"]
 
+# Rows are drawn for as many steps at once as make this many: one draw of many rows costs little more than one of few.
+_ROWS_AT_ONCE = 1 << 14
+
 
 class CalibrationRows:
     """This rank's rows of one layer, ready to be gathered.
@@ -107,14 +110,18 @@ class CalibrationRows:
         """Inputs `(G, R, J)`, base `(R, O)` or None, and targets `(R, O)` of local rows, int64 `(R,)` on the host."""
         positions = rows[:, None]
         if self._starts is not None:
-            shape = 0 if self._shape_of_row is None else self._shape_of_row[rows]
-            positions = self._starts[rows][:, None] + self._offsets[shape]
-        inputs = patches.gather_rows(self._features, positions.to(self._features.device), self._geometry)
+            offsets = self._offsets
+            if self._shape_of_row is not None:
+                offsets = offsets.index_select(0, self._shape_of_row.index_select(0, rows))
+            positions = self._starts.index_select(0, rows)[:, None] + offsets
+        positions = positions.to(self._features.device, non_blocking=True)
+        inputs = patches.gather_rows(self._features, positions, self._geometry)
         base = None if self._base is None else self._select(self._base, rows)
         return inputs.to(self._device, non_blocking=True), base, self._select(self._targets, rows)
 
     def _select(self, values: Tensor, rows: Tensor) -> Tensor:
-        return values.index_select(0, rows.to(values.device)).to(self._device, non_blocking=True)
+        rows = rows.to(values.device, non_blocking=True)
+        return values.index_select(0, rows).to(self._device, non_blocking=True)
 
 
 def _counting_rows(mask: Tensor | None, leading: tuple[int, ...], batch_size: int) -> tuple[list[int], Tensor]:
@@ -164,22 +171,33 @@ class BatchPlan:
         self._unit = unit
         self._batch_size = batch_size
         self._key = f"{problem.seed}/{problem.name}".encode()
+        self._steps_at_once = max(1, _ROWS_AT_ONCE // batch_size)
+        self._block = -1
+        self._batches: tuple[Tensor, ...] = ()
 
-    def _generator(self, step: int) -> torch.Generator:
-        digest = hashlib.sha256(self._key + b"/" + str(step).encode()).digest()
+    def _generator(self, number: int) -> torch.Generator:
+        digest = hashlib.sha256(self._key + b"/" + str(number).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def batch(self, step: int) -> tuple[Tensor, int]:
         """Local rows of this step, int64 `(R,)`, and the number of rows of the whole batch over all ranks."""
         if self._unit == "samples":
             return self._sample_batch(step)
+        block, place = divmod(step, self._steps_at_once)
+        if block != self._block:
+            self._block, self._batches = block, self._row_batches(block)
+        return self._batches[place], min(self.num_rows, self._batch_size)
+
+    def _row_batches(self, block: int) -> tuple[Tensor, ...]:
+        """Local rows of all steps of one block; the generator is seeded by the block's number."""
         if self.num_rows <= self._batch_size:
-            rows = torch.arange(self.num_rows)
+            rows = torch.arange(self.num_rows).repeat(self._steps_at_once, 1)
         else:
-            rows = torch.randint(self.num_rows, (self._batch_size,), generator=self._generator(step))
+            shape = (self._steps_at_once, self._batch_size)
+            rows = torch.randint(self.num_rows, shape, generator=self._generator(block))
         sample = torch.bucketize(rows, self._ends, right=True)
         held = self._mine[sample]
-        return (rows + self._shift[sample])[held], rows.numel()
+        return torch.split((rows + self._shift[sample])[held], held.sum(dim=1).tolist())
 
     def _sample_batch(self, step: int) -> tuple[Tensor, int]:
         order = torch.randperm(self._counts.numel(), generator=self._generator(step))

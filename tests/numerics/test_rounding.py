@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distributed_adaround.numerics import rounding
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.rounding import (
     OutputTransform,
     RoundingSchedule,
     SoftRounding,
+    add_regularizer_gradient,
     initial_alpha,
+    pieces,
     rectified_sigmoid,
     regularizer,
 )
@@ -43,7 +46,7 @@ def test_soft_weight_starts_at_the_float_weight(dtype: torch.dtype, tolerance: f
     soft = SoftRounding(weight, lo, hi)
     # All lie between their neighbours: the difference is exactly 0, and alpha really stands for the float weight.
     assert torch.equal(soft.refresh(), torch.zeros_like(weight))
-    torch.testing.assert_close(lo + soft.h * (hi - lo), weight, rtol=0, atol=tolerance)
+    torch.testing.assert_close(lo + rectified_sigmoid(soft.alpha) * (hi - lo), weight, rtol=0, atol=tolerance)
     # Before any step the hard decision is nearest rounding (no ties among these weights but the last).
     hard = torch.where(soft.rounds_up, hi, lo)
     assert torch.equal(hard[:, :-1], grid.dequantize(grid.quantize(weight))[:, :-1])
@@ -57,7 +60,7 @@ def test_clamped_weights_start_finite_at_the_end_of_the_range() -> None:
     assert torch.isfinite(soft.alpha).all()
     ends = torch.tensor([[-1.0, -1.0, 0.75, 0.75, 0.75, 0.75]])
     assert torch.equal(soft.refresh(), ends - weight)
-    assert torch.equal(lo + soft.h * (hi - lo), ends)
+    assert torch.equal(lo + rectified_sigmoid(soft.alpha) * (hi - lo), ends)
     # Nothing to choose, so nothing can be unsettled.
     assert not soft.unsettled.any()
 
@@ -131,21 +134,32 @@ def test_schedule_of_very_few_steps_stays_in_its_range(num_steps: int, warm_star
         assert schedule.weight(step) in (0.0, 0.01)
 
 
-@pytest.mark.parametrize("beta", [2.0, 2.5, 7.3, 20.0])
+@pytest.mark.parametrize("beta", [1.1, 2.0, 2.5, 7.3, 20.0])
 def test_regularizer_against_autograd(beta: float) -> None:
-    h = torch.cat([torch.rand(50, dtype=torch.float64), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)])
-    h = h.view(1, -1).requires_grad_()
-    expected = (1 - (2 * h - 1).abs().pow(beta)).sum()
-    (gradient,) = torch.autograd.grad(expected, h)
-    value, derivative = regularizer(h.detach(), beta)
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(derivative, gradient, rtol=1e-11, atol=1e-13)
+    sigmoid = torch.cat([torch.linspace(1 / 12, 11 / 12, 51, dtype=torch.float64), torch.rand(50).double() / 2 + 0.25])
+    sigmoid[25] = 0.5
+    sigmoid.requires_grad_()
+    expected = (1 - (2 * (1.2 * sigmoid - 0.1) - 1).abs().pow(beta)).sum()
+    (gradient,) = torch.autograd.grad(expected, sigmoid)
+    before = torch.randn(101, dtype=torch.float64)
+    derivative = before.clone()
+    add_regularizer_gradient(derivative, sigmoid.detach(), beta, 0.7)
+    torch.testing.assert_close(regularizer(sigmoid.detach(), beta), expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(derivative - before, 0.7 * gradient, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [1.0 + 1e-6, 2.0, 1e3])
+def test_regularizer_is_finite_for_every_exponent(beta: float) -> None:
+    sigmoid = torch.cat([torch.linspace(1 / 12, 11 / 12, 1001), torch.tensor([0.5, 0.5 + 2**-24, 0.5 - 2**-25])])
+    gradient = torch.zeros_like(sigmoid)
+    add_regularizer_gradient(gradient, sigmoid, beta, 1.0)
+    assert torch.isfinite(gradient).all()
+    assert torch.isfinite(regularizer(sigmoid, beta))
 
 
 def test_regularizer_of_nothing() -> None:
-    value, derivative = regularizer(torch.empty(0), 2.0)
-    assert value == 0
-    assert derivative.shape == (0,)
+    assert regularizer(torch.empty(0), 2.0) == 0
+    add_regularizer_gradient(torch.empty(0), torch.empty(0), 2.0, 1.0)
 
 
 def reference_transform(y: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str) -> Tensor:
@@ -215,6 +229,39 @@ def test_gradient_by_alpha_against_autograd() -> None:
     probe = torch.randn(3, 5, dtype=torch.float64)
     h = paper_h(alpha)
     assert ((h == 0) | (h == 1)).any()
-    (gradient,) = torch.autograd.grad((h * probe).sum(), alpha)
+    (gradient,) = torch.autograd.grad(((h + 0.1) / 1.2 * probe).sum(), alpha)
     torch.testing.assert_close(soft.refresh(), (lo + h * (hi - lo) - weight).detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(soft.gradient_by_alpha(probe.clone()), gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 18])
+def test_descend_is_torchs_adam(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_PIECE", piece)
+    lo = torch.randn(3, 5, dtype=torch.float64)
+    hi = lo + 0.5
+    hi[1] = lo[1]
+    weight = lo + torch.rand(3, 5, dtype=torch.float64)  # half of them beyond their neighbours
+    soft = SoftRounding(weight, lo, hi)
+    alpha = soft.alpha.clone().requires_grad_()
+    adam = torch.optim.Adam([alpha], lr=0.3, eps=1e-3, foreach=False)
+    start = soft.difference.clone()
+    for _ in range(20):
+        probe = torch.randn(3, 5, dtype=torch.float64)
+        adam.zero_grad()
+        ((torch.sigmoid(alpha).clamp(1 / 12, 11 / 12)) * probe).sum().backward()
+        adam.step()
+        soft.descend(probe, 0.3, 1e-3)
+        torch.testing.assert_close(soft.alpha, alpha.detach(), rtol=1e-11, atol=1e-13)
+    moved = soft.difference.clone()
+    assert (moved != start).any()
+    assert torch.equal(moved, soft.refresh()), "nothing was left to refresh"
+
+
+def test_pieces_are_views_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_PIECE", 7)
+    tensor = torch.arange(30.0).view(2, 15)
+    parts = pieces(tensor)
+    assert [part.numel() for part in parts] == [7, 7, 7, 7, 2]
+    for part in parts:
+        part.neg_()
+    assert torch.equal(tensor.flatten(), -torch.arange(30.0))

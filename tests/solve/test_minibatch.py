@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.errors import InputError
+from distributed_adaround.numerics import rounding
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.patches import from_patch_layout, to_patch_layout
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding
@@ -128,6 +129,7 @@ def test_bucket_is_the_gradient_of_the_loss(
         plan = BatchPlan(local, rows.sample_rows, comm, 5, "rows")
         soft = soft_rounding(local)
         soft.alpha.copy_(to_patch_layout(geometry.to_matrix(alpha.detach()), geometry))
+        soft.refresh()
         bucket = torch.full((alpha.numel() + 3,), 123.0, dtype=torch.float64)  # whatever the last step left
         ids, total = plan.batch(3)
         fill_bucket(bucket, soft, *rows.gather(ids), as_solved(local), channel_weight / total)
@@ -148,7 +150,6 @@ def test_bucket_is_the_gradient_of_the_loss(
 
 def test_bucket_without_regularizer_during_the_warm_up() -> None:
     soft = SoftRounding(torch.full((1, 2, 3), 0.4), torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
-    soft.refresh()
     bucket = torch.zeros(9)
     add_regularizer(bucket, soft, 0.0, 20.0, 0, 1)
     assert not bucket.any()
@@ -157,6 +158,7 @@ def test_bucket_without_regularizer_during_the_warm_up() -> None:
 def test_a_loss_that_is_not_finite_is_flagged() -> None:
     soft = SoftRounding(torch.full((1, 2, 3), 0.4), torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
     soft.alpha.fill_(1.0)  # at the start the difference is 0, and a large input makes no loss
+    soft.refresh()
     bucket = torch.zeros(9)
     for value, flag in ((1.0, 0), (torch.inf, 1), (torch.nan, 1), (1e30, 1)):
         inputs, finite, filled = torch.ones(1, 4, 3), torch.zeros(4, 2), torch.full((4, 2), value)
@@ -182,8 +184,16 @@ def test_channel_weights(normalization: Any) -> None:
 @pytest.mark.parametrize("unit", ["rows", "samples"])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_whole_solver_is_plain_adam_on_the_loss(
-    world_size: int, unit: Any, normalization: Any, activation: Any, make_problem: Any, share: Any, run_ranks: Any
+    world_size: int,
+    unit: Any,
+    normalization: Any,
+    activation: Any,
+    make_problem: Any,
+    share: Any,
+    run_ranks: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(rounding, "_PIECE", 19)  # of 108 weights
     layer = nn.Conv2d(4, 6, 3, stride=2, groups=2).double()
     inputs = [torch.randn(n, 4, s, s).double() for n, s in ((2, 5), (1, 7), (3, 5), (2, 6))]
     layer, problem = build((layer, inputs), make_problem, affine=True, activation=activation)
@@ -267,6 +277,7 @@ def test_the_first_gradient_of_equal_inputs_is_exactly_zero(kind: str, transform
     assert not bucket.any(), f"{int(bucket.count_nonzero())} values, up to {float(bucket.abs().max())}"
     # It is the start that makes no error, not the data.
     soft.alpha.add_(0.1)
+    soft.refresh()
     fill_bucket(bucket, soft, *everything, as_solved(problem), torch.rand(channels) + 0.5)
     assert bucket[:-3].count_nonzero() > 0.8 * (bucket.numel() - 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.patches import to_patch_layout
 from distributed_adaround.numerics.rounding import OutputTransform
+from distributed_adaround.solve import rows as solve_rows
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 
 
@@ -167,6 +169,12 @@ def test_a_rank_without_microbatches(case: Any, activation: Any, make_problem: A
 # ---- batches
 
 
+@pytest.fixture(params=[20, 1 << 14], ids=["blocks of few steps", "one block"])
+def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps whose rows are drawn together."""
+    monkeypatch.setattr(solve_rows, "_ROWS_AT_ONCE", request.param)
+
+
 class NumberedRows:
     """A token layer whose one input feature is the row's number over the whole set; 7 uneven microbatches."""
 
@@ -210,6 +218,7 @@ def batches(
     return drawn
 
 
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("unit", ["rows", "samples"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 9])
@@ -226,6 +235,7 @@ def test_ranks_together_hold_the_global_batch(
         assert {part[step][1] for part in parts} == {alone[step][1]} == {together.total()}
 
 
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("unit", ["rows", "samples"])
 def test_batches_are_a_function_of_seed_name_and_step(unit: str, make_problem: Any) -> None:
     problem = NumberedRows(make_problem).problem
@@ -242,6 +252,7 @@ def test_batches_are_a_function_of_seed_name_and_step(unit: str, make_problem: A
     assert batches(replace(problem, name="other"), SoloComm(), range(10), 4, unit) != first
 
 
+@pytest.mark.usefixtures("rows_at_once")
 def test_unit_rows_draws_each_row_equally_often(make_problem: Any) -> None:
     numbered = NumberedRows(make_problem, masked=True)
     drawn = batches(numbered.problem, SoloComm(), range(2000), 8, "rows")
@@ -266,6 +277,19 @@ def test_unit_samples_draws_whole_samples_once_each(make_problem: Any) -> None:
     assert set(seen) == set(sample_of.values())
 
 
+def test_the_draw_itself(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of 4 rows from each generator, which is seeded by seed, name and the number of the three."""
+    monkeypatch.setattr(solve_rows, "_ROWS_AT_ONCE", 12)
+    numbered = NumberedRows(make_problem)
+    drawn = [rows for rows, _ in batches(numbered.problem, SoloComm(), range(9), 4, "rows")]
+    for block in range(3):
+        digest = hashlib.sha256(f"0/block.layer/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        expected = torch.randint(numbered.num_rows, (3, 4), generator=generator)
+        assert drawn[3 * block : 3 * block + 3] == expected.tolist()
+
+
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize(("unit", "batch_size"), [("rows", 1000), ("samples", 12), ("samples", 500)])
 def test_a_batch_of_everything(unit: str, batch_size: int, make_problem: Any) -> None:
     numbered = NumberedRows(make_problem)
