@@ -170,7 +170,7 @@ class _Trial:
             total += seconds(lambda: layer_moments(problem, comm)) * self.rank_share
             problem = weighted_grid(problem, layer.format, comm)
         if not rounding.num_steps:
-            return total + seconds(partial(solve, 1))
+            return total + (seconds(partial(solve, 1)) if rounding.needs_moments else 0.0)
         # The difference of two runs: the first steps pay for what is set up once.
         trial = _TRIAL_STEPS[rounding.solver]
         few, more = (seconds(partial(solve, steps)) for steps in (trial, 3 * trial))

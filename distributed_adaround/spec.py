@@ -254,7 +254,6 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "beta": (20.0, 2.0),
             "reg_param": 0.01,
             "normalization": "sum",
-            "activation_in_loss": True,
         },
     },
 }

@@ -17,12 +17,12 @@ PACKAGE = Path(__file__).parents[1] / NAME
 # A file may import from its own layer and from lower ones. A folder stands for all files in it.
 LAYERS = [
     {"errors", "logs", "storage", "jsontext"},
-    {"numerics", "spec", "spec_errors", "spec_format", "spec_load", "spec_quantize", "spec_reference"},
+    {"numerics", "spec", "spec_errors", "spec_format", "spec_load", "spec_quantize", "spec_reference", "spec_rounding"},
     {"distributed"},
     {"data", "model", "activations"},
     {"walk", "solve"},
     {"checkpoint", "export", "report"},
-    {"network", "job", "api", "plan"},
+    {"network", "layer_setup", "job", "api", "plan"},
     {"__init__", "__main__", "cli"},
     {"examples"},
 ]

@@ -154,6 +154,10 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "activation_in_loss": True,
             "asymmetry": 1.0,
             "compute_dtype": "float32",
+            "sweeps": 100,
+            "polish": False,
+            "correct_bias": False,
+            "damping": 0.01,
         },
         "seed": 3,
         "data": {
@@ -175,6 +179,8 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     digest = JobSpec(**JOB).result_digest()
     same = [
         ("rounding.lr", 0.05), ("rounding.beta", [20, 2]), ("rounding.reg_param", 10),
+        ("rounding.polish", False), ("rounding.correct_bias", False), ("rounding.asymmetry", 1.0),
+        ("rounding.activation_in_loss", True),
         ("data.uri", ["x", "y"]), ("data.prefetch", 0),
         ("output.uri", "other"), ("output.overwrite", True), ("output.formats", ["dequantized"]),
         ("runtime.device", "cpu"), ("runtime.backend", "gloo"), ("runtime.timeout_minutes", 1),
@@ -185,6 +191,9 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
         assert JobSpec(**job_with(path, value)).result_digest() == digest, path
     different = [
         ("rounding.lr", 0.002), ("rounding.max_iter", 9999), ("rounding.compute_dtype", "float64"),
+        ("rounding.solver", "gram"), ("rounding.polish", True), ("rounding.correct_bias", True),
+        ("rounding.sweeps", 7), ("rounding.damping", 0.1), ("rounding.asymmetry", 0.5),
+        ("rounding.activation_in_loss", False), ("quantize.observer", "output_mse"),
         ("quantize.dtype", "int3"), ("quantize.ignore", ["a"]), ("quantize.overrides", [{"match": "a"}]),
         ("runtime.seed", 1), ("data.num_samples", 5), ("data.microbatch_size", 5), ("data.virtual_shards", 5),
         ("data.fields", {"a": "b"}), ("data.transform", "a:b"), ("data.mask_field", "m"), ("data.pad_value", 1),
