@@ -148,14 +148,14 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as job.py does
-    print(f"{'layer':16} {'rows':>5} {'ms a step':>10} {'products':>9} {'ratio':>6}")  # noqa: T201
+    print(f"{'layer':16} {'rows':>5} {'ms a step':>10} {'products':>9} {'ratio':>6}")
     for name, (layer, rows, steps) in LAYERS.items():
         if args.only and args.only not in name:
             continue
         problem = layer_problem(layer(), "relu" in name, args.device)
         measure = time_on_cpu if args.device.type == "cpu" else time_on_gpu
         step, products = measure(problem, rows, steps)
-        print(f"{name:16} {rows:5} {step * 1e3:10.3f} {products * 1e3:9.3f} {step / products:6.2f}")  # noqa: T201
+        print(f"{name:16} {rows:5} {step * 1e3:10.3f} {products * 1e3:9.3f} {step / products:6.2f}")
 
 
 if __name__ == "__main__":
