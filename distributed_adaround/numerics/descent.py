@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ from distributed_adaround.numerics.moments import Quadratic
 
 # Inputs whose gradient is kept up to date inside a sweep; those behind them are updated once for all of them.
 _FRONT = 128
+
+
+class _Block(NamedTuple):
+    """Inputs start..stop, and L of their part of A."""
+
+    start: int
+    stop: int
+    lipschitz: float
 
 
 class Descent:
@@ -65,6 +74,10 @@ class Descent:
                 else self._inputs_first(levels)[:, start:stop]
             )
         self._blocks = self._make_blocks(block)
+        largest = torch.tensor([one.lipschitz for one in self._blocks for _ in range(one.start, one.stop)])
+        curvature = self._diagonal * largest.to(self._diagonal)
+        # Step per unit of slope. An input that is always 0 has no slope and no curvature: it stays.
+        self._rate = torch.where(curvature > 0, 1 / curvature, 0.0)
 
     def sweep(self, mu: float) -> None:
         """Visit all inputs once; before the inputs of a scale, refit it."""
@@ -73,31 +86,33 @@ class Descent:
         for index, (start, stop, run) in enumerate(self._each_run()):
             if self.lattice.per_row:
                 run = self._refit(index, start, stop, gradient)
+            rate = self._rate[:, start:stop, None] / run.scale
             for first in range(start, stop, _FRONT):
                 last = min(first + _FRONT, stop)
                 before = self.levels[:, first:last].clone()
-                b = first
-                while b < last:
-                    a, b, lipschitz = next(blocks)
-                    self._visit(a, b, last, run, gradient, mu, lipschitz)
+                done = first
+                while done < last:
+                    block = next(blocks)
+                    inside = rate[:, block.start - start : block.stop - start]
+                    self._visit(block, last, run, inside, gradient, mu)
+                    done = block.stop
                 change = (self.levels[:, first:last] - before).mul_(run.scale)
                 gradient[:, last:].baddbmm_(self._second[:, last:, first:last], change)
 
-    def _visit(self, a: int, b: int, last: int, run: LatticeRun, gradient: Tensor, mu: float, lipschitz: float) -> None:
-        """Proximal steps of the inputs a..b; the gradient is right up to `last` afterwards."""
-        levels = self.levels[:, a:b]
-        before, slope = levels.clone(), gradient[:, a:b].clone()
-        own = self._second[:, a:b, a:b]
-        curvature = self._diagonal[:, a:b, None] * lipschitz
-        # An input that is always 0 has no slope and no curvature: it stays.
-        rate = torch.where(curvature > 0, 1 / curvature, 0.0) / run.scale
-        steps = self._steps if b - a > 1 else 1
-        for step in range(steps):
-            moved = run.round(torch.addcmul(levels, slope, rate, value=-1), min(1.0, mu / lipschitz))
-            if step + 1 < steps:
-                slope.baddbmm_(own, (moved - levels).mul_(run.scale))
-            levels.copy_(moved)
-        gradient[:, b:last].baddbmm_(self._second[:, b:last, a:b], (levels - before).mul_(run.scale))
+    def _visit(self, block: _Block, last: int, run: LatticeRun, rate: Tensor, gradient: Tensor, mu: float) -> None:
+        """Proximal steps of one block; the gradient is right up to `last` afterwards. rate: `(G, p, R)`."""
+        a, b = block.start, block.stop
+        levels, slope = self.levels[:, a:b], gradient[:, a:b]
+        softness = min(1.0, mu / block.lipschitz)
+        moved = run.round(torch.addcmul(levels, slope, rate, value=-1), softness)
+        if b - a > 1:
+            slope, before = slope.clone(), levels
+            for _ in range(self._steps - 1):
+                slope.baddbmm_(self._second[:, a:b, a:b], (moved - before).mul_(run.scale))
+                before = moved
+                moved = run.round(torch.addcmul(moved, slope, rate, value=-1), softness)
+        gradient[:, b:last].baddbmm_(self._second[:, b:last, a:b], (moved - levels).mul_(run.scale))
+        levels.copy_(moved)
 
     def _gradient(self) -> Tensor:
         """Half the derivative by the weights, `A D - P`, `(G, J, R)`."""
@@ -135,22 +150,22 @@ class Descent:
         for index in range(self._runs):
             yield index * size, (index + 1) * size, self.lattice.run(index)
 
-    def _make_blocks(self, block: int) -> list[tuple[int, int, float]]:
-        """First input, end and L of every block, in the order of the visits. Blocks of one input have L = 1."""
+    def _make_blocks(self, size: int) -> list[_Block]:
+        """All blocks in the order of the visits. Those of one input have L = 1."""
         bounds = [
-            (a, min(a + block, end))
+            (a, min(a + size, end))
             for start, stop, _ in self._each_run()
             for first in range(start, stop, _FRONT)
             for end in (min(first + _FRONT, stop),)
-            for a in range(first, end, block)
+            for a in range(first, end, size)
         ]
-        if block == 1:
-            return [(a, b, 1.0) for a, b in bounds]
+        if size == 1:
+            return [_Block(a, b, 1.0) for a, b in bounds]
         root = self._diagonal.clamp(min=torch.finfo(self._diagonal.dtype).tiny).rsqrt()
         scaled = (self._second[:, a:b, a:b] * root[:, a:b, None] * root[:, None, a:b] for a, b in bounds)
         largest = torch.stack([torch.linalg.eigvalsh(part)[:, -1].max() for part in scaled])
         # One copy to the host for all blocks.
-        return [(a, b, lipschitz) for (a, b), lipschitz in zip(bounds, largest.clamp(min=1.0).tolist(), strict=True)]
+        return [_Block(a, b, value) for (a, b), value in zip(bounds, largest.clamp(min=1.0).tolist(), strict=True)]
 
     def unsettled(self, tolerance: float) -> Tensor:
         """How many levels are further than `tolerance` from the lattice."""

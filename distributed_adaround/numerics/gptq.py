@@ -8,6 +8,8 @@ Shape legend: G conv groups, J inputs of one output, R out channels of a group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,40 +19,58 @@ from distributed_adaround.numerics.moments import Quadratic
 _FRONT = 128
 
 
-def gptq_codes(quadratic: Quadratic, lattice: Lattice, damping: float) -> Tensor:
-    """Codes `(G, R, J)`. damping: share of the mean of A's diagonal that is added to it.
+@dataclass(frozen=True)
+class GptqFactors:
+    """What all rows of a layer share.
 
-    With a pull P the float weight is first moved to the least squares solution, `W + P (A + damping)^-1`.
+    order: of the inputs, int64 `(G, J)`. lower: Cholesky factor of the damped A in that order, `(G, J, J)` float64.
+    spread: upper Cholesky factor of its inverse, `(G, J, J)`: how the error of one input goes to those after it.
     """
-    # Cholesky factors of nearly singular moments need the longer numbers.
-    second = quadratic.second.to(torch.float64)
-    diagonal = second.diagonal(dim1=1, dim2=2)
-    # Inputs that are always 0 would make A singular; what is added there changes nothing.
-    added = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
-    second = second + torch.diag_embed(added.clamp(min=torch.finfo(torch.float64).tiny))
-    weight = quadratic.weight
+
+    order: Tensor
+    lower: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor, damping: float) -> GptqFactors:
+        """Factors of A `(G, J, J)`. damping: share of the mean of A's diagonal that is added to it.
+
+        Raises:
+            torch.linalg.LinAlgError: A is singular all the same.
+        """
+        dtype = second.dtype
+        # Nearly singular moments need the longer numbers.
+        second = second.to(torch.float64)
+        diagonal = second.diagonal(dim1=1, dim2=2)
+        order = diagonal.argsort(dim=1, descending=True, stable=True)
+        # Inputs that are always 0 would make A singular; what is added there changes nothing.
+        added = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
+        second = second + torch.diag_embed(added)
+        rows = second.gather(1, order[:, :, None].expand_as(second))
+        lower = torch.linalg.cholesky(rows.gather(2, order[:, None, :].expand_as(second)))
+        spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        return cls(order, lower, spread.to(dtype))
+
+    def groups(self, index: slice) -> GptqFactors:
+        """The factors of some conv groups."""
+        return GptqFactors(self.order[index], self.lower[index], self.spread[index])
+
+
+def gptq_codes(quadratic: Quadratic, lattice: Lattice, factors: GptqFactors) -> Tensor:
+    """Codes `(G, R, J)`. With a pull P the float weight first moves to the least squares solution, `W + P A^-1`."""
+    order = factors.order
+    place = order[:, :, None].expand(-1, -1, quadratic.weight.shape[1])
+    left = quadratic.weight.transpose(1, 2).gather(1, place)
     if quadratic.pull is not None:
-        weight = weight + torch.linalg.solve(second, quadratic.pull.double(), left=False).to(weight.dtype)
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
-    spread = _spread(second, order).to(weight.dtype)
-    run_of_input = order // (weight.shape[2] // lattice.scale.shape[1])
-    levels = _round_in_order(weight.transpose(1, 2), order, spread, lattice, run_of_input)
-    return lattice.codes(levels).transpose(1, 2)
+        pull = quadratic.pull.transpose(1, 2).gather(1, place).double()
+        left += torch.cholesky_solve(pull, factors.lower).to(left.dtype)
+    run_of_input = order // (order.shape[1] // lattice.scale.shape[1])
+    levels = _round_in_order(left, factors.spread, lattice, run_of_input)
+    return lattice.codes(torch.empty_like(levels).scatter_(1, place, levels)).transpose(1, 2)
 
 
-def _spread(second: Tensor, order: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of A in the given order, `(G, J, J)`."""
-    rows = second.gather(1, order[:, :, None].expand_as(second))
-    permuted = rows.gather(2, order[:, None, :].expand_as(second))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
-
-
-def _round_in_order(weight: Tensor, order: Tensor, spread: Tensor, lattice: Lattice, run_of_input: Tensor) -> Tensor:
-    """Levels `(G, J, R)`, in the weight's order. weight: `(G, J, R)`."""
-    place = order[:, :, None].expand_as(weight)
-    left = weight.gather(1, place)
+def _round_in_order(left: Tensor, spread: Tensor, lattice: Lattice, run_of_input: Tensor) -> Tensor:
+    """Levels `(G, J, R)` of weights `(G, J, R)`, which are changed, both in the order of the inputs."""
     levels = torch.empty_like(left)
     for first in range(0, left.shape[1], _FRONT):
         last = min(first + _FRONT, left.shape[1])
@@ -63,4 +83,4 @@ def _round_in_order(weight: Tensor, order: Tensor, spread: Tensor, lattice: Latt
             errors[:, j - first : j - first + 1] = error
             left[:, j + 1 : last].baddbmm_(spread[:, j : j + 1, j + 1 : last].transpose(1, 2), error, alpha=-1)
         left[:, last:].baddbmm_(spread[:, first:last, last:].transpose(1, 2), errors, alpha=-1)
-    return torch.empty_like(levels).scatter_(1, place, levels)
+    return levels

@@ -24,12 +24,12 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
 
 @dataclass(frozen=True)
 class RowProblem:
-    """What one block of rows is solved from. levels: `(G, R, J)` to start from, or None. index: of the block."""
+    """What one block of rows is solved from. levels: `(G, R, J)` to start from, or None. groups: its conv groups."""
 
     quadratic: Quadratic
     lattice: Lattice
     levels: Tensor | None
-    index: int
+    groups: slice
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def solve_by_rows(
             whole.rows(some, cut),
             lattice.rows(some, cut),
             None if levels is None else levels[some, cut],
-            index,
+            some,
         )
         found = work(part)
         codes[some, cut] = (found.codes - grid.qmin).to(torch.uint8)

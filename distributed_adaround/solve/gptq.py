@@ -6,8 +6,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from distributed_adaround.distributed.comm import Comm, agreed
 from distributed_adaround.errors import InputError
-from distributed_adaround.numerics.gptq import gptq_codes
+from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.solve.moments import layer_quadratic
 from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
 
 
@@ -19,12 +20,23 @@ def solve_gptq(
     Raises:
         InputError: the inputs are not finite, or their second moment is singular at this damping.
     """
+    factors = layer_factors(problem, comm, damping)
 
     def work(part: RowProblem) -> RowSolution:
-        return RowSolution(gptq_codes(part.quadratic, part.lattice, damping), part.lattice.scale)
+        return RowSolution(gptq_codes(part.quadratic, part.lattice, factors.groups(part.groups)), part.lattice.scale)
 
+    codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work)
+    return Solution(codes=codes, grid=grid)
+
+
+def layer_factors(problem: LayerProblem, comm: Comm, damping: float) -> GptqFactors:
+    """The factors of a layer's second moment, on every rank.
+
+    Raises:
+        InputError: it is singular at this damping.
+    """
     try:
-        codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work)
+        return GptqFactors.of(layer_quadratic(problem, comm).second, damping)
     except LinAlgError as error:
         # All ranks hold the same matrix.
         raise agreed(
@@ -33,4 +45,3 @@ def solve_gptq(
                 "raise it, 0.01 is usual"
             )
         ) from error
-    return Solution(codes=codes, grid=grid)

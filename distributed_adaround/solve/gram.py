@@ -15,9 +15,10 @@ from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.descent import Descent
-from distributed_adaround.numerics.gptq import gptq_codes
+from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
 from distributed_adaround.numerics.rounding import SETTLED
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.solve.gptq import layer_factors
 from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
 
 # Inputs of a block and proximal steps in each. Blocks of 1 get a little further per sweep, but a sweep then is a loop
@@ -56,6 +57,8 @@ def solve_gram(
         InputError: the inputs are not finite.
     """
 
+    factors = layer_factors(problem, comm, settings.damping)
+
     def work(part: RowProblem) -> RowSolution:
         descent = Descent(part.quadratic, part.lattice, block=_BLOCK, steps=_STEPS)
         for sweep in range(settings.num_sweeps):
@@ -64,15 +67,15 @@ def solve_gram(
                 on_step(sweep + 1, float(descent.losses().sum()))
         unsettled = descent.unsettled(SETTLED)
         descent.settle()
-        return _better_rows(part, descent, settings.damping, unsettled)
+        return _better_rows(part, descent, factors.groups(part.groups), unsettled)
 
     codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work)
     return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())
 
 
-def _better_rows(part: RowProblem, descent: Descent, damping: float, unsettled: Tensor) -> RowSolution:
+def _better_rows(part: RowProblem, descent: Descent, factors: GptqFactors, unsettled: Tensor) -> RowSolution:
     """Of each row the codes with the smaller loss, of the descent or of GPTQ."""
-    other = gptq_codes(part.quadratic, part.lattice, damping)
+    other = gptq_codes(part.quadratic, part.lattice, factors)
     theirs = part.quadratic.loss(part.lattice.dequantize(other)) < descent.losses()
     return RowSolution(
         torch.where(theirs[:, :, None], other, descent.codes()),

@@ -55,12 +55,11 @@ def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class _Size:
-    """How large the sums of one rank's microbatches can get. inputs, change: of squares of x̂ and of x - x̂."""
+    """How large sums over the rows of one microbatch can get. inputs, change: of squares of x̂ and of x - x̂."""
 
     inputs: float
     change: float
     rows: int
-    differs: bool
 
     @classmethod
     def of_all(cls, sizes: list[_Size]) -> _Size:
@@ -68,7 +67,6 @@ class _Size:
             max(size.inputs for size in sizes),
             max(size.change for size in sizes),
             max(size.rows for size in sizes),
-            any(size.differs for size in sizes),
         )
 
 
@@ -85,12 +83,13 @@ def _measure(problem: LayerProblem, comm: Comm) -> Moments:
     square = (groups, inputs, inputs)
     # By Cauchy and Schwarz, per microbatch; a little room for the rounding of float32.
     both = math.sqrt(size.inputs * size.change)
+    differs = size.change > 0
     second = ExactSum(square, 1.01 * total * size.inputs, device)
     mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.inputs * size.rows), device)
-    cross = ExactSum(square, 1.01 * total * both, device) if size.differs else None
+    cross = ExactSum(square, 1.01 * total * both, device) if differs else None
     cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    for x_hat, change in _pieces(problem, size.differs):
+    for x_hat, change in _pieces(problem, differs):
         second.add(x_hat.transpose(1, 2) @ x_hat)
         mean.add(x_hat.sum(dim=1))
         count += x_hat.shape[1]
@@ -120,38 +119,44 @@ def _reduce(sums: list[Tensor], comm: Comm) -> None:
 
 def _own_size(problem: LayerProblem) -> _Size:
     """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
-    differs, inputs, change, rows = False, 0.0, 0.0, 0
-    for x_hat, x, target in zip(
-        problem.activations.inputs, problem.activations.float_inputs, problem.activations.targets, strict=True
-    ):
-        inputs = max(inputs, _largest_square_sum(x_hat, problem))
+    inputs, change, rows = 0.0, 0.0, 0
+    acts = problem.activations
+    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
+        keep = None if problem.geometry.num_spatial_dims else _counting(target, mask, problem)
+        inputs = max(inputs, _largest_square_sum(x_hat, keep, problem))
         rows = max(rows, target.numel() // problem.geometry.out_channels)
         if problem.asymmetry and x is not x_hat:
-            differs = True
-            change = max(change, _largest_square_sum(x.to(x_hat.device) - x_hat, problem))
-    return _Size(inputs, change, rows, differs)
+            change = max(change, _largest_square_sum(x.to(x_hat.device) - x_hat, keep, problem))
+    return _Size(inputs, change, rows)
 
 
-def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
-    """Largest sum over one channel of squares; NaN where a value is not finite."""
+def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
+    """Which rows of a microbatch are no padding, bool `(rows,)` on the compute device; None: all."""
+    channel_dim = 1 if problem.geometry.num_spatial_dims else -1
+    keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
+    return None if keep is None else keep.reshape(-1).to(problem.device)
+
+
+def _largest_square_sum(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> float:
+    """Largest sum over one channel of squares; infinite where a value is not finite. keep: rows of a Linear layer."""
+    if keep is not None:
+        x = x.reshape(-1, x.shape[-1])[keep.to(x.device)]
     others = [dim for dim in range(x.dim()) if dim != (1 if problem.geometry.num_spatial_dims else x.dim() - 1)]
     sums = x.square().sum(dim=others, dtype=torch.float64)
-    return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.nan
+    return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 
 
 def _pieces(problem: LayerProblem, differs: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
     """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time, without rows that are padding."""
-    acts, geometry = problem.activations, problem.geometry
+    acts = problem.activations
     for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
-        channel_dim = 1 if geometry.num_spatial_dims else -1
-        keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
-        keep = None if keep is None else keep.reshape(-1).to(problem.device)
+        keep = _counting(target, mask, problem)
         near = x_hat.to(problem.device, problem.dtype)
         streams = [near]
         if differs:
             streams.append(x.to(problem.device, problem.dtype) - near)
         start = 0
-        for parts in zip(*(unfolded_pieces(stream, geometry) for stream in streams), strict=True):
+        for parts in zip(*(unfolded_pieces(stream, problem.geometry) for stream in streams), strict=True):
             stop = start + parts[0].shape[1]
             if keep is not None:
                 parts = tuple(part[:, keep[start:stop]] for part in parts)
