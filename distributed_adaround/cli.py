@@ -135,6 +135,8 @@ def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
     print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
     print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
     print(f"Time: about {plan.seconds:,.0f} s on this machine ({_how(spec)})")
+    if spec.rounding.solver == "minibatch":
+        print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
 
 
 def _how(spec: JobSpec) -> str:

@@ -24,7 +24,7 @@ from distributed_adaround.network import PlannedLayer, float_parameters
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.moments import layer_moments
 from distributed_adaround.solve.problem import MomentCache
-from distributed_adaround.spec import JobSpec
+from distributed_adaround.spec import JobSpec, RoundingSpec
 
 # Of minibatch; a sweep of gram costs as much as many of them.
 _TRIAL_STEPS = {"minibatch": 10, "gram": 1}
@@ -33,7 +33,8 @@ _UNLIMITED = 1 << 62
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: format None stays in float. rows: of the whole calibration set. cache_bytes: of one rank's solver."""
+    """One layer: format None stays in float. rows: of the whole calibration set. cache_bytes: of one rank's solver.
+    gram_seconds: with the solver gram instead."""
 
     name: str
     kind: str
@@ -42,11 +43,13 @@ class LayerPlan:
     rows: int
     cache_bytes: int
     seconds: float
+    gram_seconds: float
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """Estimates of a job on this machine. samples_per_rank: for the world size the plan was made with."""
+    """Estimates of a job on this machine. samples_per_rank: for the world size the plan was made with. gram_seconds:
+    with the solver gram instead."""
 
     layers: tuple[LayerPlan, ...]
     float_parameters: tuple[FloatParameter, ...]
@@ -54,6 +57,7 @@ class JobPlan:
     samples_per_rank: tuple[int, ...]
     activation_bytes: int
     seconds: float
+    gram_seconds: float
 
 
 def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
@@ -72,6 +76,7 @@ def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
             samples_per_rank=samples,
             activation_bytes=int(trial.frontier_bytes * trial.rank_share) + max(layer.cache_bytes for layer in layers),
             seconds=sum(layer.seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
+            gram_seconds=sum(layer.gram_seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
         )
 
 
@@ -99,7 +104,7 @@ class _Trial:
         self.rank_share = rank_share
         self.frontier_bytes = 0
         self.forward_seconds = 0.0
-        self._step_seconds: dict[object, float] = {}
+        self._seconds_of_kind: dict[object, float] = {}
 
     def layers(self) -> Iterator[LayerPlan]:
         walker = self._job.walker
@@ -126,22 +131,25 @@ class _Trial:
             format=None if layer.format is None else describe_format(layer.format),
             rows=round(rows * self._scale),
             cache_bytes=round(cached * self.rank_share),
-            seconds=0.0 if layer.format is None else self._seconds(layer, activations),
+            seconds=self._seconds(layer, activations, self._job.spec.rounding),
+            gram_seconds=self._seconds(layer, activations, self._job.spec.rounding.with_solver("gram")),
         )
 
-    def _seconds(self, layer: PlannedLayer, activations: SiteActivations) -> float:
-        """Steps of the job times the time of one, measured once for each kind of layer, plus the two comparisons."""
-        assert layer.format is not None
-        key = (layer.site.geometry, layer.format)
-        if key not in self._step_seconds:
-            self._step_seconds[key] = self._measure(layer, activations)
-        return self._step_seconds[key]
+    def _seconds(self, layer: PlannedLayer, activations: SiteActivations, rounding: RoundingSpec) -> float:
+        """Seconds to solve a layer, measured once for each kind of layer and solver."""
+        if layer.format is None:
+            return 0.0
+        key = (layer.site.geometry, layer.format, rounding.solver)
+        if key not in self._seconds_of_kind:
+            self._seconds_of_kind[key] = self._measure(layer, activations, rounding)
+        return self._seconds_of_kind[key]
 
-    def _measure(self, layer: PlannedLayer, activations: SiteActivations) -> float:
+    def _measure(self, layer: PlannedLayer, activations: SiteActivations, rounding: RoundingSpec) -> float:
+        """Steps of the job times the time of one, plus what is done once, plus three passes over the data."""
         assert layer.format is not None
         job, comm = self._job, SoloComm()
         problem = make_problem(
-            job.spec,
+            job.spec.model_copy(update={"rounding": rounding}),
             job.walker,
             layer.site,
             layer.format,
@@ -164,7 +172,6 @@ class _Trial:
         def solve(steps: int) -> object:
             return make_solver(rounding.with_steps(steps))(problem, nearest, comm, lambda step, loss: None)
 
-        rounding = job.spec.rounding
         total = 3 * seconds(lambda: output_errors(problem, candidates, comm)) * self.rank_share
         if rounding.needs_moments or layer.format.observer == "output_mse":
             total += seconds(lambda: layer_moments(problem, comm)) * self.rank_share

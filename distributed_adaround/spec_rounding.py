@@ -92,6 +92,10 @@ class RoundingSpec(Section):
         """Steps or sweeps per layer; 0: the solver goes through a layer once."""
         return {"minibatch": self.max_iter, "gram": self.sweeps}.get(self.solver, 0)
 
+    def with_solver(self, solver: SolverName) -> RoundingSpec:
+        """The same with another solver."""
+        return self.model_copy(update={"solver": solver})
+
     def with_steps(self, num_steps: int) -> RoundingSpec:
         """The same with another number of steps and sweeps."""
         return self.model_copy(update={"max_iter": num_steps, "sweeps": num_steps})

@@ -112,6 +112,8 @@ def test_seconds_are_those_of_the_steps_and_the_comparisons(
         assert math.isclose(layer.seconds, 3 * 2 * share + learning)
     # Reaching and committing layers takes no time by this clock.
     assert math.isclose(found.seconds, sum(layer.seconds for layer in found.layers))
+    # Of gram 5 s are set up once, and each of its 100 sweeps takes the quarter of a second too.
+    assert math.isclose(found.gram_seconds, sum(3 * 2 * share + 5 + 100 / 4 for _ in found.layers))
 
 
 def test_a_model_that_is_replayed_says_so(tmp_path: Path) -> None:
