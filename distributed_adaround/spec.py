@@ -239,6 +239,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "beta": (20.0, 2.0),
             "reg_param": 0.001,
             "normalization": "mean",
+            "asymmetry": 1.0,
             "activation_in_loss": False,
         },
     },
@@ -254,6 +255,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "beta": (20.0, 2.0),
             "reg_param": 0.01,
             "normalization": "sum",
+            "asymmetry": 1.0,
         },
     },
 }

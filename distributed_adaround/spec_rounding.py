@@ -78,7 +78,7 @@ class RoundingSpec(Section):
         le=1,
         description="How much of the error that earlier layers left in a layer's inputs its rounding is to make up "
         "for: 1: all, as in the paper; 0: none. Less is better where that error is large: transformers at 3 bits. "
-        "null: 1 for minibatch and nearest, 0 for gptq, 0.5 for gram.",
+        "null: 0.5, for gptq 0.",
     )
     damping: PositiveFloat = Field(
         0.01, description="With gptq: share of the mean squared input that is added to that of each input."
@@ -124,8 +124,9 @@ class RoundingSpec(Section):
 
     @property
     def damped_asymmetry(self) -> float:
-        own = {"gram": 0.5, "gptq": 0.0}
-        return own.get(self.solver, 1.0) if self.asymmetry is None else self.asymmetry
+        if self.asymmetry is not None:
+            return self.asymmetry
+        return 0.0 if self.solver == "gptq" else 0.5
 
     def resolved(self) -> dict[str, Any]:
         """All fields with the values that count, as JSON."""

@@ -86,6 +86,7 @@ def test_preset_seed_is_the_pytorch_ancestor() -> None:
         beta=(20, 2),
         reg_param=0.001,
         normalization="mean",
+        asymmetry=1.0,
         activation_in_loss=False,
     )
 
@@ -94,7 +95,13 @@ def test_preset_paper_leaves_the_grid_alone() -> None:
     spec = MethodSpec(preset="paper", quantize={"dtype": "int3", "quant_min": -3})
     assert spec.quantize == QuantizeSpec(dtype="int3", quant_min=-3, observer="mse")
     assert spec.rounding == RoundingSpec(
-        max_iter=10000, batch_size=32, batch_unit="samples", lr=1e-3, reg_param=0.01, normalization="sum"
+        max_iter=10000,
+        batch_size=32,
+        batch_unit="samples",
+        lr=1e-3,
+        reg_param=0.01,
+        normalization="sum",
+        asymmetry=1.0,
     )
 
 
@@ -152,7 +159,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "reg_param": 10.0,
             "normalization": "nearest",
             "activation_in_loss": True,
-            "asymmetry": 1.0,
+            "asymmetry": 0.5,
             "compute_dtype": "float32",
             "sweeps": 100,
             "polish": False,
@@ -179,7 +186,7 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     digest = JobSpec(**JOB).result_digest()
     same = [
         ("rounding.lr", 0.05), ("rounding.beta", [20, 2]), ("rounding.reg_param", 10),
-        ("rounding.polish", False), ("rounding.correct_bias", False), ("rounding.asymmetry", 1.0),
+        ("rounding.polish", False), ("rounding.correct_bias", False), ("rounding.asymmetry", 0.5),
         ("rounding.activation_in_loss", True),
         ("data.uri", ["x", "y"]), ("data.prefetch", 0),
         ("output.uri", "other"), ("output.overwrite", True), ("output.formats", ["dequantized"]),
@@ -192,7 +199,7 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     different = [
         ("rounding.lr", 0.002), ("rounding.max_iter", 9999), ("rounding.compute_dtype", "float64"),
         ("rounding.solver", "gram"), ("rounding.polish", True), ("rounding.correct_bias", True),
-        ("rounding.sweeps", 7), ("rounding.damping", 0.1), ("rounding.asymmetry", 0.5),
+        ("rounding.sweeps", 7), ("rounding.damping", 0.1), ("rounding.asymmetry", 1),
         ("rounding.activation_in_loss", False), ("quantize.observer", "output_mse"),
         ("quantize.dtype", "int3"), ("quantize.ignore", ["a"]), ("quantize.overrides", [{"match": "a"}]),
         ("runtime.seed", 1), ("data.num_samples", 5), ("data.microbatch_size", 5), ("data.virtual_shards", 5),
