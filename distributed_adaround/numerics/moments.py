@@ -29,14 +29,15 @@ class ExactSum:
     """Sum of tensors as int64 in units of a power of two.
 
     bound: largest absolute value that the total can reach. Parts are rounded to bound * 2^-61 or finer, so an entry of
-    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow.
+    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow. Bounds
+    below 2^-938 count as 2^-938.
     """
 
     def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:
         assert math.isfinite(bound), bound
-        # frexp: bound <= 2^exponent.
+        # frexp: 2^(exponent - 1) <= bound < 2^exponent.
         exponent = math.frexp(bound)[1] if bound > 0 else 0
-        self._unit = 2.0 ** max(-1000, min(1000, exponent - 61))
+        self._unit = 2.0 ** max(-1000, exponent - 62)
         self.total = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, part: Tensor) -> None:
