@@ -146,7 +146,7 @@ class Descent:
         ]
         if block == 1:
             return [(a, b, 1.0) for a, b in bounds]
-        root = self._diagonal.clamp(min=torch.finfo(self._diagonal.dtype).tiny).rsqrt()
+        root = torch.where(self._diagonal > 0, self._diagonal.rsqrt(), 0.0)
         scaled = (self._second[:, a:b, a:b] * root[:, a:b, None] * root[:, None, a:b] for a, b in bounds)
         largest = torch.stack([torch.linalg.eigvalsh(part)[:, -1].max() for part in scaled])
         # One copy to the host for all blocks.

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Relative error of a microbatch's sum of products, in units of the dtype's last place; about 14 were seen in 2,000 rows.
+_SUM_ERROR = 16
+
 
 class ExactSum:
     """Sum of tensors as int64 in units of a power of two.
@@ -68,11 +71,15 @@ class Moments:
         second, cross = self.second, self.cross
         if centred:
             second = second - self.mean[:, :, None] * self.mean[:, None, :]
+            # Inputs that are always the same keep only the rounding errors of their sums: 0 is what they would be.
+            noise = _SUM_ERROR * torch.finfo(weight.dtype).eps * self.second.diagonal(dim1=1, dim2=2)
+            varies = (second.diagonal(dim1=1, dim2=2) > noise).to(second.dtype)
+            second = second * varies[:, :, None] * varies[:, None, :]
         pull = None
         if cross is not None and asymmetry:
             assert self.cross_mean is not None
             if centred:
-                cross = cross - self.cross_mean[:, :, None] * self.mean[:, None, :]
+                cross = (cross - self.cross_mean[:, :, None] * self.mean[:, None, :]) * varies[:, None, :]
             pull = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
         return Quadratic(second.to(weight.dtype), weight, pull)
 
