@@ -90,7 +90,7 @@ class Descent:
         own = self._second[:, a:b, a:b]
         curvature = self._diagonal[:, a:b, None] * lipschitz
         # An input that is always 0 has no slope and no curvature: it stays.
-        rate = torch.where(curvature > 0, 1 / curvature, 0.0) / run.scale
+        rate = torch.where(curvature > 0, 1 / curvature / run.scale, 0.0).clamp_(max=torch.finfo(levels.dtype).max)
         steps = self._steps if b - a > 1 else 1
         for step in range(steps):
             moved = run.round(torch.addcmul(levels, slope, rate, value=-1), min(1.0, mu / lipschitz))
