@@ -57,13 +57,10 @@ class Descent:
         self._aim = torch.bmm(self._second, self._weight)
         if self._pull is not None:
             self._aim += self._pull
-        self.levels = torch.empty_like(self._weight)
-        for start, stop, run in self._each_run():
-            self.levels[:, start:stop] = (
-                torch.minimum(torch.maximum(self._weight[:, start:stop] / run.scale, run.low), run.high)
-                if levels is None
-                else self._inputs_first(levels)[:, start:stop]
-            )
+        self.levels = torch.empty_like(self._weight) if levels is None else self._inputs_first(levels)
+        for start, stop, run in self._each_run() if levels is None else ():
+            wanted = self._weight[:, start:stop] / run.scale
+            self.levels[:, start:stop] = torch.minimum(torch.maximum(wanted, run.low), run.high)
         self._blocks = self._make_blocks(block)
 
     def sweep(self, mu: float) -> None:
