@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative error of a microbatch's sum of products, in units of the dtype's last place; about 14 were seen in 2,000 rows.
-_SUM_ERROR = 16
+# Relative error of a microbatch's sum of products, in units of the dtype's last place; 50 were seen in 100,000 rows.
+# In float32 an input counts as constant when it spreads by less than 0.3 % of its mean.
+_SUM_ERROR = 64
 
 
 class ExactSum:
