@@ -181,6 +181,7 @@ def test_inputs_that_never_change_have_no_spread(constant: float) -> None:
     assert not quadratic.pull[0, :, 3].any()
     others = [j for j in range(8) if j != 3]
     covariance = torch.cov(x_hat.double().T, correction=0)
-    torch.testing.assert_close(quadratic.second[0][others][:, others].double(), covariance[others][:, others], rtol=0, atol=1e-5)  # fmt: skip
+    found, expected = quadratic.second[0][others][:, others], covariance[others][:, others]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     # Not centred it is an input like others.
     assert bool(moments.quadratic(weight, 1.0, False).second[0, 3].any()) == (constant != 0)
