@@ -200,3 +200,15 @@ def test_an_input_that_never_changes_does_not_hold_up_its_block() -> None:
     nearest = quadratic.loss(nearest_weights(quadratic, lattice)).sum()
     assert in_blocks < 0.6 * nearest
     assert in_blocks < 1.2 * one_by_one
+
+
+def test_rounding_errors_beside_a_diagonal_of_0_do_not_hold_up_a_block() -> None:
+    clean = make_quadratic(1, 6, 12, dead=1)
+    noisy = clean.second.clone()
+    noisy[:, 0, 1:] = noisy[:, 1:, 0] = 1e-9
+    for diagonal in (0.0, -1e-9):
+        noisy[:, 0, 0] = diagonal
+        lattice = make_lattice(clean)
+        cases = (clean, Quadratic(noisy, clean.weight, None))
+        codes = [annealed(case, lattice, block=12, steps=4).codes() for case in cases]
+        assert torch.equal(codes[0], codes[1])
