@@ -19,7 +19,8 @@ Zisserman 1987). Weights may leave their two neighbours on the way: clipped inpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -66,36 +67,32 @@ class Descent:
         self._aim = torch.bmm(self._second, self._weight)
         if self._pull is not None:
             self._aim += self._pull
-        self.levels = torch.empty_like(self._weight)
-        for start, stop, run in self._each_run():
-            self.levels[:, start:stop] = (
-                torch.minimum(torch.maximum(self._weight[:, start:stop] / run.scale, run.low), run.high)
-                if levels is None
-                else self._inputs_first(levels)[:, start:stop]
-            )
-        self._blocks = self._make_blocks(block)
-        largest = torch.tensor([one.lipschitz for one in self._blocks for _ in range(one.start, one.stop)])
-        curvature = self._diagonal * largest.to(self._diagonal)
-        # Step per unit of slope. An input that is always 0 has no slope and no curvature: it stays.
-        self._rate = torch.where(curvature > 0, 1 / curvature, 0.0)
+        self.levels = torch.empty_like(self._weight) if levels is None else self._inputs_first(levels)
+        for start, stop, run in self._each_run() if levels is None else ():
+            wanted = self._weight[:, start:stop] / run.scale
+            self.levels[:, start:stop] = torch.minimum(torch.maximum(wanted, run.low), run.high)
+        blocks = self._make_blocks(block)
+        size = self.levels.shape[1] // self._runs
+        self._fronts = [_fronts(mine) for _, mine in itertools.groupby(blocks, lambda one: one.start // size)]
+        largest = torch.tensor([one.lipschitz for one in blocks for _ in range(one.start, one.stop)])
+        self._curvature = (self._diagonal * largest.to(self._diagonal))[:, :, None]
 
     def sweep(self, mu: float) -> None:
         """Visit all inputs once; before the inputs of a scale, refit it."""
         gradient = self._gradient()
-        blocks = iter(self._blocks)
         for index, (start, stop, run) in enumerate(self._each_run()):
             if self.lattice.per_row:
                 run = self._refit(index, start, stop, gradient)
-            rate = self._rate[:, start:stop, None] / run.scale
-            for first in range(start, stop, _FRONT):
-                last = min(first + _FRONT, stop)
+            curvature = self._curvature[:, start:stop]
+            # Step in levels per unit of slope. An input that is always 0 has no slope and no curvature: it stays.
+            rate = torch.where(curvature > 0, 1 / curvature / run.scale, 0.0)
+            rate.clamp_(max=torch.finfo(rate.dtype).max)
+            for front in self._fronts[index]:
+                first, last = front[0].start, front[-1].stop
                 before = self.levels[:, first:last].clone()
-                done = first
-                while done < last:
-                    block = next(blocks)
+                for block in front:
                     inside = rate[:, block.start - start : block.stop - start]
                     self._visit(block, last, run, inside, gradient, mu)
-                    done = block.stop
                 change = (self.levels[:, first:last] - before).mul_(run.scale)
                 gradient[:, last:].baddbmm_(self._second[:, last:, first:last], change)
 
@@ -151,17 +148,14 @@ class Descent:
             yield index * size, (index + 1) * size, self.lattice.run(index)
 
     def _make_blocks(self, size: int) -> list[_Block]:
-        """All blocks in the order of the visits. Those of one input have L = 1."""
-        bounds = [
-            (a, min(a + size, end))
-            for start, stop, _ in self._each_run()
-            for first in range(start, stop, _FRONT)
-            for end in (min(first + _FRONT, stop),)
-            for a in range(first, end, size)
-        ]
+        """All blocks, of `size` inputs at most, in the order of the visits. Those of one input have L = 1."""
+        bounds: list[tuple[int, int]] = []
+        for start, stop, _ in self._each_run():
+            ends = itertools.accumulate(map(len, _piles(stop - start, size)), initial=start)
+            bounds += itertools.pairwise(ends)
         if size == 1:
             return [_Block(a, b, 1.0) for a, b in bounds]
-        root = self._diagonal.clamp(min=torch.finfo(self._diagonal.dtype).tiny).rsqrt()
+        root = torch.where(self._diagonal > 0, self._diagonal.rsqrt(), 0.0)
         scaled = (self._second[:, a:b, a:b] * root[:, a:b, None] * root[:, None, a:b] for a, b in bounds)
         largest = torch.stack([torch.linalg.eigvalsh(part)[:, -1].max() for part in scaled])
         # One copy to the host for all blocks.
@@ -204,6 +198,23 @@ class Descent:
         return torch.empty_like(values).scatter_(1, place, values).transpose(1, 2)
 
 
+def _piles(count: int, size: int) -> list[range]:
+    """Ranks 0 .. count - 1 dealt like cards to as few piles as hold `size` each."""
+    piles = -(-count // size)
+    return [range(pile, count, piles) for pile in range(piles)]
+
+
+def _fronts(blocks: Iterable[_Block]) -> list[list[_Block]]:
+    """Blocks in fronts of at most _FRONT inputs, or of one block."""
+    fronts: list[list[_Block]] = []
+    for block in blocks:
+        if fronts and block.stop - fronts[-1][0].start <= _FRONT:
+            fronts[-1].append(block)
+        else:
+            fronts.append([block])
+    return fronts
+
+
 def _order(diagonal: Tensor, runs: int, block: int) -> Tensor:
     """Order of the visits, int64 `(G, J)`. diagonal: `(G, J)`.
 
@@ -213,8 +224,7 @@ def _order(diagonal: Tensor, runs: int, block: int) -> Tensor:
     """
     groups, inputs = diagonal.shape
     size = inputs // runs
-    piles = -(-size // block)
-    dealt = torch.cat([torch.arange(pile, size, piles) for pile in range(piles)]).to(diagonal.device)
+    dealt = torch.tensor(list(itertools.chain(*_piles(size, block))), device=diagonal.device)
     within = diagonal.reshape(groups, runs, size).argsort(dim=2, descending=True, stable=True)[:, :, dealt]
     starts = torch.arange(runs, device=diagonal.device) * size
     return (within + starts[:, None]).reshape(groups, inputs)

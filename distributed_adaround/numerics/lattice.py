@@ -83,8 +83,9 @@ class Lattice:
 
     def representable(self, scale: Tensor) -> Tensor:
         """The nearest scales that the format can hold, in the dtype of the lattice; NaN where there is none."""
-        usable = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).tiny)
-        rounded = round_scale(torch.where(usable, scale, 1.0).float(), self.scale_format, self.tensor_scale)
+        narrow = scale.float()
+        usable = torch.isfinite(narrow) & (narrow >= torch.finfo(torch.float32).tiny)
+        rounded = round_scale(torch.where(usable, narrow, 1.0), self.scale_format, self.tensor_scale)
         return torch.where(usable, rounded.to(scale.dtype), torch.nan)
 
     def dequantize(self, codes: Tensor) -> Tensor:

@@ -24,19 +24,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Relative error of a microbatch's sum of products, in units of the dtype's last place; 50 were seen in 100,000 rows.
+# In float32 an input counts as constant when it spreads by less than 0.3 % of its mean.
+_SUM_ERROR = 64
+
 
 class ExactSum:
     """Sum of tensors as int64 in units of a power of two.
 
     bound: largest absolute value that the total can reach. Parts are rounded to bound * 2^-61 or finer, so an entry of
-    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow.
+    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow. Bounds
+    below 2^-938 count as 2^-938.
     """
 
     def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:
         assert math.isfinite(bound), bound
-        # frexp: bound <= 2^exponent.
+        # frexp: 2^(exponent - 1) <= bound < 2^exponent.
         exponent = math.frexp(bound)[1] if bound > 0 else 0
-        self._unit = 2.0 ** max(-1000, min(1000, exponent - 61))
+        self._unit = 2.0 ** max(-1000, exponent - 62)
         self.total = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, part: Tensor) -> None:
@@ -67,11 +72,15 @@ class Moments:
         second, cross = self.second, self.cross
         if centred:
             second = second - self.mean[:, :, None] * self.mean[:, None, :]
+            # Inputs that are always the same keep only the rounding errors of their sums: 0 is what they would be.
+            noise = _SUM_ERROR * torch.finfo(weight.dtype).eps * self.second.diagonal(dim1=1, dim2=2)
+            varies = (second.diagonal(dim1=1, dim2=2) > noise).to(second.dtype)
+            second = second * varies[:, :, None] * varies[:, None, :]
         pull = None
         if cross is not None and asymmetry:
             assert self.cross_mean is not None
             if centred:
-                cross = cross - self.cross_mean[:, :, None] * self.mean[:, None, :]
+                cross = (cross - self.cross_mean[:, :, None] * self.mean[:, None, :]) * varies[:, None, :]
             pull = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
         return Quadratic(second.to(weight.dtype), weight, pull)
 

@@ -148,6 +148,10 @@ def _best_share(
     blocks = torch.ldexp(blocks, -exponent)
     best_error = torch.full((blocks.shape[0],), torch.inf, device=blocks.device)
     best = torch.ones_like(best_error)
+    if importance is not None:
+        # Only the ratios inside a block count. Where nothing counts, all count the same.
+        largest = importance.amax(dim=1, keepdim=True)
+        importance = torch.where(largest > 0, importance / largest, 1.0)
     for share in shares:
         grid = grid_of_range(low * share, high * share)
         grid = replace(grid, scale=torch.ldexp(grid.scale, -exponent))

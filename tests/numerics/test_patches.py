@@ -74,3 +74,89 @@ def test_no_rows(layer_case: LayerCase) -> None:
     for features in (x.movedim(1, -1).flatten(0, -2), torch.empty(0, geometry.in_channels)):
         rows = patches.gather_rows(features, torch.empty(0, kernel, dtype=torch.int64), geometry)
         assert rows.shape == (geometry.groups, 0, geometry.inputs_per_output)
+
+
+def joined(x: Tensor, geometry: LayerGeometry) -> Tensor:
+    return torch.cat(list(patches.unfolded_pieces(x, geometry)), dim=1)
+
+
+def by_group(layer: nn.Module, geometry: LayerGeometry) -> Tensor:
+    """Weight `(G, O/G, J)` in its own order."""
+    return geometry.to_matrix(layer.weight).reshape(geometry.groups, -1, geometry.inputs_per_output)
+
+
+@pytest.mark.parametrize("piece", [1, 40, 10**6])
+def test_unfolded_pieces_times_weights_are_the_layer(
+    layer_case: LayerCase, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, geometry, x = layer_case
+    monkeypatch.setattr(patches, "_PIECE", piece)
+    expected = layer(x).movedim(1, -1)
+    pieces = list(patches.unfolded_pieces(x, geometry))
+    product = torch.einsum("grj,goj->rgo", torch.cat(pieces, dim=1), by_group(layer, geometry)).reshape(expected.shape)
+    if layer.bias is not None:
+        product = product + layer.bias
+    torch.testing.assert_close(product, expected, rtol=1e-11, atol=1e-11)
+    # A piece is at least one line of output pixels, and else no larger than it may be.
+    line = math.prod(expected.shape[2:-1]) * geometry.groups * geometry.inputs_per_output
+    assert all(part.numel() <= max(piece, line) for part in pieces)
+    total = sum(part.numel() for part in pieces)
+    assert (len(pieces) == 1) == (total <= max(piece, line))
+
+
+def test_unfolded_pieces_hold_what_gather_rows_does(layer_case: LayerCase) -> None:
+    layer, geometry, x = layer_case
+    rows = all_rows(x, tuple(layer(x).shape[2:]), geometry)
+    kernel = math.prod(geometry.kernel_size)
+    channels_first = rows.reshape(*rows.shape[:2], kernel, -1).transpose(2, 3).reshape(rows.shape)
+    assert torch.equal(joined(x, geometry), channels_first)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_unfolded_pieces_equal_unfold(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stride, padding, dilation, kernel = (2, 1), (1, 2), (1, 2), (3, 2)
+    geometry = LayerGeometry((6, 6 // groups, *kernel), stride, ((1, 1), (2, 2)), dilation, (0, 0), groups)
+    x = torch.randn(5, 6, 7, 5)
+    columns = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
+    expected = columns.reshape(-1, groups, 6 // groups * math.prod(kernel)).transpose(0, 1)
+    # One line; three of four lines; two samples; all.
+    lines = 4
+    line = expected.numel() // (5 * lines)
+    for allowed, count in ((1, 20), (3 * line, 10), (2 * lines * line, 3), (5 * lines * line, 1)):
+        monkeypatch.setattr(patches, "_PIECE", allowed)
+        pieces = list(patches.unfolded_pieces(x, geometry))
+        assert len(pieces) == count
+        assert torch.equal(torch.cat(pieces, dim=1), expected)
+
+
+def test_unfolded_pieces_of_any_memory_layout(layer_case: LayerCase) -> None:
+    _, geometry, x = layer_case
+    expected = joined(x.contiguous(), geometry)
+    last = x.dim() - 1
+    for other in (
+        x.movedim(1, -1).contiguous().movedim(-1, 1),  # channels last
+        x.transpose(0, last).contiguous().transpose(0, last),
+        torch.cat([torch.randn_like(x), x])[x.shape[0] :],  # not from the start of its storage
+        torch.stack([x, torch.randn_like(x)], dim=-1)[..., 0],
+    ):
+        assert torch.equal(other, x)
+        assert torch.equal(joined(other, geometry), expected)
+    one = x[:1].expand(3, *x.shape[1:])
+    assert torch.equal(joined(one, geometry), torch.cat([joined(x[:1], geometry)] * 3, dim=1))
+
+
+def test_unfolded_pieces_of_a_linear_layer_with_many_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 4, 6)
+    geometry = LayerGeometry((5, 6))
+    assert torch.equal(joined(x, geometry), x.reshape(1, 24, 6))
+    monkeypatch.setattr(patches, "_PIECE", 31)
+    pieces = list(patches.unfolded_pieces(x, geometry))
+    assert [tuple(piece.shape) for piece in pieces] == [(1, 5, 6)] * 4 + [(1, 4, 6)]
+    assert torch.equal(torch.cat(pieces, dim=1), x.reshape(1, 24, 6))
+
+
+def test_unfolding_leaves_the_input_as_it_is(layer_case: LayerCase) -> None:
+    _, geometry, x = layer_case
+    before = x.clone()
+    joined(x, geometry)
+    assert torch.equal(x, before)

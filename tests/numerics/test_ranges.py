@@ -159,3 +159,76 @@ def test_grid_is_float32_whatever_the_weight(dtype: torch.dtype) -> None:
     grid = grid_of(weight, observer="mse")
     assert grid.scale.dtype == grid.zero_point.dtype == torch.float32
     assert torch.equal(grid.scale, grid_of(weight.float(), observer="mse").scale)
+
+
+FLOAT_FORMATS: dict[str, Any] = {
+    "fp8": {"qmin": 0, "qmax": 252, "element_format": "e4m3"},
+    "nvfp4": {"qmin": 0, "qmax": 14, "element_format": "e2m1", "scale_format": "e4m3"},
+    "mxfp4": {"qmin": 0, "qmax": 14, "element_format": "e2m1", "scale_format": "e8m0"},
+}
+every_strategy = pytest.mark.parametrize(("strategy", "size"), [("tensor", 0), ("channel", 0), ("group", 8)])
+
+
+def weighted_error(weight: Tensor, grid: Grid, importance: Tensor, strategy: str, size: int) -> Tensor:
+    """Of each block that shares a scale."""
+    errors = (grid.dequantize(grid.quantize(weight)) - weight).square() * importance
+    return errors.reshape({"tensor": (1, -1), "channel": weight.shape, "group": (-1, size or 1)}[strategy]).sum(dim=1)
+
+
+@every_strategy
+@pytest.mark.parametrize("fmt", [*FORMATS, *FLOAT_FORMATS])
+def test_mse_minimizes_the_weighted_error(fmt: str, strategy: str, size: int) -> None:
+    weight = torch.randn(8, 24)
+    importance = 10.0 ** (torch.randn(8, 24) * 1.5)
+    common = {"strategy": strategy, "group_size": size or None, **{**FORMATS, **FLOAT_FORMATS}[fmt]}
+    plain = grid_of(weight, observer="mse", **common)
+    weighted = grid_of(weight, observer="mse", importance=importance, **common)
+    found, other = (weighted_error(weight, grid, importance, strategy, size) for grid in (weighted, plain))
+    assert (found <= other * (1 + 1e-5)).all()
+    if fmt != "mxfp4" and strategy != "tensor":  # few scales to choose from
+        assert found.sum() < 0.97 * other.sum()
+    if fmt == "nvfp4":  # the factor of the whole tensor would not be the same below
+        return
+    # No other share of the range is better, by grids of a weight whose range is that share of it.
+    for share in (0.25, 0.5, 0.75, 1.0) if fmt == "mxfp4" else (0.35, 0.5, 0.65, 0.8, 0.9, 1.0):
+        scaled = grid_of(weight * share, **common)
+        rival = weighted_error(weight, scaled, importance, strategy, size)
+        assert (found <= rival * 1.02).all(), share
+
+
+@every_strategy
+@pytest.mark.parametrize("fmt", [*FORMATS, *FLOAT_FORMATS])
+def test_only_the_ratios_of_importance_inside_a_block_count(fmt: str, strategy: str, size: int) -> None:
+    weight = torch.randn(6, 16)
+    common = {"observer": "mse", "strategy": strategy, "group_size": size or None, **{**FORMATS, **FLOAT_FORMATS}[fmt]}
+    plain = grid_of(weight, **common)
+    for level in (1.0, 1e-38, 1e-30, 1e30, 0.0):
+        # 0: inputs that are always 0; their weights still need a grid.
+        same = grid_of(weight, importance=torch.full((6, 16), level), **common)
+        assert torch.equal(same.scale, plain.scale)
+        assert torch.equal(same.zero_point, plain.zero_point)
+    importance = torch.rand(6, 16)
+    weighted = grid_of(weight, importance=importance, **common)
+    assert not torch.equal(weighted.scale, plain.scale) or fmt == "mxfp4" or strategy == "tensor"
+    for factor in (2.0**-60, 2.0**40):
+        assert torch.equal(grid_of(weight, importance=importance * factor, **common).scale, weighted.scale)
+
+
+def test_weights_that_do_not_count_are_cut_off() -> None:
+    weight = torch.randn(4, 64).clamp(-2.5, 2.5)
+    weight[:, 7] = 5.0
+    importance = torch.ones(4, 64)
+    importance[:, 7] = 0.0
+    without = torch.cat([weight[:, :7], weight[:, 8:]], dim=1)
+    cut, whole = (grid_of(weight, observer="mse", importance=one) for one in (importance, None))
+    alone = grid_of(without, observer="mse")
+    assert (cut.scale < 0.9 * whole.scale).all()
+    assert (square_error(without, cut) < 1.05 * square_error(without, alone)).all()
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile"])
+def test_other_observers_know_no_importance(observer: str) -> None:
+    weight = torch.randn(4, 20)
+    assert torch.equal(
+        grid_of(weight, observer=observer, importance=torch.rand(4, 20)).scale, grid_of(weight, observer=observer).scale
+    )
