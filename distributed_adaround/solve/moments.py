@@ -120,32 +120,45 @@ def _reduce(sums: list[Tensor], comm: Comm) -> None:
 
 def _own_size(problem: LayerProblem) -> _Size:
     """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
+    acts = problem.activations
     differs, inputs, change, rows = False, 0.0, 0.0, 0
-    for x_hat, x, target in zip(
-        problem.activations.inputs, problem.activations.float_inputs, problem.activations.targets, strict=True
-    ):
-        inputs = max(inputs, _largest_square_sum(x_hat, problem))
+    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
+        keep = _counting(target, mask, problem)
+        near = _as_summed(x_hat, keep, problem)
+        inputs = max(inputs, _largest_square_sum(near, problem))
         rows = max(rows, target.numel() // problem.geometry.out_channels)
         if problem.asymmetry and x is not x_hat:
             differs = True
-            change = max(change, _largest_square_sum(x.to(x_hat.device) - x_hat, problem))
+            change = max(change, _largest_square_sum(_as_summed(x, keep, problem) - near, problem))
     return _Size(inputs, change, rows, differs)
 
 
+def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
+    """Which rows of a microbatch count, `(rows,)`, or None for all."""
+    channel_dim = 1 if problem.geometry.num_spatial_dims else -1
+    keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
+    return None if keep is None else keep.reshape(-1).to(problem.device)
+
+
+def _as_summed(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> Tensor:
+    """An input in the precision of the sums; that of a Linear layer without rows that are padding."""
+    x = x.to(problem.device, problem.dtype)
+    return x if keep is None or problem.geometry.num_spatial_dims else x.reshape(-1, x.shape[-1])[keep]
+
+
 def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
-    """Largest sum over one channel of squares; NaN where a value is not finite."""
+    """Largest sum over one channel of squares; infinite where a value is not finite."""
     others = [dim for dim in range(x.dim()) if dim != (1 if problem.geometry.num_spatial_dims else x.dim() - 1)]
     sums = x.square().sum(dim=others, dtype=torch.float64)
-    return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.nan
+    # Not NaN, which max() would pass over.
+    return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 
 
 def _pieces(problem: LayerProblem, differs: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
     """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time, without rows that are padding."""
     acts, geometry = problem.activations, problem.geometry
     for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
-        channel_dim = 1 if geometry.num_spatial_dims else -1
-        keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
-        keep = None if keep is None else keep.reshape(-1).to(problem.device)
+        keep = _counting(target, mask, problem)
         near = x_hat.to(problem.device, problem.dtype)
         streams = [near]
         if differs:
