@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from distributed_adaround.distributed.comm import Comm, agreed
+from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.gptq import gptq_codes
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
@@ -18,19 +19,26 @@ def solve_gptq(
 
     Raises:
         InputError: the inputs are not finite, or their second moment is singular at this damping.
+        PeerError: it is on another rank, whose inputs are those of another conv group.
     """
 
     def work(part: RowProblem) -> RowSolution:
-        return RowSolution(gptq_codes(part.quadratic, part.lattice, damping), part.lattice.scale)
+        return RowSolution(damped_codes(part, damping, problem.name), part.lattice.scale)
 
-    try:
-        codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work)
-    except LinAlgError as error:
-        # All ranks hold the same matrix.
-        raise agreed(
-            InputError(
-                f"layer {problem.name}: the second moment of its inputs is singular at rounding.damping {damping}; "
-                "raise it, 0.01 is usual"
-            )
-        ) from error
+    codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work)
     return Solution(codes=codes, grid=grid)
+
+
+def damped_codes(part: RowProblem, damping: float, name: str) -> Tensor:
+    """Codes `(G, R, J)` of some rows. name: of the layer.
+
+    Raises:
+        InputError: the second moment of the inputs is singular at this damping.
+    """
+    try:
+        return gptq_codes(part.quadratic, part.lattice, damping)
+    except LinAlgError as error:
+        raise InputError(
+            f"layer {name}: the second moment of its inputs is singular at rounding.damping {damping}; raise it, 0.01 "
+            "is usual"
+        ) from error

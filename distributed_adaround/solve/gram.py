@@ -15,9 +15,9 @@ from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.descent import Descent
-from distributed_adaround.numerics.gptq import gptq_codes
 from distributed_adaround.numerics.rounding import SETTLED
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.solve.gptq import damped_codes
 from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
 
 # Inputs of a block and proximal steps in each. Blocks of 1 get a little further per sweep, but a sweep then is a loop
@@ -53,7 +53,8 @@ def solve_gram(
     """Round one layer; scales that belong to rows are refitted on the way.
 
     Raises:
-        InputError: the inputs are not finite.
+        InputError: the inputs are not finite, or their second moment is singular at this damping.
+        PeerError: it is on another rank.
     """
 
     def work(part: RowProblem) -> RowSolution:
@@ -64,15 +65,15 @@ def solve_gram(
                 on_step(sweep + 1, float(descent.losses().sum()))
         unsettled = descent.unsettled(SETTLED)
         descent.settle()
-        return _better_rows(part, descent, settings.damping, unsettled)
+        theirs = damped_codes(part, settings.damping, problem.name)
+        return _better_rows(part, descent, theirs, unsettled)
 
     codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work)
     return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())
 
 
-def _better_rows(part: RowProblem, descent: Descent, damping: float, unsettled: Tensor) -> RowSolution:
-    """Of each row the codes with the smaller loss, of the descent or of GPTQ."""
-    other = gptq_codes(part.quadratic, part.lattice, damping)
+def _better_rows(part: RowProblem, descent: Descent, other: Tensor, unsettled: Tensor) -> RowSolution:
+    """Of each row the codes with the smaller loss, of the descent or the other ones, which keep the scales."""
     theirs = part.quadratic.loss(part.lattice.dequantize(other)) < descent.losses()
     return RowSolution(
         torch.where(theirs[:, :, None], other, descent.codes()),
