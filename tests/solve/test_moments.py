@@ -147,7 +147,7 @@ def test_same_bits_on_any_number_of_ranks(
     def work(comm: Any) -> Moments:
         mine = share(problem, comm.rank, world_size)
         assert len(mine.activations.indices) == len(range(comm.rank, 4, world_size))
-        return layer_moments(replace(mine, moments=MomentCache()), comm)
+        return layer_moments(mine, comm)
 
     assert all(same_bits(found, alone) for found in run_ranks(world_size, work))
 
@@ -218,9 +218,7 @@ def test_no_cross_moments_without_asymmetry(make_problem: Any) -> None:
 
 @pytest.mark.parametrize("correct_bias", [False, True])
 @pytest.mark.parametrize("asymmetry", [1.0, 0.5, 0.0])
-def test_the_quadratic_is_the_output_error(
-    asymmetry: float, correct_bias: bool, case: Any, make_problem: Any
-) -> None:
+def test_the_quadratic_is_the_output_error(asymmetry: float, correct_bias: bool, case: Any, make_problem: Any) -> None:
     layer, inputs = case
     floats = [x + 0.3 * torch.randn_like(x) + 0.1 for x in inputs]
     problem = make_problem(layer, inputs, float_inputs=floats)
@@ -311,7 +309,7 @@ def test_inputs_that_are_not_finite_are_told_by_rank_0(
 
     def work(comm: Any) -> tuple[str, int | None]:
         with pytest.raises(InputError) as caught:
-            layer_moments(replace(share(problem, comm.rank, world_size), moments=MomentCache()), comm)
+            layer_moments(share(problem, comm.rank, world_size), comm)
         return str(caught.value), caught.value.told_by
 
     assert run_ranks(world_size, work) == [(NOT_FINITE, 0)] * world_size
