@@ -38,8 +38,9 @@ def total_error(problem: LayerProblem, codes: Tensor) -> float:
 def by_hand(weight: Tensor, scale: Tensor, second: Tensor, damping: float) -> Tensor:
     """Codes of 3 bits. Inputs of large A_jj first; the inputs still free always move to the least squares solution for
     the error so far, which is what the Cholesky factor of the inverse does, here with one solve for each input."""
+    # Of inputs that are equally large the first one first.
+    order = second.diagonal().argsort(descending=True, stable=True)
     second = second + damping * second.diagonal().mean() * torch.eye(len(second)).double()
-    order = second.diagonal().argsort(descending=True)
     codes = torch.zeros_like(weight)
     moved = weight.clone()
     for place, j in enumerate(order):
