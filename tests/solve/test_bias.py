@@ -34,8 +34,7 @@ def with_targets(problem: LayerProblem, asymmetry: float) -> LayerProblem:
     acts, geometry = problem.activations, problem.geometry
     weight = geometry.from_matrix(problem.weight)
     targets = [
-        asymmetry * geometry.apply(x, weight, problem.bias)
-        + (1 - asymmetry) * geometry.apply(x_hat, weight, problem.bias)
+        torch.lerp(geometry.apply(x_hat, weight, problem.bias), geometry.apply(x, weight, problem.bias), asymmetry)
         for x, x_hat in zip(acts.float_inputs, acts.inputs, strict=True)
     ]
     return replace(problem, activations=replace(acts, targets=targets), asymmetry=asymmetry)
@@ -109,10 +108,7 @@ def test_a_layer_without_a_bias_gets_one(make_problem: Any) -> None:
         problem = replace(problem, correct_bias=True, transform=transform)
         result = round_layer(problem, SOLVERS["gram"], SoloComm(), no_progress)
         check_mean(problem, result)
-    outputs = [
-        norm.forward(target, -1) if hasattr(norm, "forward") else norm(target, -1)
-        for target in problem.activations.targets
-    ]
+    outputs = [norm(target) for target in problem.activations.targets]
     energy = sum(float(y.square().sum()) for y in outputs)
     error = float((output_difference(problem, result) * norm.scale).square().sum())
     assert result.hard_error == pytest.approx(error / energy, rel=1e-9)
@@ -141,7 +137,5 @@ def test_the_solver_that_stood_in_is_named(make_problem: Any) -> None:
     problem = tokens(make_problem)
     codes = problem.grid.quantize(problem.weight)
     for name in (None, "minibatch"):
-        assert (
-            round_layer(problem, lambda *_, n=name: Solution(codes=codes, solver=n), SoloComm(), no_progress).solver
-            == name
-        )
+        solution = Solution(codes=codes, solver=name)
+        assert round_layer(problem, lambda *_, s=solution: s, SoloComm(), no_progress).solver == name
