@@ -189,6 +189,23 @@ def test_inputs_of_large_layers_are_visited_in_blocks(make_problem: Any, monkeyp
     assert errors(problem, blocks).sum() < 1.2 * errors(problem, single).sum()
 
 
+def test_a_row_that_descent_made_worse_is_as_it_was(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad(Descent):
+        def settle(self) -> None:
+            super().settle()
+            self.levels[:, :, 1] = -4
+            self.lattice.scale[:, :, 1] *= 2
+
+    monkeypatch.setattr(polish_file, "Descent", Bad)
+    problem = make_problem(nn.Linear(24, 3).double(), [mixed(90, 24)])
+    before = run(solve_nearest, problem)
+    after = polish(problem, before, SoloComm())
+    assert after.grid is not None
+    assert torch.equal(after.codes[1], before.codes[1])
+    assert after.grid.scale[1] == problem.grid.scale[1]
+    assert (after.grid.scale[[0, 2]] != problem.grid.scale[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("grid", ["per group", "affine", "mxfp4"])
 def test_same_bytes_on_any_number_of_ranks_in_float32(
