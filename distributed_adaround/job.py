@@ -308,7 +308,8 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
         write_dequantized(uri, state)
     report = {
         "version": __version__,
-        "spec": job.spec.model_dump(mode="json", include={"quantize", "rounding", "preset"}),
+        "spec": job.spec.model_dump(mode="json", include={"quantize", "preset"})
+        | {"rounding": job.spec.rounding.resolved()},
         "layers": result.table.to_dicts(),
         "totals": result.table.totals.to_dict(),
         "output_error": result.output_error,

@@ -27,15 +27,14 @@ from distributed_adaround.solve.nearest import solve_nearest
 from distributed_adaround.solve.polish import polish
 from distributed_adaround.solve.problem import LayerProblem, MomentCache, OnStep, OutputErrors, Solution, Solver
 from distributed_adaround.spec import LayerFormat, MethodSpec, RoundingSpec
+from distributed_adaround.spec_rounding import SolverName
 
 
 def make_solver(rounding: RoundingSpec) -> Solver:
     """The solver of the job with its settings, and polish after it where the spec asks for it."""
 
     def solve(problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep) -> Solution:
-        # Moments know nothing of an activation: with one inside the loss steps on samples take over.
-        needs_samples = rounding.solver == "gram" and not problem.transform.is_affine
-        name = "minibatch" if needs_samples else rounding.solver
+        name = solver_of(rounding, problem)
         solution = _solver(name, rounding)(problem, nearest, comm, on_step)
         if rounding.polishes and problem.transform.is_affine:
             solution = polish(problem, solution, comm)
@@ -44,7 +43,14 @@ def make_solver(rounding: RoundingSpec) -> Solver:
     return solve
 
 
-def _solver(name: str, rounding: RoundingSpec) -> Solver:
+def solver_of(rounding: RoundingSpec, problem: LayerProblem) -> SolverName:
+    """The solver of a layer. Moments know nothing of an activation: with one inside the loss gram leaves the layer to
+    steps on samples."""
+    needs_samples = rounding.solver == "gram" and not problem.transform.is_affine
+    return "minibatch" if needs_samples else rounding.solver
+
+
+def _solver(name: SolverName, rounding: RoundingSpec) -> Solver:
     if name == "nearest":
         return solve_nearest
     if name == "gptq":

@@ -18,7 +18,7 @@ from torch import Tensor
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.job import PreparedJob, prepare
-from distributed_adaround.layer_setup import describe_format, make_problem, make_solver, weighted_grid
+from distributed_adaround.layer_setup import describe_format, make_problem, make_solver, solver_of, weighted_grid
 from distributed_adaround.model.sites import FloatParameter, ModelInputs, SiteActivations
 from distributed_adaround.network import PlannedLayer, float_parameters
 from distributed_adaround.solve.evaluate import output_errors
@@ -139,7 +139,7 @@ class _Trial:
         """Seconds to solve a layer, measured once for each kind of layer and solver."""
         if layer.format is None:
             return 0.0
-        key = (layer.site.geometry, layer.format, rounding.solver)
+        key = (layer.site.geometry, layer.format, layer.site.activation, rounding.solver)
         if key not in self._seconds_of_kind:
             self._seconds_of_kind[key] = self._measure(layer, activations, rounding)
         return self._seconds_of_kind[key]
@@ -176,14 +176,16 @@ class _Trial:
         if rounding.needs_moments or layer.format.observer == "output_mse":
             total += seconds(lambda: layer_moments(problem, comm)) * self.rank_share
             problem = weighted_grid(problem, layer.format, comm)
-        if not rounding.num_steps:
+        solver = solver_of(rounding, problem)
+        num_steps = rounding.model_copy(update={"solver": solver}).num_steps
+        if not num_steps:
             return total + (seconds(partial(solve, 1)) if rounding.needs_moments else 0.0)
         # The difference of two runs: the first steps pay for what is set up once.
-        trial = _TRIAL_STEPS[rounding.solver]
+        trial = _TRIAL_STEPS[solver]
         few, more = (seconds(partial(solve, steps)) for steps in (trial, 3 * trial))
         per_step = max(0.0, more - few) / (2 * trial)
         once = max(0.0, few - trial * per_step) if rounding.needs_moments else 0.0
-        return total + once + per_step * rounding.num_steps
+        return total + once + per_step * num_steps
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

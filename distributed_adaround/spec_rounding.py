@@ -81,7 +81,7 @@ class RoundingSpec(Section):
         "null: 0.5, for gptq 0.",
     )
     damping: PositiveFloat = Field(
-        0.01, description="With gptq: share of the mean squared input that is added to that of each input."
+        0.01, description="With gptq and gram: share of the mean squared input that is added to that of each input."
     )
     compute_dtype: Literal["float32", "float64"] = Field(
         "float32", description="Precision of the learning; float64 gives the same codes on any number of ranks."

@@ -51,6 +51,10 @@ def record(
 
 def same(a: LayerRecord, b: LayerRecord) -> bool:
     pairs = [(a.codes, b.codes), (a.scale, b.scale), (a.zero_point, b.zero_point)]
+    if a.shift is not None and b.shift is not None:
+        pairs.append((a.shift, b.shift))
+    elif a.shift is not b.shift:
+        return False
     tensors = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
     return tensors and (a.name, a.format, a.metrics) == (b.name, b.format, b.metrics)
 
@@ -83,13 +87,15 @@ def test_records_come_back_as_they_were(folder: str) -> None:
         record("a.conv", (4, 3, 2, 2), (4,), signed=False),
         record("m.grouped", (4, 6), (4, 3)),
         record("b.transposed", (6, 2, 3, 3), (4, 3), groups=2, transposed=True),
+        replace(record("s.shifted"), shift=torch.randn(4)),
+        replace(record("t.shifted", (6, 2, 3, 3), (), groups=2, transposed=True), shift=torch.randn(8)[::2]),
     ]
     point = Checkpoint.open(folder, FINGERPRINT)
     assert point.committed == ()
     for item in records:
         point.commit(item)
     for reader in (point, Checkpoint.open(folder, FINGERPRINT)):
-        assert reader.committed == ("z.linear", "a.conv", "m.grouped", "b.transposed")
+        assert reader.committed == tuple(item.name for item in records)
         assert all(same(reader.load(item.name), item) for item in records)
 
 
@@ -305,6 +311,9 @@ def test_metrics_that_json_cannot_hold_do_not_stop_a_job(tmp_path: Path) -> None
         ({"scale": torch.ones(6), "zero_point": torch.zeros(6, dtype=torch.int32)}, "does not fit"),
         ({"scale": torch.ones(4, 4), "zero_point": torch.zeros(4, 4, dtype=torch.int32)}, "does not fit"),
         ({"format": {"dtype": "int4"}}, "keys"),
+        ({"shift": torch.zeros(6)}, r"shift is torch.float32 of shape \(6,\), not one float32 for each output"),
+        ({"shift": torch.zeros(4, 1)}, "not one float32 for each output"),
+        ({"shift": torch.zeros(4, dtype=torch.float64)}, "shift is torch.float64"),
     ],
 )
 def test_parts_that_do_not_fit_are_never_committed(change: dict[str, Tensor], words: str) -> None:

@@ -116,6 +116,44 @@ def test_seconds_are_those_of_the_steps_and_the_comparisons(
     assert math.isclose(found.gram_seconds, sum(3 * 2 * share + 5 + 100 / 4 for _ in found.layers))
 
 
+@pytest.mark.parametrize("network", ["cnn", "attention"])
+@pytest.mark.parametrize(
+    "rounding",
+    [
+        {"solver": "gram"},
+        {"solver": "gptq"},
+        {"solver": "gram", "activation_in_loss": True},
+        {"solver": "nearest", "polish": True},
+        {"solver": "minibatch", "polish": True, "correct_bias": True},
+    ],
+    ids=str,
+)
+def test_solvers_on_moments_are_planned(rounding: dict[str, Any], network: str, tmp_path: Path) -> None:
+    quantize = {"dtype": "int3", "observer": "output_mse"}
+    path = write_job(tmp_path / "job", network, rounding={"sweeps": 5} | rounding, quantize=quantize)
+    found = plan_of(path, world_size=2)
+    assert all(0 < layer.seconds < math.inf for layer in found.layers)
+    assert sum(layer.seconds for layer in found.layers) < found.seconds < math.inf
+    assert not (tmp_path / "job" / "out").exists()
+
+
+def test_steps_are_those_of_the_solver_that_each_layer_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only a solver moves: a second a sweep of gram, a quarter of a second a step of minibatch."""
+    now = [0.0]
+
+    def slow_solver(rounding: Any) -> Any:
+        def solve(problem: Any, *_: Any) -> None:
+            now[0] += rounding.sweeps if problem.transform.is_affine else rounding.max_iter / 4
+
+        return solve
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(plan, "make_solver", slow_solver)
+    rounding = {"solver": "gram", "activation_in_loss": True, "sweeps": 50, "max_iter": 1000}
+    found = plan_of(write_job(tmp_path / "job", "cnn", rounding=rounding))
+    assert [layer.seconds for layer in found.layers] == pytest.approx([250, 250, 250, 50])
+
+
 def test_a_model_that_is_replayed_says_so(tmp_path: Path) -> None:
     path = write_job(tmp_path / "job", "mlp", model={"factory": "branching:build"})
     (tmp_path / "job" / "branching.py").write_text(

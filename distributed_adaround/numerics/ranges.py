@@ -85,6 +85,9 @@ def choose_grid(
         floats = _POWERS if scale_format == "e8m0" else _FLOAT_CANDIDATES
         shares = _CANDIDATES if values is None else floats
         counts = None if importance is None else importance.to(torch.float32).reshape(-1, block)
+        if counts is not None:
+            # Where nothing counts (inputs that are always 0) every range would do; that of the weights does no harm.
+            counts = torch.where(counts.any(dim=1, keepdim=True), counts, 1.0)
         share = _best_share(blocks, counts, low, high, grid_of_range, rounded, shares)
         low, high = low * share, high * share
     best = grid_of_range(low, high)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.distributed.comm import Comm, phase
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.lattice import Lattice
 from distributed_adaround.numerics.moments import Quadratic
@@ -24,12 +24,13 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
 
 @dataclass(frozen=True)
 class RowProblem:
-    """What one block of rows is solved from. levels: `(G, R, J)` to start from, or None. groups: its conv groups."""
+    """What one block of rows is solved from. levels: `(G, R, J)` to start from, or None.
+    place: its conv groups, and its out channels in each of them."""
 
     quadratic: Quadratic
     lattice: Lattice
     levels: Tensor | None
-    groups: slice
+    place: tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def solve_by_rows(
     """Codes `(O, I)`, the grid with the scales that were found, and the number of soft values that had not settled.
 
     start: codes `(O, I)` of `grid` to begin from, or None.
+
+    Raises:
+        PeerError: `work` raised on another rank.
     """
     geometry, device = problem.geometry, problem.device
     groups, rows = geometry.groups, geometry.out_channels // geometry.groups
@@ -73,20 +77,21 @@ def solve_by_rows(
     # Filled by one rank each, zeros elsewhere: the sum is exact.
     scale = torch.zeros_like(lattice.scale) if lattice.per_row else None
     unsettled = torch.zeros(1, dtype=torch.float64, device=device)
-    for index, (some, cut) in enumerate(row_blocks(groups, rows, device.type)):
-        if index % comm.world_size != comm.rank:
-            continue
-        part = RowProblem(
-            whole.rows(some, cut),
-            lattice.rows(some, cut),
-            None if levels is None else levels[some, cut],
-            some,
-        )
-        found = work(part)
-        codes[some, cut] = (found.codes - grid.qmin).to(torch.uint8)
-        unsettled += found.unsettled
-        if scale is not None:
-            scale[some, :, cut] = found.scale
+    with phase(comm, f"round layer {problem.name}"):
+        for index, (some, cut) in enumerate(row_blocks(groups, rows, device.type)):
+            if index % comm.world_size != comm.rank:
+                continue
+            part = RowProblem(
+                whole.rows(some, cut),
+                lattice.rows(some, cut),
+                None if levels is None else levels[some, cut],
+                (some, cut),
+            )
+            found = work(part)
+            codes[some, cut] = (found.codes - grid.qmin).to(torch.uint8)
+            unsettled += found.unsettled
+            if scale is not None:
+                scale[some, :, cut] = found.scale
     comm.all_reduce(codes)
     comm.all_reduce(unsettled)
     if scale is not None:

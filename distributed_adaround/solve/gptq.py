@@ -23,7 +23,7 @@ def solve_gptq(
     factors = layer_factors(problem, comm, damping)
 
     def work(part: RowProblem) -> RowSolution:
-        return RowSolution(gptq_codes(part.quadratic, part.lattice, factors.groups(part.groups)), part.lattice.scale)
+        return RowSolution(gptq_codes(part.quadratic, part.lattice, factors.groups(part.place[0])), part.lattice.scale)
 
     codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work)
     return Solution(codes=codes, grid=grid)

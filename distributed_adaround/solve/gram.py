@@ -54,7 +54,7 @@ def solve_gram(
     """Round one layer; scales that belong to rows are refitted on the way.
 
     Raises:
-        InputError: the inputs are not finite.
+        InputError: the inputs are not finite, or their second moment is singular at this damping.
     """
 
     factors = layer_factors(problem, comm, settings.damping)
@@ -67,7 +67,7 @@ def solve_gram(
                 on_step(sweep + 1, float(descent.losses().sum()))
         unsettled = descent.unsettled(SETTLED)
         descent.settle()
-        return _better_rows(part, descent, factors.groups(part.groups), unsettled)
+        return _better_rows(part, descent, factors.groups(part.place[0]), unsettled)
 
     codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work)
     return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())

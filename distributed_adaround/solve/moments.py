@@ -119,30 +119,36 @@ def _reduce(sums: list[Tensor], comm: Comm) -> None:
 
 def _own_size(problem: LayerProblem) -> _Size:
     """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
-    inputs, change, rows = 0.0, 0.0, 0
     acts = problem.activations
+    inputs, change, rows = 0.0, 0.0, 0
     for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
-        keep = None if problem.geometry.num_spatial_dims else _counting(target, mask, problem)
-        inputs = max(inputs, _largest_square_sum(x_hat, keep, problem))
+        keep = _counting(target, mask, problem)
+        near = _as_summed(x_hat, keep, problem)
+        inputs = max(inputs, _largest_square_sum(near, problem))
         rows = max(rows, target.numel() // problem.geometry.out_channels)
         if problem.asymmetry and x is not x_hat:
-            change = max(change, _largest_square_sum(x.to(x_hat.device) - x_hat, keep, problem))
+            change = max(change, _largest_square_sum(_as_summed(x, keep, problem) - near, problem))
     return _Size(inputs, change, rows)
 
 
 def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
-    """Which rows of a microbatch are no padding, bool `(rows,)` on the compute device; None: all."""
+    """Which rows of a microbatch count, `(rows,)`, or None for all."""
     channel_dim = 1 if problem.geometry.num_spatial_dims else -1
     keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
     return None if keep is None else keep.reshape(-1).to(problem.device)
 
 
-def _largest_square_sum(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> float:
-    """Largest sum over one channel of squares; infinite where a value is not finite. keep: rows of a Linear layer."""
-    if keep is not None:
-        x = x.reshape(-1, x.shape[-1])[keep.to(x.device)]
+def _as_summed(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> Tensor:
+    """An input in the precision of the sums; that of a Linear layer without rows that are padding."""
+    x = x.to(problem.device, problem.dtype)
+    return x if keep is None or problem.geometry.num_spatial_dims else x.reshape(-1, x.shape[-1])[keep]
+
+
+def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
+    """Largest sum over one channel of squares; infinite where a value is not finite."""
     others = [dim for dim in range(x.dim()) if dim != (1 if problem.geometry.num_spatial_dims else x.dim() - 1)]
     sums = x.square().sum(dim=others, dtype=torch.float64)
+    # Not NaN, which max() would pass over.
     return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 
 

@@ -16,7 +16,7 @@ from distributed_adaround.model.layer_modules import geometry_of
 from distributed_adaround.model.sites import SiteActivations
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.rounding import OutputTransform
-from distributed_adaround.solve.problem import LayerProblem
+from distributed_adaround.solve.problem import LayerProblem, MomentCache
 
 # Layers, and the spatial sizes of three microbatches of 2, 1 and 3 samples: all different, or all the same.
 torch.manual_seed(0)  # layers made while modules load come before the fixture that seeds each test
@@ -33,6 +33,24 @@ LAYERS: dict[str, tuple[nn.Module, list[tuple[int, ...]]]] = {
         [(3, 4), (4, 4), (2, 3)],
     ),
     "transposed3d": (nn.ConvTranspose3d(2, 4, 2, stride=2, padding=1), [(2, 3, 2), (3, 2, 2), (2, 2, 3)]),
+}
+
+
+# Grids of up to 64 inputs, by name: arguments of choose_grid.
+_INT3 = {"qmin": -4, "qmax": 3, "symmetric": True, "strategy": "channel", "group_size": None}
+_E2M1 = {"qmin": 0, "qmax": 14, "symmetric": True, "strategy": "group", "element_format": "e2m1"}
+GRIDS: dict[str, dict[str, Any]] = {
+    "per tensor": _INT3 | {"strategy": "tensor"},
+    "per channel": _INT3,
+    "per group": _INT3 | {"strategy": "group", "group_size": 8},
+    "affine": _INT3 | {"qmin": 0, "qmax": 7, "symmetric": False},
+    "affine per tensor": _INT3 | {"qmin": -4, "symmetric": False, "strategy": "tensor"},
+    "affine per group": _INT3 | {"qmin": -4, "symmetric": False, "strategy": "group", "group_size": 8},
+    "fp4": _E2M1 | {"strategy": "channel", "group_size": None},
+    "fp4 per group": _E2M1 | {"group_size": 8},
+    "nvfp4": _E2M1 | {"group_size": 16, "scale_format": "e4m3"},
+    "mxfp4": _E2M1 | {"group_size": 32, "scale_format": "e8m0"},
+    "fp8": _E2M1 | {"qmax": 252, "strategy": "channel", "group_size": None, "element_format": "e4m3"},
 }
 
 
@@ -134,19 +152,37 @@ def _make_problem(
     )
 
 
+def _with_grid(problem: LayerProblem, name: str) -> LayerProblem:
+    """The same problem on one of GRIDS."""
+    grid = choose_grid(problem.weight, zero_point=0, observer="mse", **GRIDS[name])
+    return replace(problem, grid=grid.to(problem.dtype))
+
+
 def _share(problem: LayerProblem, rank: int, world_size: int) -> LayerProblem:
     """The same problem as one of several ranks sees it: every world_size-th microbatch is its own."""
     acts = problem.activations
     mine = [k for k, index in enumerate(acts.indices) if index % world_size == rank]
     fields = ("indices", "inputs", "float_inputs", "targets", "masks", "batch_sizes")
     return replace(
-        problem, activations=SiteActivations(**{name: [getattr(acts, name)[k] for k in mine] for name in fields})
+        problem,
+        activations=SiteActivations(**{name: [getattr(acts, name)[k] for k in mine] for name in fields}),
+        moments=MomentCache(),
     )
 
 
 @pytest.fixture
 def make_problem() -> Callable[..., LayerProblem]:
     return _make_problem
+
+
+@pytest.fixture(params=GRIDS)
+def grid_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def with_grid() -> Callable[[LayerProblem, str], LayerProblem]:
+    return _with_grid
 
 
 @pytest.fixture

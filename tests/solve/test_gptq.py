@@ -1,0 +1,138 @@
+"""Solver gptq, the baseline: its algorithm, the grid as it is, any number of ranks, and moments that are singular."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distributed_adaround.distributed.comm import SoloComm
+from distributed_adaround.errors import InputError
+from distributed_adaround.solve import by_rows, round_layer
+from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.gptq import solve_gptq
+from distributed_adaround.solve.moments import layer_moments
+from distributed_adaround.solve.problem import LayerProblem, Solution
+
+
+def no_progress(step: int, loss: float) -> None:
+    pass
+
+
+def solver(damping: float = 0.01) -> Any:
+    return partial(solve_gptq, damping=damping)
+
+
+def mixed(samples: int, channels: int) -> Tensor:
+    return torch.randn(samples, channels).double() @ (torch.randn(channels, channels).double() / channels)
+
+
+def total_error(problem: LayerProblem, codes: Tensor) -> float:
+    return float(output_errors(problem, [problem.grid.dequantize(codes)], SoloComm()).error.sum())
+
+
+def by_hand(weight: Tensor, scale: Tensor, second: Tensor, damping: float) -> Tensor:
+    """Codes of 3 bits. Inputs of large A_jj first; the inputs still free always move to the least squares solution for
+    the error so far, which is what the Cholesky factor of the inverse does, here with one solve for each input."""
+    # Of inputs that are equally large the first one first.
+    order = second.diagonal().argsort(descending=True, stable=True)
+    second = second + damping * second.diagonal().mean() * torch.eye(len(second)).double()
+    codes = torch.zeros_like(weight)
+    moved = weight.clone()
+    for place, j in enumerate(order):
+        codes[:, j] = (moved[:, j] / scale[:, 0]).round().clamp(-4, 3)
+        error = moved[:, j] - codes[:, j] * scale[:, 0]
+        free = order[place + 1 :]
+        if len(free):
+            moved[:, free] += error[:, None] * torch.linalg.solve(second[free][:, free], second[free, j])
+    return codes
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_codes_are_those_of_the_algorithm(damping: float, make_problem: Any) -> None:
+    x = mixed(60, 10)
+    problem = make_problem(nn.Linear(10, 8).double(), list(x.split((35, 25))))
+    solution = solver(damping)(problem, None, SoloComm(), no_progress)
+    assert torch.equal(solution.codes, by_hand(problem.weight, problem.grid.scale, x.T @ x / 60, damping))
+    assert not torch.equal(solution.codes, problem.grid.quantize(problem.weight))
+
+
+def test_grids_stay_and_errors_fall_on_all_of_them(grid_name: str, make_problem: Any, with_grid: Any) -> None:
+    problem = with_grid(make_problem(nn.Linear(64, 12).double(), [mixed(100, 64), mixed(60, 64)]), grid_name)
+    solution = solver()(problem, None, SoloComm(), no_progress)
+    grid, codes = solution.grid or problem.grid, solution.codes
+    assert torch.equal(grid.scale, problem.grid.scale)
+    assert torch.equal(codes, codes.round())
+    assert problem.grid.qmin <= codes.min() <= codes.max() <= problem.grid.qmax
+    assert total_error(problem, codes) < 0.9 * total_error(problem, problem.grid.quantize(problem.weight))
+
+
+def test_every_kind_of_layer(case: Any, make_problem: Any) -> None:
+    layer, inputs = case
+    problem = make_problem(layer, [x + x.roll(1, dims=1) for x in inputs])
+    codes = solver()(problem, None, SoloComm(), no_progress).codes
+    second = layer_moments(problem, SoloComm()).second
+    parts = (part.chunk(problem.geometry.groups) for part in (codes, problem.weight, problem.grid.scale))
+    for moment, found, weight, scale in zip(second, *parts, strict=True):
+        assert torch.equal(found, by_hand(weight, scale, moment, 0.01))
+
+
+def test_same_bytes_on_any_number_of_ranks_in_float32(
+    make_problem: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+    problem = make_problem(nn.Conv1d(8, 10, 3, groups=2), [torch.randn(4, 8, 6) for _ in range(4)])
+    results: list[Solution] = []
+    for world_size in (1, 2, 3, 5):
+        results += run_ranks(
+            world_size, lambda comm: solver()(share(problem, comm.rank, comm.world_size), None, comm, no_progress)
+        )
+    assert len(results) == 11
+    assert all(torch.equal(result.codes, results[0].codes) for result in results)
+
+
+# All inputs alike, in whole numbers: what is left of A after one step of Cholesky is exactly 0.
+SINGULAR = (
+    "layer block.layer: the second moment of its inputs is singular at rounding.damping 1e-30; raise it, 0.01 is usual"
+)
+
+
+def test_moments_that_are_singular_are_an_error_of_one_line(make_problem: Any) -> None:
+    problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
+    with pytest.raises(InputError) as caught:
+        round_layer(problem, solver(1e-30), SoloComm(), no_progress)
+    assert str(caught.value) == SINGULAR
+    result = round_layer(problem, solver(), SoloComm(), no_progress)
+    assert result.hard_error <= result.nearest_error
+
+
+@pytest.mark.parametrize("singular", [0, 1])
+def test_moments_that_are_singular_in_one_group_are_told_once(
+    singular: int, make_problem: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks factor the moments of all groups, so all find it, and rank 0 tells the user."""
+    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+    inputs = [torch.randn(4, 6, 5) for _ in range(2)]
+    for x in inputs:
+        x[:, 3 * singular : 3 * singular + 3] = 1
+    problem = make_problem(nn.Conv1d(6, 4, 1, groups=2), inputs)
+
+    def work(comm: Any) -> tuple[str, int | None]:
+        with pytest.raises(InputError) as caught:
+            solver(1e-30)(share(problem, comm.rank, 2), None, comm, no_progress)
+        return str(caught.value), caught.value.told_by
+
+    assert run_ranks(2, work) == [(SINGULAR, 0)] * 2
+
+
+def test_a_pull_is_followed(make_problem: Any) -> None:
+    inputs = [mixed(60, 8), mixed(40, 8)]
+    problem = make_problem(nn.Linear(8, 6).double(), inputs, float_inputs=[1.5 * x for x in inputs])
+    with_pull, without = (
+        solver()(replace(problem, asymmetry=share), None, SoloComm(), no_progress).codes for share in (1.0, 0.0)
+    )
+    assert total_error(problem, with_pull) < 0.7 * total_error(problem, without)
