@@ -126,6 +126,7 @@ def make_problem(
         seed=spec.runtime.seed,
         asymmetry=spec.rounding.damped_asymmetry,
         correct_bias=spec.rounding.corrects_bias and site.shift_name is not None,
+        rows_per_input=spec.rounding.rows_per_input,
         moments=moments,
     )
 

@@ -83,6 +83,12 @@ class RoundingSpec(Section):
     damping: PositiveFloat = Field(
         0.01, description="With gptq and gram: share of the mean squared input that is added to that of each input."
     )
+    rows_per_input: PositiveInt | None = Field(
+        512,
+        description="Where moments are taken (gram, gptq, polish, correct_bias): from at most about this many rows "
+        "(tokens, output pixels) for each input of a layer, spread evenly over all samples; null: from all. Images "
+        "have far more pixels than a small layer needs.",
+    )
     compute_dtype: Literal["float32", "float64"] = Field(
         "float32", description="Precision of the learning; float64 gives the same codes on any number of ranks."
     )

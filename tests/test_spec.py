@@ -165,6 +165,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "polish": False,
             "correct_bias": False,
             "damping": 0.01,
+            "rows_per_input": 512,
         },
         "seed": 3,
         "data": {
@@ -199,7 +200,7 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     different = [
         ("rounding.lr", 0.002), ("rounding.max_iter", 9999), ("rounding.compute_dtype", "float64"),
         ("rounding.solver", "gram"), ("rounding.polish", True), ("rounding.correct_bias", True),
-        ("rounding.sweeps", 7), ("rounding.damping", 0.1), ("rounding.asymmetry", 1),
+        ("rounding.sweeps", 7), ("rounding.damping", 0.1), ("rounding.rows_per_input", None), ("rounding.asymmetry", 1),
         ("rounding.activation_in_loss", False), ("quantize.observer", "output_mse"),
         ("quantize.dtype", "int3"), ("quantize.ignore", ["a"]), ("quantize.overrides", [{"match": "a"}]),
         ("runtime.seed", 1), ("data.num_samples", 5), ("data.microbatch_size", 5), ("data.virtual_shards", 5),

@@ -62,16 +62,23 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return spread
 
 
-def unfolded_pieces(x: Tensor, geometry: LayerGeometry) -> Iterator[Tensor]:
+def unfolded_pieces(x: Tensor, geometry: LayerGeometry, first: int = 0, every: int = 1) -> Iterator[Tensor]:
     """Inputs of all rows of a layer, `(G, rows, J)` in the weight's own order (C/G, *kernel), a piece at a time.
 
-    x: `(N, C, *L)` of a convolution, `(..., I)` of a Linear layer. Only one piece is ever copied out of x.
+    x: `(N, C, *L)` of a convolution, `(..., I)` of a Linear layer. first, every: only the rows first, first + every and
+    so on. Only one piece is ever copied out of x.
     """
     groups, inputs = geometry.groups, geometry.inputs_per_output
     if not geometry.num_spatial_dims:
-        yield from torch.split(x.reshape(1, -1, inputs), max(1, _PIECE // inputs), dim=1)
+        yield from torch.split(x.reshape(1, -1, inputs)[:, first::every], max(1, _PIECE // inputs), dim=1)
         return
     view = _windows(x, geometry)
+    if first or every > 1:
+        leading = view.shape[: 1 + geometry.num_spatial_dims]
+        chosen = torch.arange(first, math.prod(leading), every, device=x.device)
+        for rows in torch.split(chosen, max(1, _PIECE // (groups * inputs))):
+            yield view[torch.unravel_index(rows, leading)].reshape(-1, groups, inputs).transpose(0, 1)
+        return
     row = math.prod(view.shape[2 : 1 + geometry.num_spatial_dims]) * groups * inputs
     lines = max(1, _PIECE // row)
     samples = max(1, lines // view.shape[1])

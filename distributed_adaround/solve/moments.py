@@ -55,11 +55,13 @@ def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class _Size:
-    """How large sums over the rows of one microbatch can get. inputs, change: of squares of x̂ and of x - x̂."""
+    """How large sums over the rows of one microbatch can get. inputs, change: of squares of x̂ and of x - x̂. rows: of
+    one microbatch. all_rows: of all of them, without padding."""
 
     inputs: float
     change: float
     rows: int
+    all_rows: int
 
     @classmethod
     def of_all(cls, sizes: list[_Size]) -> _Size:
@@ -67,6 +69,7 @@ class _Size:
             max(size.inputs for size in sizes),
             max(size.change for size in sizes),
             max(size.rows for size in sizes),
+            sum(size.all_rows for size in sizes),
         )
 
 
@@ -89,7 +92,7 @@ def _measure(problem: LayerProblem, comm: Comm) -> Moments:
     cross = ExactSum(square, 1.01 * total * both, device) if differs else None
     cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    for x_hat, change in _pieces(problem, differs):
+    for x_hat, change in _pieces(problem, differs, _row_step(problem, size.all_rows)):
         second.add(x_hat.transpose(1, 2) @ x_hat)
         mean.add(x_hat.sum(dim=1))
         count += x_hat.shape[1]
@@ -120,15 +123,16 @@ def _reduce(sums: list[Tensor], comm: Comm) -> None:
 def _own_size(problem: LayerProblem) -> _Size:
     """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
     acts = problem.activations
-    inputs, change, rows = 0.0, 0.0, 0
+    inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
     for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
         keep = _counting(target, mask, problem)
         near = _as_summed(x_hat, keep, problem)
         inputs = max(inputs, _largest_square_sum(near, problem))
-        rows = max(rows, target.numel() // problem.geometry.out_channels)
+        own = target.numel() // problem.geometry.out_channels
+        rows, all_rows = max(rows, own), all_rows + (own if keep is None else int(keep.sum()))
         if problem.asymmetry and x is not x_hat:
             change = max(change, _largest_square_sum(_as_summed(x, keep, problem) - near, problem))
-    return _Size(inputs, change, rows)
+    return _Size(inputs, change, rows, all_rows)
 
 
 def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
@@ -152,17 +156,39 @@ def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
     return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 
 
-def _pieces(problem: LayerProblem, differs: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time, without rows that are padding."""
-    acts = problem.activations
-    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
+def _row_step(problem: LayerProblem, num_rows: int) -> int:
+    """Of how many rows moments take one."""
+    if problem.rows_per_input is None:
+        return 1
+    return max(1, num_rows // (problem.rows_per_input * problem.geometry.inputs_per_output))
+
+
+def _spread_evenly(step: int, num_positions: int, index: int) -> tuple[int, int]:
+    """First row and step in one microbatch, near `step`. num_positions: of a sample; index: of the microbatch.
+
+    A step that shares a factor with the positions of a sample would meet the same ones in every sample.
+    """
+    step = next(n for n in range(step, 0, -1) if math.gcd(n, num_positions) == 1)
+    # Multiples of the golden ratio fall evenly on the first rows.
+    return int(index * 0.6180339887498949 % 1 * step), step
+
+
+def _pieces(problem: LayerProblem, differs: bool, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time: one row of `step`, and none that is padding."""
+    acts, geometry = problem.activations, problem.geometry
+    for index, x_hat, x, target, mask in zip(
+        acts.indices, acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True
+    ):
+        per_sample = max(1, target.numel() // geometry.out_channels // max(1, target.shape[0]))
+        first, every = _spread_evenly(step, per_sample, index)
         keep = _counting(target, mask, problem)
+        keep = None if keep is None else keep[first::every]
         near = x_hat.to(problem.device, problem.dtype)
         streams = [near]
         if differs:
             streams.append(x.to(problem.device, problem.dtype) - near)
         start = 0
-        for parts in zip(*(unfolded_pieces(stream, problem.geometry) for stream in streams), strict=True):
+        for parts in zip(*(unfolded_pieces(stream, geometry, first, every) for stream in streams), strict=True):
             stop = start + parts[0].shape[1]
             if keep is not None:
                 parts = tuple(part[:, keep[start:stop]] for part in parts)

@@ -35,7 +35,8 @@ class LayerProblem:
     weight: `(O, I)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight, in
     the compute dtype. transform: what follows the layer inside the loss. activations: of this rank.
     total_microbatches: of all ranks. asymmetry: share of the error in the inputs that the rounding is to make up for.
-    correct_bias: the mean output error will go into the layer's bias.
+    correct_bias: the mean output error will go into the layer's bias. rows_per_input: how many rows moments are taken
+    from, for each input of an output; None: from all.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerProblem:
     seed: int
     asymmetry: float = 1.0
     correct_bias: bool = False
+    rows_per_input: int | None = None
     moments: MomentCache = field(default_factory=MomentCache)
 
     @property

@@ -160,3 +160,14 @@ def test_unfolding_leaves_the_input_as_it_is(layer_case: LayerCase) -> None:
     before = x.clone()
     joined(x, geometry)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("first", "every"), [(0, 2), (1, 3), (6, 7), (2, 1)])
+def test_unfolded_pieces_of_some_rows(
+    first: int, every: int, layer_case: LayerCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, geometry, x = layer_case
+    whole = joined(x, geometry)
+    monkeypatch.setattr(patches, "_PIECE", 2 * geometry.groups * geometry.inputs_per_output)
+    some = torch.cat(list(patches.unfolded_pieces(x, geometry, first, every)), dim=1)
+    assert torch.equal(some, whole[:, first::every])

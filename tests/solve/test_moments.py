@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -111,6 +112,66 @@ def test_a_mask_that_fits_no_row_leaves_all_of_them(make_problem: Any) -> None:
     assert layer_moments(problem, SoloComm()).num_rows == 2
 
 
+def rows_taken(problem: LayerProblem) -> list[slice]:
+    """Which rows of each microbatch are taken, by the rule: near one of `step`, a step that meets all positions."""
+    acts, geometry = problem.activations, problem.geometry
+    assert problem.rows_per_input is not None
+    total = sum(target.numel() // geometry.out_channels for target in acts.targets)
+    step = max(1, total // (problem.rows_per_input * geometry.inputs_per_output))
+    taken = []
+    for index, target in zip(acts.indices, acts.targets, strict=True):
+        positions = target[:, 0].numel() // target.shape[0] if geometry.num_spatial_dims else 1
+        own = max(n for n in range(1, step + 1) if math.gcd(n, positions) == 1)
+        taken.append(slice(int(index * (5**0.5 - 1) / 2 % 1 * own), None, own))
+    return taken
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed1d"])
+def test_moments_of_some_rows(name: str, make_problem: Any) -> None:
+    layer, size = {
+        "linear": (nn.Linear(4, 3), ()),
+        "conv2d": (nn.Conv2d(2, 4, 3, stride=2, groups=2), (13, 9)),
+        "transposed1d": (nn.ConvTranspose1d(2, 3, 2, stride=2), (20,)),
+    }[name]
+    inputs = [torch.randn(n, 4 if name == "linear" else 2, *size).double() for n in (40, 3, 17)]
+    problem = make_problem(layer.double(), inputs, float_inputs=[x + torch.randn_like(x) for x in inputs])
+    problem = replace(problem, rows_per_input=4)
+    taken = rows_taken(problem)
+    near, change = all_rows(problem)
+    ends = [target.numel() // problem.geometry.out_channels for target in problem.activations.targets]
+    parts = [
+        torch.cat([part[:, own] for part, own in zip(rows.split(ends, dim=1), taken, strict=True)], dim=1)
+        for rows in (near, change)
+    ]
+    found = layer_moments(problem, SoloComm())
+    assert found.num_rows < sum(ends) / 2
+    assert len({own.start for own in taken}) > 1
+    check(found, *parts)
+
+
+def test_rows_taken_meet_every_position_of_an_image(make_problem: Any) -> None:
+    # One row of 6 would meet the same 4 of 24 pixels in every image.
+    problem = make_problem(nn.Conv2d(1, 1, 1), [torch.randn(24, 1, 4, 6)])
+    x = problem.activations.inputs[0]
+    x.copy_(torch.arange(24).view(4, 6).expand_as(x))
+    found = layer_moments(replace(problem, rows_per_input=24 * 24 // 6), SoloComm())
+    assert found.num_rows == pytest.approx(24 * 24 / 5, abs=1)
+    assert float(found.mean) == pytest.approx(11.5, abs=0.2)
+
+
+def test_rows_that_are_padding_do_not_count_when_some_are_taken(make_problem: Any) -> None:
+    mask = torch.tensor([[1, 1, 0, 1]] * 30)
+    inputs = torch.randn(30, 4, 2)
+    inputs[mask == 0] = torch.nan
+    problem = make_problem(nn.Linear(2, 3), [inputs.nan_to_num()], masks=[mask])
+    problem.activations.inputs[0].copy_(inputs)
+    found = layer_moments(replace(problem, rows_per_input=15), SoloComm())
+    # 90 rows count, one of 3 is taken.
+    rows = inputs.reshape(-1, 2)[::3][mask.reshape(-1)[::3] != 0].double()
+    assert found.num_rows == len(rows)
+    torch.testing.assert_close(found.second[0], rows.T @ rows / len(rows), rtol=1e-6, atol=1e-6)
+
+
 def of_many_sizes(make_problem: Any, layer: nn.Module, *shape: int) -> Any:
     """float32, over many orders of magnitude: sums in another order would show."""
     inputs = [torch.randn(3, *shape) * 10.0**k for k in (-4, 0, 3, -2, 1, 2, -3)]
@@ -135,12 +196,19 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
 ]
 
 
+@pytest.mark.parametrize("rows_per_input", [None, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=["linear", "conv", "transposed"])
 def test_same_bits_on_any_number_of_ranks(
-    layer: nn.Module, shape: tuple[int, ...], world_size: int, make_problem: Any, share: Any, run_ranks: Any
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    world_size: int,
+    rows_per_input: int | None,
+    make_problem: Any,
+    share: Any,
+    run_ranks: Any,
 ) -> None:
-    problem = of_many_sizes(make_problem, layer, *shape)
+    problem = replace(of_many_sizes(make_problem, layer, *shape), rows_per_input=rows_per_input)
     alone = layer_moments(problem, SoloComm())
     assert same_bits(alone, alone)
 
