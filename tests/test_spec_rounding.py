@@ -13,10 +13,10 @@ JOB: dict[str, Any] = {"model": {"factory": "a:b"}, "data": {"uri": "x.npz"}, "o
 
 # (polishes, corrects_bias, sees_activation, damped_asymmetry, num_steps, needs_moments)
 DEFAULTS = {
-    "minibatch": (False, False, True, 1.0, 2000, False),
+    "minibatch": (False, False, True, 0.5, 2000, False),
     "gram": (True, True, False, 0.5, 100, True),
     "gptq": (False, False, False, 0.0, 0, True),
-    "nearest": (False, False, False, 1.0, 0, False),
+    "nearest": (False, False, False, 0.5, 0, False),
 }
 
 
