@@ -25,12 +25,15 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
 @dataclass(frozen=True)
 class RowProblem:
     """What one block of rows is solved from. levels: `(G, R, J)` to start from, or None.
-    place: its conv groups, and its out channels in each of them."""
+    place: its conv groups, and its out channels in each of them. done: share of this rank's blocks that came before;
+    size: its own share."""
 
     quadratic: Quadratic
     lattice: Lattice
     levels: Tensor | None
     place: tuple[slice, slice]
+    done: float
+    size: float
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,15 @@ def solve_by_rows(
     scale = torch.zeros_like(lattice.scale) if lattice.per_row else None
     unsettled = torch.zeros(1, dtype=torch.float64, device=device)
     with phase(comm, f"round layer {problem.name}"):
-        for index, (some, cut) in enumerate(row_blocks(groups, rows, device.type)):
-            if index % comm.world_size != comm.rank:
-                continue
+        own = list(row_blocks(groups, rows, device.type))[comm.rank :: comm.world_size]
+        for number, (some, cut) in enumerate(own):
             part = RowProblem(
                 whole.rows(some, cut),
                 lattice.rows(some, cut),
                 None if levels is None else levels[some, cut],
                 (some, cut),
+                done=number / len(own),
+                size=1 / len(own),
             )
             found = work(part)
             codes[some, cut] = (found.codes - grid.qmin).to(torch.uint8)

@@ -64,7 +64,8 @@ def solve_gram(
         for sweep in range(settings.num_sweeps):
             descent.sweep(regularizer_weight(sweep, settings.num_sweeps))
             if (sweep + 1) % _LOOK_EVERY == 0 or sweep + 1 == settings.num_sweeps:
-                on_step(sweep + 1, float(descent.losses().sum()))
+                done = part.done * settings.num_sweeps + part.size * (sweep + 1)
+                on_step(round(done), float(descent.losses().sum()))
         unsettled = descent.unsettled(SETTLED)
         descent.settle()
         return _better_rows(part, descent, factors.groups(part.place[0]), unsettled)

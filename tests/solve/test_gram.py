@@ -236,3 +236,10 @@ def test_damping_that_leaves_the_moments_singular(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
     with pytest.raises(InputError, match=r"layer block\.layer: the second moment of its inputs is singular"):
         solver(2, damping=1e-30)(problem, None, SoloComm(), no_progress)
+
+
+def test_progress_grows_over_all_blocks_of_rows(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+    told: list[int] = []
+    solver(30)(linear_problem(make_problem, outputs=6), None, SoloComm(), lambda step, loss: told.append(step))
+    assert told == [3, 7, 10, 13, 17, 20, 23, 27, 30]
