@@ -20,7 +20,7 @@ Zisserman 1987). Weights may leave their two neighbours on the way: clipped inpu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -155,11 +155,21 @@ class Descent:
             bounds += itertools.pairwise(ends)
         if size == 1:
             return [_Block(a, b, 1.0) for a, b in bounds]
-        root = torch.where(self._diagonal > 0, self._diagonal.rsqrt(), 0.0)
-        scaled = (self._second[:, a:b, a:b] * root[:, a:b, None] * root[:, None, a:b] for a, b in bounds)
-        largest = torch.stack([torch.linalg.eigvalsh(part)[:, -1].max() for part in scaled])
         # One copy to the host for all blocks.
-        return [_Block(a, b, value) for (a, b), value in zip(bounds, largest.clamp(min=1.0).tolist(), strict=True)]
+        largest = self._largest_eigenvalues(bounds).clamp(min=1.0).tolist()
+        return [_Block(a, b, value) for (a, b), value in zip(bounds, largest, strict=True)]
+
+    def _largest_eigenvalues(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
+        """Of every block of A scaled to a diagonal of ones, over all conv groups; blocks of one size together."""
+        root = torch.where(self._diagonal > 0, self._diagonal.rsqrt(), 0.0)
+        found = self._diagonal.new_empty(len(bounds))
+        for size in {b - a for a, b in bounds}:
+            places = [place for place, (a, b) in enumerate(bounds) if b - a == size]
+            blocks = torch.stack([self._second[:, a:b, a:b] for a, b in (bounds[place] for place in places)])
+            roots = torch.stack([root[:, a:b] for a, b in (bounds[place] for place in places)])
+            values = torch.linalg.eigvalsh(blocks * roots[:, :, :, None] * roots[:, :, None, :])
+            found[torch.tensor(places, device=found.device)] = values[:, :, -1].amax(dim=1)
+        return found
 
     def unsettled(self, tolerance: float) -> Tensor:
         """How many levels are further than `tolerance` from the lattice."""
