@@ -20,11 +20,19 @@ def _model() -> nn.Module:
     ).eval()
 
 
+@pytest.mark.parametrize("solver", ["minibatch", "gram", "gptq"])
 @pytest.mark.parametrize("device_memory", [None, 4096], ids=["fits", "spills to the host"])
-def test_gpu_agrees_with_cpu(device_memory: int | None) -> None:
+def test_gpu_agrees_with_cpu(device_memory: int | None, solver: str) -> None:
     model = _model()
     batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
-    settings = {"dtype": "int4", "max_iter": 200, "lr": 1e-2, "compute_dtype": "float64", "progress": False}
+    settings = {
+        "dtype": "int4",
+        "max_iter": 200,
+        "lr": 1e-2,
+        "solver": solver,
+        "compute_dtype": "float64",
+        "progress": False,
+    }
     on_cpu = quantize(model, batches, device="cpu", **settings)
     on_gpu = quantize(model, batches, device="cuda:0", device_memory=device_memory, **settings)
     for cpu_row, gpu_row in zip(on_cpu.table, on_gpu.table, strict=True):
@@ -56,3 +64,29 @@ def test_no_step_waits_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(bucket).all()
+
+
+@pytest.mark.parametrize("dtype", ["int3", "nvfp4"])
+def test_no_sweep_waits_for_the_device(dtype: str) -> None:
+    from distributed_adaround.layer_setup import choose_layer_grid
+    from distributed_adaround.numerics.descent import Descent
+    from distributed_adaround.numerics.lattice import Lattice
+    from distributed_adaround.numerics.moments import Quadratic
+    from distributed_adaround.spec import QuantizeSpec
+
+    layer_format = QuantizeSpec(dtype=dtype).for_layer("layer", "Linear")
+    assert layer_format is not None
+    weight, inputs = torch.randn(24, 64), torch.randn(200, 64)
+    grid = choose_layer_grid(weight, layer_format).to(torch.float32, torch.device("cuda"))
+    second = (inputs.T @ inputs / 200).cuda()[None]
+    quadratic = Quadratic(second, weight.cuda()[None], torch.randn_like(weight).cuda()[None])
+    descent = Descent(quadratic, Lattice.of_grid(grid, 1), block=16, steps=3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for mu in (0.1, 1.0):
+            descent.sweep(mu)
+        descent.settle()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(descent.weights()).all()
