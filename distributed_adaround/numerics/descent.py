@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.numerics.lattice import Lattice, LatticeRun
-from distributed_adaround.numerics.moments import Quadratic
+from distributed_adaround.numerics.moments import Quadratic, permuted
 
 # Inputs whose gradient is kept up to date inside a sweep; those behind them are updated once for all of them.
 _FRONT = 128
@@ -59,7 +59,7 @@ class Descent:
         self._runs = lattice.scale.shape[1]
         diagonal = quadratic.second.diagonal(dim1=1, dim2=2)
         self._order = _order(diagonal, self._runs, block)
-        self._second = _permuted(quadratic.second, self._order)
+        self._second = permuted(quadratic.second, self._order)
         self._diagonal = diagonal.gather(1, self._order)
         self._weight = self._inputs_first(quadratic.weight)
         self._pull = None if quadratic.pull is None else self._inputs_first(quadratic.pull)
@@ -238,9 +238,3 @@ def _order(diagonal: Tensor, runs: int, block: int) -> Tensor:
     within = diagonal.reshape(groups, runs, size).argsort(dim=2, descending=True, stable=True)[:, :, dealt]
     starts = torch.arange(runs, device=diagonal.device) * size
     return (within + starts[:, None]).reshape(groups, inputs)
-
-
-def _permuted(second: Tensor, order: Tensor) -> Tensor:
-    """A `(G, J, J)` with rows and columns in the order `(G, J)`."""
-    rows = second.gather(1, order[:, :, None].expand_as(second))
-    return rows.gather(2, order[:, None, :].expand_as(second))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.numerics.lattice import Lattice
-from distributed_adaround.numerics.moments import Quadratic
+from distributed_adaround.numerics.moments import Quadratic, permuted
 
 _FRONT = 128
 
@@ -46,8 +46,7 @@ class GptqFactors:
         # Inputs that are always 0 would make A singular; what is added there changes nothing.
         added = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
         second = second + torch.diag_embed(added)
-        rows = second.gather(1, order[:, :, None].expand_as(second))
-        lower = torch.linalg.cholesky(rows.gather(2, order[:, None, :].expand_as(second)))
+        lower = torch.linalg.cholesky(permuted(second, order))
         spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
         return cls(order, lower, spread.to(dtype))
 

@@ -118,3 +118,9 @@ class Quadratic:
         if self.pull is not None:
             gradient -= 2 * self.pull
         return (gradient * difference).sum(dim=2)
+
+
+def permuted(second: Tensor, order: Tensor) -> Tensor:
+    """A `(G, J, J)` with rows and columns in the order of inputs, int64 `(G, J)`."""
+    rows = second.gather(1, order[:, :, None].expand_as(second))
+    return rows.gather(2, order[:, None, :].expand_as(second))
