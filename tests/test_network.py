@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_batches import Batches
 
 from distributed_adaround import network
 from distributed_adaround.activations import ActivationStore
@@ -22,19 +22,6 @@ from distributed_adaround.spec import QuantizeSpec
 from distributed_adaround.walk import GraphWalker
 
 CPU = torch.device("cpu")
-
-
-class Batches:
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self.total = len(tensors)
-        self.owned: Sequence[int] = range(self.total)
-
-    def load(self, index: int) -> ModelInputs:
-        return ModelInputs((self._tensors[index],), {})
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        return ((index, self.load(index)) for index in self.owned)
 
 
 class Calling(nn.Module):

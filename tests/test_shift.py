@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_batches import Batches
 
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.model.graph import capture, export_model, straight_line
@@ -16,21 +17,6 @@ from distributed_adaround.model.sites import ModelInputs, Walker
 from distributed_adaround.walk import GraphWalker
 
 CPU = torch.device("cpu")
-
-
-class Batches:
-    """Microbatches in memory; owns all of them."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self.total = len(tensors)
-        self.owned: Sequence[int] = range(self.total)
-
-    def load(self, index: int) -> ModelInputs:
-        return ModelInputs((self._tensors[index],), {})
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        return ((index, self.load(index)) for index in self.owned)
 
 
 class Calling(nn.Module):

@@ -113,14 +113,8 @@ class Descent:
 
     def _gradient(self) -> Tensor:
         """Half the derivative by the weights, `A D - P`, `(G, J, R)`."""
-        gradient = torch.bmm(self._second, self._weights() - self._weight)
+        gradient = torch.bmm(self._second, self.lattice.weights(self.levels) - self._weight)
         return gradient if self._pull is None else gradient.sub_(self._pull)
-
-    def _weights(self) -> Tensor:
-        scale = self.lattice.scale
-        if self._runs > 1:
-            scale = scale.repeat_interleave(self.levels.shape[1] // self._runs, dim=1)
-        return self.levels * scale
 
     def _refit(self, index: int, start: int, stop: int, gradient: Tensor) -> LatticeRun:
         """The scale with the least loss for the present levels of one run, where its format can hold it.
@@ -186,7 +180,7 @@ class Descent:
 
     def losses(self) -> Tensor:
         """Loss less its constant of each row, `(G, R)`."""
-        difference = self._weights() - self._weight
+        difference = self.lattice.weights(self.levels) - self._weight
         gradient = self._gradient()
         if self._pull is not None:
             gradient -= self._pull
@@ -194,7 +188,7 @@ class Descent:
 
     def weights(self) -> Tensor:
         """Weights `(G, R, J)` of the present levels, in the weight's order."""
-        return self._outputs_first(self._weights())
+        return self._outputs_first(self.lattice.weights(self.levels))
 
     def codes(self) -> Tensor:
         """Codes `(G, R, J)` of levels that have settled, in the weight's order."""

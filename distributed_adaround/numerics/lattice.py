@@ -94,7 +94,11 @@ class Lattice:
             levels = self.values[codes.long()]
         else:
             levels = codes - self._of_inputs(self.zero_point, codes.shape[2]).transpose(1, 2)
-        return levels * self._of_inputs(self.scale, codes.shape[2]).transpose(1, 2)
+        return self.weights(levels.transpose(1, 2)).transpose(1, 2)
+
+    def weights(self, levels: Tensor) -> Tensor:
+        """Weights `(G, J, R)` of levels `(G, J, R)`."""
+        return levels * self._of_inputs(self.scale, levels.shape[1])
 
     def _of_inputs(self, values: Tensor, num_inputs: int) -> Tensor:
         """`(G, n, R)` to something that broadcasts against `(G, J, R)`."""
