@@ -80,7 +80,7 @@ def quantize(
         shown = SilentProgress() if silent else Progress(sum(layer.format is not None for layer in planned))
         with shown:
             rounder = NetworkRounder(method, comm, context.device, store, shown, EventLog.null())
-            result = rounder.run(walker, planned, microbatches, load=lambda name: None, commit=lambda record: None)
+            result = rounder.run(walker, planned, microbatches)
     return Quantized(working, result.table)
 
 

@@ -1,4 +1,4 @@
-"""Command line: run | plan | validate | schema. Everything that needs torch is imported where it is used."""
+"""Command line: run | plan | validate | status | schema. Everything that needs torch is imported where it is used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__, logs, storage
-from distributed_adaround.errors import AdaRoundError, PeerError, SpecError
+from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError
+from distributed_adaround.report.status import read_status, record_failure
 from distributed_adaround.spec import JobSpec, json_schema, load_spec
 from distributed_adaround.spec_reference import markdown
+from distributed_adaround.stopping import StopRequest
 
 if TYPE_CHECKING:
     from distributed_adaround.plan import JobPlan
 
-COMMANDS = ("run", "plan", "validate", "schema")
+COMMANDS = ("run", "plan", "validate", "status", "schema")
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 130
 # torchrun ends all ranks as soon as one exits, and names that one: let it be the one that tells the user.
@@ -39,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = bool(getattr(options, "debug", False))
     logs.configure(rank, world_size, debug)
     try:
-        options.command(options)
+        return int(options.command(options) or 0)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except Exception as error:
-        _report(error, rank, world_size, debug)
-        return error.exit_code if isinstance(error, AdaRoundError) else _INTERNAL_ERROR
-    return 0
+        code = error.exit_code if isinstance(error, AdaRoundError) else _INTERNAL_ERROR
+        _report(error, code, options, rank, world_size)
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "run a job (the default: `distributed_adaround job.yaml`)"),
         ("plan", _plan, "show layers, data, memory and time of a job; solves nothing"),
         ("validate", _validate, "check a job file; needs no torch"),
+        ("status", _status, "show how a job stands; ends with 0 when it is done, 75 when it is to be started (again)"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
@@ -93,10 +96,12 @@ def _folder(job: str) -> Path | None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    spec = load_spec(options.job, options.overrides)
+    options.spec = spec = load_spec(options.job, options.overrides)
     from distributed_adaround.job import run_job
 
-    table = run_job(spec, _folder(options.job))
+    options.stop = StopRequest()
+    with options.stop.listening():
+        table = run_job(spec, _folder(options.job), options.stop)
     if os.environ.get("RANK", "0") == "0":
         print(table)
         print(f"\nResults are in {storage.redact(spec.output.uri)}")
@@ -112,6 +117,16 @@ def _plan(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> None:
     load_spec(options.job, options.overrides)
     print(f"{storage.redact(options.job)} is a valid job file")
+
+
+def _status(options: argparse.Namespace) -> int:
+    spec = load_spec(options.job, options.overrides)
+    status = read_status(spec.output.uri)
+    if status is None or status.job != spec.job_digest():
+        print("not started")
+        return PeerError.exit_code
+    print(status)
+    return status.launch_code
 
 
 def _schema(options: argparse.Namespace) -> None:
@@ -146,28 +161,35 @@ def _how(spec: JobSpec) -> str:
     )
 
 
-def _report(error: Exception, rank: int, world_size: int, debug: bool) -> None:
-    """One line on stderr, and torchrun's error file, from the rank that failed first."""
-    if debug:
+def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
+    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
+    if getattr(options, "debug", False):
         traceback.print_exception(error)
     told_by = getattr(error, "told_by", None)
-    if told_by is None and isinstance(error, SpecError):
-        # A wrong job file is the same for all ranks of a machine, which have not met yet.
+    if told_by is None and isinstance(error, SpecError | StoppedError):
+        # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
         silent = os.environ.get("LOCAL_RANK", "0") != "0"
     elif told_by is None:
         silent = isinstance(error, PeerError)
     else:
         silent = told_by != rank
-    if silent or isinstance(error, PeerError):
+    ended_by_torchrun = hasattr(options, "stop") and options.stop.requested
+    if (silent or isinstance(error, PeerError)) and not ended_by_torchrun:
         time.sleep(_LET_OTHERS_SPEAK_SECONDS)
     if silent:
         return
     where = f"rank {rank}: " if world_size > 1 else ""
     kind = "" if isinstance(error, AdaRoundError) else f"internal error, {type(error).__name__}: "
     hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
-    line = f"{where}{kind}{' '.join(str(error).split())}{hint}"
+    layer = getattr(error, "layer", None)
+    what = "" if layer is None or layer in str(error) else f"layer {layer}: "
+    line = f"{where}{kind}{what}{' '.join(str(error).split())}{hint}"
     print(f"error: {line}", file=sys.stderr)
     _tell_torchrun(line)
+    if options.command is _run:
+        spec = getattr(options, "spec", None)
+        uri, job = (None, "") if spec is None else (spec.output.uri, spec.job_digest())
+        record_failure(uri, job, error, code, line)
 
 
 def _tell_torchrun(line: str) -> None:

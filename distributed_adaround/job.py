@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from distributed_adaround import __version__, jsontext, storage
 from distributed_adaround.activations import ActivationStore
-from distributed_adaround.checkpoint import Checkpoint, LayerRecord
+from distributed_adaround.commits import JobCommits
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, build_manifest, prove_coverage
 from distributed_adaround.distributed.comm import Comm, phase
@@ -47,7 +47,9 @@ from distributed_adaround.network import (
 from distributed_adaround.report.console import Progress, SilentProgress
 from distributed_adaround.report.events import EventLog
 from distributed_adaround.report.layers import LayerTable
+from distributed_adaround.report.status import JobStatus
 from distributed_adaround.spec import DataSpec, JobSpec, ModelSpec
+from distributed_adaround.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -127,27 +129,39 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         yield PreparedJob(spec, context, comm, manifest, microbatches, store, model, digest, walker, planned)
 
 
-def run_job(spec: JobSpec, folder: Path | None = None) -> LayerTable:
-    """Run a job on this rank. Returns the table of all layers.
+def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None = None) -> LayerTable:
+    """Run a job on this rank. stop: signals that ask for its end. Returns the table of all layers.
 
     Raises:
         SpecError, InputError, OutputError: exit codes 64, 65 and 73 of the command line.
-        PeerError: another rank failed first (75).
+        PeerError, StoppedError: another rank failed first, or a signal came (75).
     """
     started = time.monotonic()
+    stop = StopRequest() if stop is None else stop
     with prepare(spec, folder) as job:
-        commits = _Commits(job)
-        with phase(job.comm, "write to the output"):
-            events = EventLog(spec.output.uri, job.comm.rank)
-            _log_start(job, events, commits)
-        with _progress(job) as progress:
-            rounder = NetworkRounder(spec, job.comm, job.context.device, job.store, progress, events)
-            result = rounder.run(job.walker, job.planned, job.microbatches, load=commits.load, commit=commits.commit)
-        with phase(job.comm, "write the results"):
-            if job.comm.rank == 0:
-                _export(job, result, time.monotonic() - started)
-            events.write("done", seconds=time.monotonic() - started, output_error=result.output_error)
-            events.flush()
+        fingerprint = {
+            "model": job.model_digest,
+            "data": job.manifest.digest(),
+            "spec": spec.result_digest(),
+        }
+        with stop.deferred():
+            commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, job.comm)
+            with phase(job.comm, "write to the output"):
+                events = EventLog(spec.output.uri, job.comm.rank)
+                _log_start(job, events, commits)
+                layers = sum(layer.format is not None for layer in job.planned)
+                status = JobStatus(spec.output.uri, spec.job_digest(), layers, job.comm.rank)
+                status.running(len(commits.names))
+            with _progress(job) as progress:
+                where = (job.comm, job.context.device, job.store)
+                rounder = NetworkRounder(spec, *where, progress, events, commits, stop, layer_done=status.running)
+                result = rounder.run(job.walker, job.planned, job.microbatches)
+            with phase(job.comm, "write the results"):
+                if job.comm.rank == 0:
+                    _export(job, result, time.monotonic() - started)
+                events.write("done", seconds=time.monotonic() - started, output_error=result.output_error)
+                events.flush()
+                status.done()
     return result.table
 
 
@@ -226,53 +240,6 @@ def _check_fixed_batch(program: ExportedProgram, manifest: Manifest) -> None:
         )
 
 
-class _Commits:
-    """Finished layers: rank 0 reads and writes them, all ranks get them."""
-
-    def __init__(self, job: PreparedJob) -> None:
-        self._comm = job.comm
-        self._checkpoint: Checkpoint | None = None
-        fingerprint = {
-            "model": job.model_digest,
-            "data": job.manifest.digest(),
-            "spec": job.spec.result_digest(),
-        }
-        with phase(self._comm, "open the output"):
-            if self._comm.rank == 0:
-                self._checkpoint = Checkpoint.open(job.spec.output.uri, fingerprint, job.spec.output.overwrite)
-                if not (self._checkpoint.committed or job.spec.output.overwrite):
-                    _refuse_to_replace(job.spec.output.uri)
-        self.names: tuple[str, ...] = self._comm.broadcast_object(
-            () if self._checkpoint is None else self._checkpoint.committed
-        )
-
-    def load(self, name: str) -> LayerRecord | None:
-        if name not in self.names:
-            return None
-        record = None
-        with phase(self._comm, f"load the commit of layer {name}"):
-            if self._checkpoint is not None:
-                record = self._checkpoint.load(name)
-        loaded = self._comm.broadcast_object(record)
-        assert isinstance(loaded, LayerRecord)
-        return loaded
-
-    def commit(self, record: LayerRecord) -> None:
-        with phase(self._comm, f"commit layer {record.name}"):
-            if self._checkpoint is not None:
-                self._checkpoint.commit(record)
-
-
-def _refuse_to_replace(uri: str) -> None:
-    """Results without commits of this job are somebody else's."""
-    for name in ("quantized.safetensors", "dequantized.safetensors", "report.json"):
-        if storage.exists(storage.join(uri, name)):
-            raise InputError(
-                f"{storage.redact(uri)}: {name} is there already, from another job; choose another output.uri, or set "
-                "output.overwrite=true to replace it"
-            )
-
-
 def _progress(job: PreparedJob) -> SilentProgress:
     if job.comm.rank != 0:
         return SilentProgress()
@@ -280,7 +247,7 @@ def _progress(job: PreparedJob) -> SilentProgress:
     return Progress(len(shapes), costs=[float(shape.out_channels * shape.inputs_per_output) for shape in shapes])
 
 
-def _log_start(job: PreparedJob, events: EventLog, commits: _Commits) -> None:
+def _log_start(job: PreparedJob, events: EventLog, commits: JobCommits) -> None:
     for note in job.walker.notes if job.comm.rank == 0 else ():
         logger.warning("%s", note)
     if commits.names:

@@ -21,11 +21,12 @@ from distributed_adaround.report.layers import LayerReport
 from distributed_adaround.solve import LayerResult
 from distributed_adaround.solve.gptq import solve_gptq
 from distributed_adaround.solve.gram import GramSettings, solve_gram
-from distributed_adaround.solve.minibatch import MinibatchSettings, solve_minibatch
+from distributed_adaround.solve.learner import MinibatchSettings
+from distributed_adaround.solve.minibatch import solve_minibatch
 from distributed_adaround.solve.moments import layer_moments
 from distributed_adaround.solve.nearest import solve_nearest
 from distributed_adaround.solve.polish import polish
-from distributed_adaround.solve.problem import LayerProblem, MomentCache, OnStep, OutputErrors, Solution, Solver
+from distributed_adaround.solve.problem import LayerProblem, MomentCache, Monitor, OutputErrors, Solution, Solver
 from distributed_adaround.spec import LayerFormat, MethodSpec, RoundingSpec
 from distributed_adaround.spec_rounding import SolverName
 
@@ -33,11 +34,11 @@ from distributed_adaround.spec_rounding import SolverName
 def make_solver(rounding: RoundingSpec) -> Solver:
     """The solver of the job with its settings, and polish after it where the spec asks for it."""
 
-    def solve(problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep) -> Solution:
+    def solve(problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor) -> Solution:
         name = solver_of(rounding, problem)
-        solution = _solver(name, rounding)(problem, nearest, comm, on_step)
+        solution = _solver(name, rounding)(problem, nearest, comm, monitor)
         if rounding.polishes and problem.transform.is_affine:
-            solution = polish(problem, solution, comm)
+            solution = polish(problem, solution, comm, monitor)
         return replace(solution, solver=name)
 
     return solve
@@ -59,7 +60,12 @@ def _solver(name: SolverName, rounding: RoundingSpec) -> Solver:
         return partial(solve_gram, settings=GramSettings(rounding.sweeps, rounding.damping))
     schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.regularization)
     settings = MinibatchSettings(
-        schedule, rounding.batch_size, rounding.batch_unit, rounding.lr, rounding.normalization
+        schedule,
+        rounding.batch_size,
+        rounding.batch_unit,
+        rounding.lr,
+        rounding.normalization,
+        rounding.reproducible,
     )
     return partial(solve_minibatch, settings=settings)
 

@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.checkpoint import LayerRecord
+from distributed_adaround.commits import Commits
 from distributed_adaround.distributed.comm import Comm, agreed, phase, same_everywhere
 from distributed_adaround.distributed.runtime import RankContext
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, StoppedError, naming_layer
 from distributed_adaround.layer_setup import (
     describe_format,
     make_problem,
@@ -35,12 +36,14 @@ from distributed_adaround.model.graph import capture, export_model, straight_lin
 from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.replay import ReplayWalker
 from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations, Walker
+from distributed_adaround.monitor import LayerMonitor
 from distributed_adaround.report.console import SilentProgress
 from distributed_adaround.report.events import EventLog
 from distributed_adaround.report.layers import LayerReport, LayerTable
 from distributed_adaround.solve import round_layer
 from distributed_adaround.solve.problem import MomentCache
 from distributed_adaround.spec import LayerFormat, MethodSpec, QuantizeSpec, RuntimeSpec, parse_bytes
+from distributed_adaround.stopping import StopRequest
 from distributed_adaround.walk import GraphWalker
 
 logger = logging.getLogger(__name__)
@@ -195,19 +198,18 @@ class NetworkRounder:
     store: ActivationStore
     progress: SilentProgress
     events: EventLog
+    commits: Commits = field(default_factory=Commits)
+    stop: StopRequest = field(default_factory=StopRequest)
+    # Called with the number of layers done when one more was committed.
+    layer_done: Callable[[int], None] = lambda done: None
     moments: MomentCache = field(default_factory=MomentCache)
 
-    def run(
-        self,
-        walker: Walker,
-        planned: Sequence[PlannedLayer],
-        microbatches: Microbatches,
-        *,
-        load: Callable[[str], LayerRecord | None],
-        commit: Callable[[LayerRecord], None],
-    ) -> NetworkResult:
-        """Round all layers. load: the record of a layer finished earlier, or None. commit: makes a record permanent;
-        both do their work on rank 0 and agree among ranks themselves."""
+    def run(self, walker: Walker, planned: Sequence[PlannedLayer], microbatches: Microbatches) -> NetworkResult:
+        """Round all layers, apart from those that are committed already.
+
+        Raises:
+            StoppedError: a signal asked one of the ranks to stop; finished layers are committed.
+        """
         with phase(self.comm, "read the calibration data"):
             walker.start(microbatches)
         records: list[tuple[Site, LayerRecord]] = []
@@ -218,25 +220,36 @@ class NetworkRounder:
                 walker.commit(layer.site, None)
                 continue
             self.progress.layer(len(reports), layer.site.name, self.spec.rounding.num_steps)
-            record = load(layer.site.name)
-            resumed = record is not None
-            if record is None:
-                record = self._round(walker, layer.site, layer.format, microbatches.total)
-                commit(record)
-            weight = record.dequantize(walker.tensor(layer.site.weight_name).dtype)
-            walker.commit(layer.site, weight, record.shift)
-            report = LayerReport.from_dict({**record.metrics, "resumed": resumed})
+            with naming_layer(layer.site.name):
+                record, report = self._finish(walker, layer.site, layer.format, microbatches.total)
             records.append((layer.site, record))
             reports.append(report)
             self.progress.done(report)
             self.events.write("layer", index=len(reports), of=todo, **report.to_dict())
             self.events.flush()
+            if not report.resumed:
+                self.layer_done(len(reports))
         return NetworkResult(
             records=tuple(records),
             table=LayerTable(reports),
             float_parameters=float_parameters(walker, planned),
             output_error=self._output_error(walker, microbatches.total),
         )
+
+    def _finish(
+        self, walker: Walker, site: Site, layer_format: LayerFormat, total: int
+    ) -> tuple[LayerRecord, LayerReport]:
+        """Round one layer or take it from a commit, and walk on through the result."""
+        if any(self.comm.all_gather_object(self.stop.requested)):
+            raise agreed(StoppedError())
+        record = self.commits.load(site.name)
+        resumed = record is not None
+        if record is None:
+            record = self._round(walker, site, layer_format, total)
+            self.commits.commit(record)
+        weight = record.dequantize(walker.tensor(site.weight_name).dtype)
+        walker.commit(site, weight, record.shift)
+        return record, LayerReport.from_dict({**record.metrics, "resumed": resumed})
 
     def _round(self, walker: Walker, site: Site, layer_format: LayerFormat, total: int) -> LayerRecord:
         """Learn one layer and check that all ranks found the same."""
@@ -246,7 +259,9 @@ class NetworkRounder:
             self.spec, walker, site, layer_format, activations, total, self.device, self.store, self.moments
         )
         problem = weighted_grid(problem, layer_format, self.comm)
-        result = round_layer(problem, make_solver(self.spec.rounding), self.comm, self.progress.step)
+        save_seconds = 60 * self.spec.runtime.save_minutes
+        monitor = LayerMonitor(site.name, self.progress, self.stop, self.commits, save_seconds)
+        result = round_layer(problem, make_solver(self.spec.rounding), self.comm, monitor)
         found = [result.codes, result.grid.scale, *(() if result.shift is None else (result.shift,))]
         same_everywhere(self.comm, found, f"layer {site.name}: the rounding")
         report = LayerReport(

@@ -23,7 +23,7 @@ from distributed_adaround.model.sites import FloatParameter, ModelInputs, SiteAc
 from distributed_adaround.network import PlannedLayer, float_parameters
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.moments import layer_moments
-from distributed_adaround.solve.problem import MomentCache
+from distributed_adaround.solve.problem import MomentCache, Monitor
 from distributed_adaround.spec import JobSpec, RoundingSpec
 
 # Of minibatch; a sweep of gram costs as much as many of them.
@@ -170,7 +170,7 @@ class _Trial:
             return time.monotonic() - started
 
         def solve(steps: int) -> object:
-            return make_solver(rounding.with_steps(steps))(problem, nearest, comm, lambda step, loss: None)
+            return make_solver(rounding.with_steps(steps))(problem, nearest, comm, Monitor())
 
         total = 3 * seconds(lambda: output_errors(problem, candidates, comm)) * self.rank_share
         if rounding.needs_moments or layer.format.observer == "output_mse":

@@ -199,6 +199,13 @@ class RuntimeSpec(Section):
     timeout_minutes: float = Field(
         30.0, gt=0, le=525_600, description="Minutes after which a rank that waits for another one gives up."
     )
+    save_minutes: float = Field(
+        2.0,
+        gt=0,
+        le=525_600,
+        description="In a layer that takes longer than this, the state of its solver is saved about this often, so "
+        "that a restart loses no more.",
+    )
     activation_memory: Memory | None = Field(
         None,
         description="Host memory of one rank for activations, in bytes or as 4GiB, 500MB; the rest is spilled to "
@@ -299,6 +306,11 @@ class JobSpec(MethodSpec):
     model: ModelSpec = Field(description="The trained network.")
     data: DataSpec = Field(description="Calibration data.")
     output: OutputSpec = Field(description="Where the results go, and as what.")
+
+    def job_digest(self) -> str:
+        """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""
+        text = self.model_dump_json(exclude={"runtime"})
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def result_digest(self) -> str:
         """SHA-256, in hex, of everything here that changes the result.

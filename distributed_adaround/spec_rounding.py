@@ -89,9 +89,12 @@ class RoundingSpec(Section):
         "(tokens, output pixels) for each input of a layer, spread evenly over all samples; null: from all. Images "
         "have far more pixels than a small layer needs.",
     )
-    compute_dtype: Literal["float32", "float64"] = Field(
-        "float32", description="Precision of the learning; float64 gives the same codes on any number of ranks."
+    reproducible: bool = Field(
+        False,
+        description="With minibatch: the same bytes on any number of ranks. Ranks then exchange the rows of each batch "
+        "and share the output channels, instead of summing gradients. gram and gptq need no such setting.",
     )
+    compute_dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the learning.")
 
     @property
     def num_steps(self) -> int:

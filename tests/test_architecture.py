@@ -16,13 +16,13 @@ PACKAGE = Path(__file__).parents[1] / NAME
 
 # A file may import from its own layer and from lower ones. A folder stands for all files in it.
 LAYERS = [
-    {"errors", "logs", "storage", "jsontext"},
+    {"errors", "logs", "storage", "jsontext", "stopping"},
     {"numerics", "spec", "spec_errors", "spec_format", "spec_load", "spec_quantize", "spec_reference", "spec_rounding"},
     {"distributed"},
     {"data", "model", "activations"},
     {"walk", "solve"},
-    {"checkpoint", "export", "report"},
-    {"network", "layer_setup", "job", "api", "plan"},
+    {"checkpoint", "solver_state", "export", "report"},
+    {"network", "layer_setup", "commits", "monitor", "job", "api", "plan"},
     {"__init__", "__main__", "cli"},
     {"examples"},
 ]

@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subproces
 def test_run_is_the_default_command(finished: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
     folder, ended = finished
     assert ended.returncode == 0, ended.stderr
-    assert {path.name for path in (folder / "out").iterdir()} == {*RESULTS, "commits", "events"}
+    assert {path.name for path in (folder / "out").iterdir()} == {*RESULTS, "status.json", "commits", "events"}
     table, where = ended.stdout.rstrip().split("\n\n")
     assert table.startswith("int3 per_channel_symmetric, solver nearest\n")
     assert [line.split()[0] for line in table.splitlines()[3:5]] == ["first", "second"]

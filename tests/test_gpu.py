@@ -45,7 +45,7 @@ def test_gpu_agrees_with_cpu(device_memory: int | None, solver: str) -> None:
 def test_no_step_waits_for_the_device() -> None:
     """Between two looks at the loss nothing may synchronise: torch raises where something does."""
     from distributed_adaround.numerics.rounding import OutputTransform, SoftRounding
-    from distributed_adaround.solve.minibatch import add_regularizer, fill_bucket
+    from distributed_adaround.solve.learner import add_regularizer, fill_bucket
 
     weight = torch.randn(1, 8, 16, device="cuda")
     soft = SoftRounding(weight, weight.floor(), weight.floor() + 1)

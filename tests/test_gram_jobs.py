@@ -18,8 +18,9 @@ from sample_jobs import write_job
 from torch import Tensor, nn
 
 from distributed_adaround import layer_setup
+from distributed_adaround.commits import JobCommits
 from distributed_adaround.export.state_dict import read_codes
-from distributed_adaround.job import _Commits, run_job
+from distributed_adaround.job import run_job
 from distributed_adaround.solve import by_rows
 from distributed_adaround.spec import load_spec
 
@@ -40,21 +41,21 @@ def run(path: str, stop_after: int | None = None) -> list[bool]:
 
     stop_after: commits after which the job stops, as if it were killed.
     """
-    rows, commit, done = by_rows._BLOCK_ROWS, _Commits.commit, []
+    rows, commit, done = by_rows._BLOCK_ROWS, JobCommits.commit, []
 
-    def counted(commits: _Commits, record: Any) -> None:
+    def counted(commits: JobCommits, record: Any) -> None:
         if len(done) == stop_after:
             raise KeyboardInterrupt
         done.append(record.name)
         commit(commits, record)
 
-    by_rows._BLOCK_ROWS, _Commits.commit = {"cpu": 2}, counted  # type: ignore[method-assign]
+    by_rows._BLOCK_ROWS, JobCommits.commit = {"cpu": 2}, counted  # type: ignore[method-assign]
     try:
         return [row.resumed for row in run_job(load_spec(path), Path(path).parent)]
     except KeyboardInterrupt:
         return []
     finally:
-        by_rows._BLOCK_ROWS, _Commits.commit = rows, commit  # type: ignore[method-assign]
+        by_rows._BLOCK_ROWS, JobCommits.commit = rows, commit  # type: ignore[method-assign]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -221,9 +222,9 @@ def test_layers_with_an_activation_in_the_loss_are_left_to_minibatch_and_not_pol
     seen: list[str] = []
     polish = layer_setup.polish
 
-    def watched(problem: Any, solution: Any, comm: Any) -> Any:
+    def watched(problem: Any, *others: Any) -> Any:
         seen.append(problem.name)
-        return polish(problem, solution, comm)
+        return polish(problem, *others)
 
     monkeypatch.setattr(layer_setup, "polish", watched)
     path = write_job(tmp_path, "cnn", rounding={"max_iter": 5, "sweeps": 5} | rounding)

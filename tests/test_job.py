@@ -84,7 +84,7 @@ def finished(mlp: Path, tmp_path: Path) -> Path:
 def test_a_job_writes_its_results_commits_and_events_and_nothing_else(attention: tuple[Path, LayerTable]) -> None:
     folder, table = attention
     layers = {f"commits/layers/{index:05d}-{row.name}.safetensors" for index, row in enumerate(table)}
-    assert files(folder / "out") == {*RESULTS, "events/rank-0.jsonl", "commits/manifest.json", *layers}
+    assert files(folder / "out") == {*RESULTS, "status.json", "events/rank-0.jsonl", "commits/manifest.json", *layers}
     assert len(layers) == 4
 
 
@@ -306,7 +306,7 @@ def test_a_job_that_stopped_between_layers_gives_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("distributed_adaround.job._Commits.commit", _second_time(stop))
+        patch.setattr("distributed_adaround.commits.JobCommits.commit", _second_time(stop))
         with pytest.raises(KeyboardInterrupt):
             run(finished)
     assert not any((finished.parent / "out" / name).exists() for name in RESULTS)
@@ -316,11 +316,11 @@ def test_a_job_that_stopped_between_layers_gives_the_same_bytes(
 
 
 def _second_time(stop: Any) -> Any:
-    from distributed_adaround.job import _Commits
+    from distributed_adaround.commits import JobCommits
 
-    commit, calls = _Commits.commit, []
+    commit, calls = JobCommits.commit, []
 
-    def wrapped(commits: _Commits, record: Any) -> None:
+    def wrapped(commits: JobCommits, record: Any) -> None:
         calls.append(record.name)
         if len(calls) == 2:
             stop()

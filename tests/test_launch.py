@@ -156,11 +156,11 @@ def test_a_killed_rank_ends_the_job_and_leaves_only_whole_commits(killed: Launch
     assert "Signal 9 (SIGKILL)" in killed.ended.stderr
     assert committed(killed.folder) == ["conv"]
     names = {path.name for path in (killed.folder / "out").iterdir()}
-    assert names == {"commits", "events"}
-    # The other rank lost its peer, which is not an error of its own to report at length.
+    assert names == {"commits", "events", "status.json"}
+    # The other rank lost its peer, and says which one and where.
     errors = [line for line in killed.ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) <= 1
-    assert all(line.startswith("error: rank 0: another rank failed or does not answer") for line in errors)
+    assert len(errors) == 1
+    assert errors[0].startswith("error: rank 0: layer depthwise: rank 1 failed or does not answer (")
     assert "internal error" not in killed.ended.stderr
 
 

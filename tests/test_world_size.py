@@ -9,6 +9,7 @@ from rank_pool import RankPool
 from sample_jobs import job, write_job
 
 from distributed_adaround.checkpoint import LayerRecord
+from distributed_adaround.commits import Commits
 from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.network import NetworkRounder
 from distributed_adaround.numerics.rounding import RoundingSchedule
@@ -23,21 +24,36 @@ ROUNDING = {"max_iter": STEPS, "batch_size": 16, "lr": 0.05}
 # Microbatches of 2 give 6 of them in 4 shards: uneven, and the fifth rank has none. Of 8: 2 for up to 5 ranks.
 JOBS = {"cnn": {"microbatch_size": 2}, "attention": {"microbatch_size": 8}}
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float64": {"compute_dtype": "float64"},
+    "float32": {},
+    "reproducible": {"reproducible": True},
+}
 Result = dict[str, Any]
 Runs = dict[str, dict[int, list[Result]]]
 
 
+class Recorded(Commits):
+    """Keeps the records for the test."""
+
+    def __init__(self) -> None:
+        self.records: list[LayerRecord] = []
+
+    def commit(self, record: LayerRecord) -> None:
+        self.records.append(record)
+
+
 def round_network(content: dict[str, Any], folder: str) -> dict[str, Result]:
-    """Round a job's network on this rank in both precisions, after one capture."""
+    """Round a job's network on this rank in all variants, after one capture."""
     spec = JobSpec(**content)
     with prepare(spec, Path(folder)) as ready:
         weights = {name: tensor.clone() for name, tensor in ready.state_dict().items()}
         results = {}
-        for dtype in ("float64", "float32"):
+        for variant, changes in VARIANTS.items():
             for name, tensor in ready.state_dict().items():
                 tensor.copy_(weights[name])
-            rounding = spec.rounding.model_copy(update={"compute_dtype": dtype})
-            results[dtype] = _round(ready, spec.model_copy(update={"rounding": rounding}))
+            rounding = spec.rounding.model_copy(update=changes)
+            results[variant] = _round(ready, spec.model_copy(update={"rounding": rounding}))
         return results
 
 
@@ -45,7 +61,7 @@ def _round(ready: PreparedJob, spec: JobSpec) -> Result:
     """What this rank itself found, saw and used."""
     betas: list[tuple[int, float, float]] = []
     batches: list[tuple[int, int]] = []
-    records: list[LayerRecord] = []
+    commits = Recorded()
     beta, batch = RoundingSchedule.beta, BatchPlan.batch
 
     def seen_beta(schedule: RoundingSchedule, step: int) -> float:
@@ -59,15 +75,14 @@ def _round(ready: PreparedJob, spec: JobSpec) -> Result:
 
     RoundingSchedule.beta, BatchPlan.batch = seen_beta, seen_batch  # type: ignore[method-assign]
     try:
-        rounder = NetworkRounder(spec, ready.comm, ready.context.device, ready.store, SilentProgress(), EventLog.null())
-        result = rounder.run(
-            ready.walker, ready.planned, ready.microbatches, load=lambda name: None, commit=records.append
-        )
+        where = (ready.comm, ready.context.device, ready.store)
+        rounder = NetworkRounder(spec, *where, SilentProgress(), EventLog.null(), commits)
+        result = rounder.run(ready.walker, ready.planned, ready.microbatches)
     finally:
         RoundingSchedule.beta, BatchPlan.batch = beta, batch  # type: ignore[method-assign]
     return {
         "owned": list(ready.microbatches.owned),
-        "codes": {record.name: record.codes for record in records},
+        "codes": {record.name: record.codes for record in commits.records},
         "weights": {name: tensor.clone() for name, tensor in ready.state_dict().items()},
         "reports": [(r.name, r.nearest_error, r.soft_error, r.hard_error, r.kept_nearest) for r in result.table],
         "output_error": result.output_error,
@@ -78,14 +93,13 @@ def _round(ready: PreparedJob, spec: JobSpec) -> Result:
 
 @pytest.fixture(scope="module", params=JOBS)
 def runs(request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Results of all ranks, by precision and world size."""
+    """Results of all ranks, by variant and world size."""
     folder = tmp_path_factory.mktemp(request.param)
     write_job(folder, request.param)
     content = job(folder, request.param, data=JOBS[request.param], rounding=ROUNDING)
     results = {size: pool.run(round_network, size, content, str(folder)) for size in WORLD_SIZES}
     return {
-        dtype: {size: [rank[dtype] for rank in ranks] for size, ranks in results.items()}
-        for dtype in ("float64", "float32")
+        variant: {size: [rank[variant] for rank in ranks] for size, ranks in results.items()} for variant in VARIANTS
     }
 
 
@@ -165,3 +179,16 @@ def test_float32_agrees_within_a_run_and_closely_between_runs(
             for ours, theirs in zip(result["reports"], alone["reports"], strict=True):
                 assert ours[1:4] == pytest.approx(theirs[1:4], rel=1e-4), ours[0]
             assert result["output_error"] == pytest.approx(alone["output_error"], rel=1e-4)
+
+
+def test_reproducible_gives_the_same_bits_in_float32_on_any_number_of_ranks(runs: Runs) -> None:
+    alone = runs["reproducible"][1][0]
+    assert alone["weights"].keys()
+    for results in runs["reproducible"].values():
+        for result in results:
+            for name, codes in result["codes"].items():
+                assert torch.equal(codes, alone["codes"][name]), name
+            for name, tensor in result["weights"].items():
+                assert torch.equal(tensor, alone["weights"][name]), name
+            assert result["reports"] == alone["reports"]
+            assert result["output_error"] == alone["output_error"]

@@ -8,15 +8,24 @@ collective, because its peers would pair with the wrong one.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distributed_adaround.errors import AdaRoundError, PeerError
+
+if TYPE_CHECKING:
+    # torch.distributed has it, but no type checker may know.
+    from torch._C._distributed_c10d import Store
+
+# How long survivors of a failed collective wait for each other to sign in.
+_ROLL_CALL = timedelta(seconds=1)
 
 _Error = TypeVar("_Error", bound=AdaRoundError)
 
@@ -66,17 +75,18 @@ class GroupComm:
     """The default process group of torch.distributed, which must be initialised.
 
     device: where collectives run, the CPU for gloo and the rank's GPU for NCCL. Tensors elsewhere are copied there
-    and back.
+    and back. roll_call: which ranks are alive, asked when a collective fails.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, roll_call: RollCall | None = None) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = device
+        self._roll_call = roll_call
 
     def _run(self, tensor: Tensor, collective: Any) -> Tensor:
         local = tensor.detach().to(self.device).contiguous()
-        with _reaching_peers():
+        with self._reaching_peers():
             collective(local)
         if local.data_ptr() != tensor.data_ptr():
             tensor.copy_(local)
@@ -90,28 +100,61 @@ class GroupComm:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
-        with _reaching_peers():
+        with self._reaching_peers():
             dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
         box = [value]
-        with _reaching_peers():
+        with self._reaching_peers():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    @contextmanager
+    def _reaching_peers(self) -> Iterator[None]:
+        """A peer that is gone or silent is no bug of this rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            # Gloo has no error type of its own; its messages name its source file.
+            if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+                raise
+            reason = str(error).strip().partition("\n")[0][:300]
+            missing = None if self._roll_call is None else self._roll_call.missing()
+            who = "another rank" if not missing else f"rank {', '.join(map(str, missing))}"
+            raise agreed(PeerError(f"{who} failed or does not answer ({reason}); see its own error")) from error
 
-@contextmanager
-def _reaching_peers() -> Iterator[None]:
-    """A peer that is gone or silent is no bug of this rank."""
-    try:
-        yield
-    except RuntimeError as error:
-        # Gloo has no error type of its own; its messages name its source file.
-        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
-            raise
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise agreed(PeerError(f"another rank failed or does not answer ({reason}); see its own error")) from error
+
+class RollCall:
+    """Which ranks are still there when a collective has failed: each survivor signs in, in the store of the group.
+
+    session: the same on all ranks, another one for every start, since a store may outlive the ranks of a restart.
+    """
+
+    def __init__(self, store: Store, session: str) -> None:
+        self._store, self._session = store, session
+
+    def missing(self) -> list[int] | None:
+        """Ranks that do not sign in within a second; None where the store does not answer either.
+
+        Ranks time out at about the same moment, since they waited for the same one.
+        """
+        found: list[list[int] | None] = []
+        # In a thread: a store whose host hangs, hangs too.
+        caller = threading.Thread(target=lambda: found.append(self._call()), daemon=True)
+        caller.start()
+        caller.join(2 * _ROLL_CALL.total_seconds())
+        return found[0] if found else None
+
+    def _call(self) -> list[int] | None:
+        keys = [f"alive/{self._session}/{rank}" for rank in range(dist.get_world_size())]
+        try:
+            self._store.set(keys[dist.get_rank()], "1")
+            with suppress(dist.DistStoreError):
+                self._store.wait(keys, _ROLL_CALL)
+            return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        except RuntimeError:
+            return None
 
 
 def agreed(error: _Error) -> _Error:

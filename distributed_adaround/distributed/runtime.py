@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from distributed_adaround.distributed.comm import Comm, GroupComm, SoloComm, agreed
+from distributed_adaround.distributed.comm import Comm, GroupComm, RollCall, SoloComm, agreed
 from distributed_adaround.errors import PeerError, SpecError
 
 
@@ -88,13 +90,16 @@ def process_group(context: RankContext, timeout_minutes: float, *, join_only: bo
         torch.cuda.set_device(context.device)
     # Control messages go over gloo even where tensors go over NCCL: they are host objects.
     backend = "cpu:gloo,cuda:nccl" if context.backend == "nccl" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise agreed(PeerError(f"the {context.world_size} ranks did not find each other: {reason}")) from error
     try:
-        yield GroupComm(_collective_device(context))
+        session = GroupComm(_collective_device(context)).broadcast_object(uuid.uuid4().hex)
+        yield GroupComm(_collective_device(context), RollCall(store, session))
     finally:
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ Gradients are written out instead of recorded by autograd: two matrix products a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -183,8 +184,8 @@ class SoftRounding:
         )
         arrays = (self.alpha, self.sigmoid, start, self.slope, clipped, self.difference)
         self._pieces = list(zip(*map(pieces, arrays), strict=True))
-        moments = [torch.zeros_like(self.alpha) for _ in range(2)]
-        self._moments = list(zip(*map(pieces, moments), strict=True))
+        self._first, self._second = (torch.zeros_like(self.alpha) for _ in range(2))
+        self._moments = list(zip(pieces(self._first), pieces(self._second), strict=True))
         self._steps = [torch.zeros((), dtype=torch.float32, device=weight.device) for _ in self._pieces]
         self.refresh()
 
@@ -207,6 +208,19 @@ class SoftRounding:
             _to_gradient_by_alpha(derivative, sigmoid)
             _adam_step(alpha, derivative, first, second, steps.add_(1), lr, eps)
             _refresh(*piece)
+
+    def state(self) -> dict[str, Tensor]:
+        """alpha and Adam's two moments: all that further steps depend on, apart from their number. Copies."""
+        own = {"alpha": self.alpha, "first": self._first, "second": self._second}
+        return {name: tensor.clone() for name, tensor in own.items()}
+
+    def restore(self, state: Mapping[str, Tensor], num_steps: int) -> None:
+        """Go on where another one of the same layer stood after `num_steps` steps."""
+        for name, tensor in (("alpha", self.alpha), ("first", self._first), ("second", self._second)):
+            tensor.copy_(state[name])
+        for steps in self._steps:
+            steps.fill_(num_steps)
+        self.refresh()
 
     @property
     def rounds_up(self) -> Tensor:

@@ -11,7 +11,7 @@ from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.moments import by_group, layer_moments
-from distributed_adaround.solve.problem import LayerProblem, OnStep, Solver
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solver
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerResult:
     solver: str | None
 
 
-def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, on_step: OnStep) -> LayerResult:
+def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, monitor: Monitor) -> LayerResult:
     """Solve one layer. The result is never worse on the calibration data than nearest rounding.
 
     Raises:
@@ -42,7 +42,7 @@ def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, on_step: OnSt
     """
     nearest_codes = problem.grid.quantize(problem.weight)
     nearest = output_errors(problem, [problem.grid.dequantize(nearest_codes)], comm)
-    solution = solver(problem, nearest, comm, on_step)
+    solution = solver(problem, nearest, comm, monitor)
     grid = solution.grid or problem.grid
     hard = grid.dequantize(solution.codes)
     shift = _bias_shift(problem, hard, comm) if problem.correct_bias else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.lattice import Lattice
 from distributed_adaround.numerics.moments import Quadratic
 from distributed_adaround.solve.moments import layer_quadratic
-from distributed_adaround.solve.problem import LayerProblem
+from distributed_adaround.solve.problem import LayerProblem, Monitor
 
 # Out channels of a block: enough for the matrix products, few enough to keep several ranks busy.
 _BLOCK_ROWS = {"cpu": 256, "cuda": 1024}
@@ -45,9 +46,13 @@ class RowSolution:
     unsettled: Tensor | float = 0.0
 
 
-def row_blocks(groups: int, rows: int, device_type: str) -> Iterator[tuple[slice, slice]]:
-    """Blocks of (conv groups, out channels of each group)."""
-    size = _BLOCK_ROWS.get(device_type, 1024)
+def block_rows(device_type: str) -> int:
+    """Out channels of a block on one kind of device."""
+    return _BLOCK_ROWS.get(device_type, 1024)
+
+
+def row_blocks(groups: int, rows: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of (conv groups, out channels of each group), of about `size` out channels."""
     parts = -(-rows // size)
     cuts = [slice(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)]
     together = max(1, size // rows)
@@ -56,16 +61,30 @@ def row_blocks(groups: int, rows: int, device_type: str) -> Iterator[tuple[slice
             yield slice(first, min(first + together, groups)), cut
 
 
+def _kept(monitor: Monitor, key: str, work: Callable[[], RowSolution], device: torch.device) -> RowSolution:
+    """The solution of a block, from before a restart if it was kept; kept when it took long."""
+    saved = monitor.load(key)
+    if saved is not None:
+        return RowSolution(**{name: tensor.to(device) for name, tensor in saved.items()})
+    found = work()
+    if monitor.save_due:
+        monitor.save(key, {name: torch.as_tensor(value) for name, value in vars(found).items()})
+    return found
+
+
 def solve_by_rows(
     problem: LayerProblem,
     comm: Comm,
     grid: Grid,
     work: Callable[[RowProblem], RowSolution],
+    monitor: Monitor,
+    stage: str,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Grid, float]:
     """Codes `(O, I)`, the grid with the scales that were found, and the number of soft values that had not settled.
 
-    start: codes `(O, I)` of `grid` to begin from, or None.
+    stage: name of the work; finished blocks of a long one are kept under it. start: codes `(O, I)` of `grid` to begin
+    from, or None.
 
     Raises:
         PeerError: `work` raised on another rank.
@@ -81,8 +100,8 @@ def solve_by_rows(
     scale = torch.zeros_like(lattice.scale) if lattice.per_row else None
     unsettled = torch.zeros(1, dtype=torch.float64, device=device)
     with phase(comm, f"round layer {problem.name}"):
-        own = list(row_blocks(groups, rows, device.type))[comm.rank :: comm.world_size]
-        for number, (some, cut) in enumerate(own):
+        own = list(enumerate(row_blocks(groups, rows, block_rows(device.type))))[comm.rank :: comm.world_size]
+        for number, (index, (some, cut)) in enumerate(own):
             part = RowProblem(
                 whole.rows(some, cut),
                 lattice.rows(some, cut),
@@ -91,7 +110,7 @@ def solve_by_rows(
                 done=number / len(own),
                 size=1 / len(own),
             )
-            found = work(part)
+            found = _kept(monitor, f"{stage}-{index}", partial(work, part), device)
             codes[some, cut] = (found.codes - grid.qmin).to(torch.uint8)
             unsettled += found.unsettled
             if scale is not None:

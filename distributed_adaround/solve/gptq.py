@@ -9,11 +9,11 @@ from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
 from distributed_adaround.solve.moments import layer_quadratic
-from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 
 
 def solve_gptq(
-    problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep, *, damping: float
+    problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor, *, damping: float
 ) -> Solution:
     """Round one layer under the problem's grid. damping: share of the mean of A's diagonal that is added to it.
 
@@ -25,7 +25,7 @@ def solve_gptq(
     def work(part: RowProblem) -> RowSolution:
         return RowSolution(gptq_codes(part.quadratic, part.lattice, factors.groups(part.place[0])), part.lattice.scale)
 
-    codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work)
+    codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work, monitor, "gptq")
     return Solution(codes=codes, grid=grid)
 
 

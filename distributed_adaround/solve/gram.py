@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.errors import StoppedError
 from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
 from distributed_adaround.numerics.rounding import SETTLED
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
 from distributed_adaround.solve.gptq import layer_factors
-from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 
 # Inputs of a block and proximal steps in each. Blocks of 1 get a little further per sweep, but a sweep then is a loop
 # over all inputs: measured on MiniLM and ResNet-20 at 3 bits, for the same error blocks of 32 take half the time.
@@ -49,7 +50,7 @@ def regularizer_weight(sweep: int, num_sweeps: int) -> float:
 
 
 def solve_gram(
-    problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep, *, settings: GramSettings
+    problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor, *, settings: GramSettings
 ) -> Solution:
     """Round one layer; scales that belong to rows are refitted on the way.
 
@@ -62,15 +63,18 @@ def solve_gram(
     def work(part: RowProblem) -> RowSolution:
         descent = Descent(part.quadratic, part.lattice, block=_BLOCK, steps=_STEPS)
         for sweep in range(settings.num_sweeps):
+            # Ranks meet behind the last row; all of them then learn that this one stopped.
+            if monitor.stop_requested:
+                raise StoppedError
             descent.sweep(regularizer_weight(sweep, settings.num_sweeps))
             if (sweep + 1) % _LOOK_EVERY == 0 or sweep + 1 == settings.num_sweeps:
                 done = part.done * settings.num_sweeps + part.size * (sweep + 1)
-                on_step(round(done), float(descent.losses().sum()))
+                monitor.step(round(done), float(descent.losses().sum()))
         unsettled = descent.unsettled(SETTLED)
         descent.settle()
         return _better_rows(part, descent, factors.groups(part.place[0]), unsettled)
 
-    codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work)
+    codes, grid, unsettled = solve_by_rows(problem, comm, problem.grid, work, monitor, "gram")
     return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())
 
 

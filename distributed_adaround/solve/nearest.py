@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from distributed_adaround.distributed.comm import Comm
-from distributed_adaround.solve.problem import LayerProblem, OnStep, OutputErrors, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 
 
-def solve_nearest(problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep) -> Solution:
+def solve_nearest(problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor) -> Solution:
     """Nearest codes; looks at no data."""
     return Solution(codes=problem.grid.quantize(problem.weight))

@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 
 from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.errors import StoppedError
 from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
-from distributed_adaround.solve.problem import LayerProblem, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
 _MAX_SWEEPS = 10
 # Share of the codes that must have moved in a sweep for another one to pay.
@@ -22,7 +23,7 @@ _FEW = 1e-3
 _LARGE, _BLOCK, _STEPS = 4096, 32, 4
 
 
-def polish(problem: LayerProblem, solution: Solution, comm: Comm) -> Solution:
+def polish(problem: LayerProblem, solution: Solution, comm: Comm, monitor: Monitor) -> Solution:
     """The solution, or a better one on the calibration data."""
 
     def work(part: RowProblem) -> RowSolution:
@@ -31,6 +32,8 @@ def polish(problem: LayerProblem, solution: Solution, comm: Comm) -> Solution:
         descent = Descent(part.quadratic, part.lattice, part.levels, block=block, steps=steps)
         best, losses, scale = descent.codes(), descent.losses(), part.lattice.scale
         for _ in range(_MAX_SWEEPS):
+            if monitor.stop_requested:
+                raise StoppedError
             before = descent.levels.clone()
             descent.sweep(1.0)
             if float(torch.count_nonzero(descent.levels != before)) <= _FEW * before.numel():
@@ -40,5 +43,7 @@ def polish(problem: LayerProblem, solution: Solution, comm: Comm) -> Solution:
         codes = torch.where(better[:, :, None], descent.codes(), best)
         return RowSolution(codes, torch.where(better[:, None, :], descent.lattice.scale, scale))
 
-    codes, grid, _ = solve_by_rows(problem, comm, solution.grid or problem.grid, work, start=solution.codes)
+    codes, grid, _ = solve_by_rows(
+        problem, comm, solution.grid or problem.grid, work, monitor, "polish", solution.codes
+    )
     return replace(solution, codes=codes, grid=grid)

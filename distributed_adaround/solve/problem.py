@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,37 @@ from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import Moments
 from distributed_adaround.numerics.rounding import OutputTransform
 
-# Called now and then from inside a solver's loop with (step, loss).
-OnStep = Callable[[int, float], None]
+
+class Monitor:
+    """What a solver tells its caller now and then, and asks. This one keeps nothing and never asks to stop.
+
+    on_step: called with (step, loss), every 100 steps or so, since reading a loss waits for the device.
+    """
+
+    def __init__(self, on_step: Callable[[int, float], None] | None = None) -> None:
+        self._on_step = on_step
+
+    def step(self, step: int, loss: float) -> None:
+        """`step` steps are done."""
+        if self._on_step is not None:
+            self._on_step(step, loss)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return False
+
+    @property
+    def save_due(self) -> bool:
+        """Whether it is time to save the solver's state."""
+        return False
+
+    def save(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Keep a state of the layer's solver until the layer is committed. No collective."""
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """A state that was saved before the job was started again. No collective."""
+        return None
 
 
 @dataclass
@@ -76,7 +105,7 @@ class Solution:
 
 
 # All solvers have this signature; their own settings are bound beforehand (functools.partial).
-Solver = Callable[[LayerProblem, "OutputErrors", Comm, OnStep], Solution]
+Solver = Callable[[LayerProblem, "OutputErrors", Comm, Monitor], Solution]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class CalibrationRows:
     def num_rows(self) -> int:
         return self._targets.shape[0]
 
+    @property
+    def has_base(self) -> bool:
+        return self._base is not None
+
     def _fill_outputs(self, problem: LayerProblem, selected: Sequence[Tensor]) -> None:
         """Targets, and the base where it is needed, one microbatch after the other."""
         weight = problem.geometry.from_matrix(problem.weight)
@@ -173,7 +177,7 @@ class BatchPlan:
         self._key = f"{problem.seed}/{problem.name}".encode()
         self._steps_at_once = max(1, _ROWS_AT_ONCE // batch_size)
         self._block = -1
-        self._batches: tuple[Tensor, ...] = ()
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
     def _generator(self, number: int) -> torch.Generator:
         digest = hashlib.sha256(self._key + b"/" + str(number).encode()).digest()
@@ -181,15 +185,20 @@ class BatchPlan:
 
     def batch(self, step: int) -> tuple[Tensor, int]:
         """Local rows of this step, int64 `(R,)`, and the number of rows of the whole batch over all ranks."""
+        local, _, num_rows = self.placed_batch(step)
+        return local, num_rows
+
+    def placed_batch(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """Local rows of this step, their places in the whole batch, int64 `(R,)`, and the number of its rows."""
         if self._unit == "samples":
             return self._sample_batch(step)
         block, place = divmod(step, self._steps_at_once)
         if block != self._block:
             self._block, self._batches = block, self._row_batches(block)
-        return self._batches[place], min(self.num_rows, self._batch_size)
+        return *self._batches[place], min(self.num_rows, self._batch_size)
 
-    def _row_batches(self, block: int) -> tuple[Tensor, ...]:
-        """Local rows of all steps of one block; the generator is seeded by the block's number."""
+    def _row_batches(self, block: int) -> list[tuple[Tensor, Tensor]]:
+        """Local rows of all steps of one block and their places; the generator is seeded by the block's number."""
         if self.num_rows <= self._batch_size:
             rows = torch.arange(self.num_rows).repeat(self._steps_at_once, 1)
         else:
@@ -197,16 +206,21 @@ class BatchPlan:
             rows = torch.randint(self.num_rows, shape, generator=self._generator(block))
         sample = torch.bucketize(rows, self._ends, right=True)
         held = self._mine[sample]
-        return torch.split((rows + self._shift[sample])[held], held.sum(dim=1).tolist())
+        counts = held.sum(dim=1).tolist()
+        local = torch.split((rows + self._shift[sample])[held], counts)
+        return list(zip(local, torch.split(held.nonzero()[:, 1], counts), strict=True))
 
-    def _sample_batch(self, step: int) -> tuple[Tensor, int]:
+    def _sample_batch(self, step: int) -> tuple[Tensor, Tensor, int]:
         order = torch.randperm(self._counts.numel(), generator=self._generator(step))
         drawn = order[: self._batch_size]
-        held = drawn[self._mine[drawn]]
-        first = self._ends[held] - self._counts[held] + self._shift[held]
-        rows = [torch.arange(start, start + count) for start, count in zip(first, self._counts[held], strict=True)]
-        local = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-        return local, int(self._counts[drawn].sum())
+        counts = self._counts[drawn]
+        sample = torch.repeat_interleave(drawn, counts)
+        # Rows of one sample follow each other, in the batch and in the calibration set.
+        within = torch.arange(len(sample)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        places = self._mine[sample].nonzero().squeeze(1)
+        sample, within = sample[places], within[places]
+        local = self._ends[sample] - self._counts[sample] + within + self._shift[sample]
+        return local, places, int(counts.sum())
 
 
 def _all_sample_counts(

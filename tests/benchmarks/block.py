@@ -23,7 +23,7 @@ from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.rounding import OutputTransform
 from distributed_adaround.solve import round_layer
-from distributed_adaround.solve.problem import LayerProblem
+from distributed_adaround.solve.problem import LayerProblem, Monitor
 from distributed_adaround.spec import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.configurations import FORMATS, method_spec
@@ -203,7 +203,7 @@ def _solve(
         warm_up(spec, problem)
     solver, steps = TimedSolver(make_solver(spec.rounding), device), [0]
     watch = Stopwatch(device)
-    result = round_layer(problem, solver, COMM, lambda step, loss: steps.append(step))
+    result = round_layer(problem, solver, COMM, Monitor(lambda step, loss: steps.append(step)))
     return {
         "seconds": watch.seconds,
         "solver_seconds": solver.seconds,

@@ -25,7 +25,7 @@ from distributed_adaround.network import activation_store, make_walker
 from distributed_adaround.numerics.rounding import OutputTransform
 from distributed_adaround.solve import round_layer
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.problem import LayerProblem, MomentCache, OnStep, OutputErrors, Solution, Solver
+from distributed_adaround.solve.problem import LayerProblem, MomentCache, Monitor, OutputErrors, Solution, Solver
 from distributed_adaround.spec import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.cases import ListMicrobatches, batches, load_case
@@ -68,9 +68,9 @@ class TimedSolver:
     device: torch.device
     seconds: float = 0.0
 
-    def __call__(self, problem: LayerProblem, nearest: OutputErrors, comm: Comm, on_step: OnStep) -> Solution:
+    def __call__(self, problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor) -> Solution:
         watch = Stopwatch(self.device)
-        solution = self.solver(problem, nearest, comm, on_step)
+        solution = self.solver(problem, nearest, comm, monitor)
         self.seconds = watch.seconds
         return solution
 
@@ -79,7 +79,7 @@ def warm_up(spec: MethodSpec, problem: LayerProblem) -> None:
     """A few steps whose result is dropped: first calls load code and build kernels."""
     # The real run must take its own moments.
     problem = replace(problem, moments=MomentCache())
-    round_layer(problem, make_solver(spec.rounding.with_steps(2)), COMM, lambda step, loss: None)
+    round_layer(problem, make_solver(spec.rounding.with_steps(2)), COMM, Monitor())
 
 
 def run_case(case: Case, options: LayerOptions) -> None:
@@ -200,7 +200,7 @@ def _solve(
             warm.add(base)
         solver = TimedSolver(make_solver(run.spec.rounding), device)
         watch = Stopwatch(device)
-        result = round_layer(problem, solver, COMM, lambda step, loss: None)
+        result = round_layer(problem, solver, COMM, Monitor())
         seconds = watch.seconds
         weight = result.grid.dequantize(result.codes)
     except Exception as error:

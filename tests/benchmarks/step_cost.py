@@ -23,8 +23,9 @@ from distributed_adaround.model.sites import SiteActivations
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.minibatch import MinibatchSettings, solve_minibatch
-from distributed_adaround.solve.problem import LayerProblem
+from distributed_adaround.solve.learner import MinibatchSettings
+from distributed_adaround.solve.minibatch import solve_minibatch
+from distributed_adaround.solve.problem import LayerProblem, Monitor
 
 # Layer, rows a batch, steps.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
@@ -112,23 +113,24 @@ class TimingComm(SoloComm):
         return tensor
 
 
-def solve(problem: LayerProblem, rows: int, steps: int, comm: SoloComm, on_step: Callable[[int, float], None]) -> None:
+def solve(problem: LayerProblem, rows: int, steps: int, comm: SoloComm, monitor: Monitor) -> None:
     rounded = problem.grid.dequantize(problem.grid.quantize(problem.weight))
     settings = MinibatchSettings(RoundingSchedule(steps, 0.0, 20.0, 2.0, 1.0), rows, "rows", 1e-2, "nearest")
-    solve_minibatch(problem, output_errors(problem, [rounded], comm), comm, on_step, settings=settings)
+    solve_minibatch(problem, output_errors(problem, [rounded], comm), comm, monitor, settings=settings)
 
 
 def time_on_cpu(problem: LayerProblem, rows: int, steps: int) -> tuple[float, float]:
     """Seconds of one step and of its products."""
     comm = TimingComm(bare_products(problem, rows))
-    solve(problem, rows, steps, comm, lambda step, loss: None)
+    solve(problem, rows, steps, comm, Monitor())
     return median(comm.step_times), median(comm.product_times)
 
 
 def time_on_gpu(problem: LayerProblem, rows: int, steps: int) -> tuple[float, float]:
-    """Likewise. Between two calls of on_step the solver does not wait for the device."""
+    """Likewise. Between two calls of monitor.step the solver does not wait for the device."""
     looks: list[tuple[int, float]] = []
-    solve(problem, rows, 10 * steps + 100, SoloComm(), lambda step, loss: looks.append((step, time.perf_counter())))
+    watching = Monitor(lambda step, loss: looks.append((step, time.perf_counter())))
+    solve(problem, rows, 10 * steps + 100, SoloComm(), watching)
     (first, started), (last, ended) = looks[0], looks[-1]
     products = bare_products(problem, rows)
     products()

@@ -16,7 +16,7 @@ from distributed_adaround.solve import LayerResult, round_layer
 from distributed_adaround.solve.gptq import solve_gptq
 from distributed_adaround.solve.gram import GramSettings, solve_gram
 from distributed_adaround.solve.nearest import solve_nearest
-from distributed_adaround.solve.problem import LayerProblem, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
 SOLVERS: dict[str, Any] = {
     "nearest": solve_nearest,
@@ -25,8 +25,7 @@ SOLVERS: dict[str, Any] = {
 }
 
 
-def no_progress(step: int, loss: float) -> None:
-    pass
+NO_PROGRESS = Monitor()
 
 
 def with_targets(problem: LayerProblem, asymmetry: float) -> LayerProblem:
@@ -74,13 +73,13 @@ def tokens(make_problem: Any, bias: bool = True, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_mean_error_is_left(solver: str, asymmetry: float, make_problem: Any) -> None:
     problem = replace(with_targets(tokens(make_problem), asymmetry), correct_bias=True)
-    result = round_layer(problem, SOLVERS[solver], SoloComm(), no_progress)
+    result = round_layer(problem, SOLVERS[solver], SoloComm(), NO_PROGRESS)
     check_mean(problem, result)
     # The report's figure is that of the layer as it will be.
     energy = sum(float(target.square().sum()) for target in problem.activations.targets)
     error = float(output_difference(problem, result).square().sum())
     assert result.hard_error == pytest.approx(error / energy, rel=1e-9)
-    plain = round_layer(replace(problem, correct_bias=False), SOLVERS[solver], SoloComm(), no_progress)
+    plain = round_layer(replace(problem, correct_bias=False), SOLVERS[solver], SoloComm(), NO_PROGRESS)
     assert plain.shift is None
     assert result.hard_error < plain.hard_error
 
@@ -91,13 +90,13 @@ def test_no_mean_error_is_left_in_any_kind_of_layer(asymmetry: float, case: Any,
     inputs = [x + 0.5 for x in inputs]
     problem = make_problem(layer, inputs, float_inputs=[x + 0.2 * torch.randn_like(x) + 0.1 for x in inputs])
     problem = replace(with_targets(problem, asymmetry), correct_bias=True)
-    check_mean(problem, round_layer(problem, SOLVERS["gram"], SoloComm(), no_progress))
+    check_mean(problem, round_layer(problem, SOLVERS["gram"], SoloComm(), NO_PROGRESS))
 
 
 def test_rows_that_are_padding_do_not_count(make_problem: Any) -> None:
     masks = [torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])]
     problem = replace(with_targets(tokens(make_problem, masks=masks), 0.5), correct_bias=True)
-    check_mean(problem, round_layer(problem, SOLVERS["gram"], SoloComm(), no_progress), masks)
+    check_mean(problem, round_layer(problem, SOLVERS["gram"], SoloComm(), NO_PROGRESS), masks)
 
 
 def test_a_layer_without_a_bias_gets_one(make_problem: Any) -> None:
@@ -106,7 +105,7 @@ def test_a_layer_without_a_bias_gets_one(make_problem: Any) -> None:
     norm = OutputTransform(torch.rand(5).double() + 0.5, torch.randn(5).double())
     for transform in (OutputTransform(), norm):
         problem = replace(problem, correct_bias=True, transform=transform)
-        result = round_layer(problem, SOLVERS["gram"], SoloComm(), no_progress)
+        result = round_layer(problem, SOLVERS["gram"], SoloComm(), NO_PROGRESS)
         check_mean(problem, result)
     outputs = [norm(target) for target in problem.activations.targets]
     energy = sum(float(y.square().sum()) for y in outputs)
@@ -117,7 +116,7 @@ def test_a_layer_without_a_bias_gets_one(make_problem: Any) -> None:
 def test_nearest_rounding_that_is_kept_has_no_shift(make_problem: Any) -> None:
     problem = replace(with_targets(tokens(make_problem), 1.0), correct_bias=True)
     worst = Solution(codes=torch.where(problem.weight > 0, -4.0, 3.0).double())
-    result = round_layer(problem, lambda *_: worst, SoloComm(), no_progress)
+    result = round_layer(problem, lambda *_: worst, SoloComm(), NO_PROGRESS)
     assert result.kept_nearest
     assert result.shift is None
     assert torch.equal(result.grid.scale, problem.grid.scale)
@@ -127,7 +126,7 @@ def test_scales_of_a_solution_that_is_refused_are_refused_too(make_problem: Any)
     problem = tokens(make_problem)
     nearest = problem.grid.quantize(problem.weight)
     other = replace(problem.grid, scale=problem.grid.scale * 9)
-    result = round_layer(problem, lambda *_: Solution(codes=nearest, grid=other), SoloComm(), no_progress)
+    result = round_layer(problem, lambda *_: Solution(codes=nearest, grid=other), SoloComm(), NO_PROGRESS)
     assert result.kept_nearest
     assert torch.equal(result.grid.scale, problem.grid.scale)
     assert result.hard_error == result.nearest_error < result.soft_error
@@ -138,4 +137,4 @@ def test_the_solver_that_stood_in_is_named(make_problem: Any) -> None:
     codes = problem.grid.quantize(problem.weight)
     for name in (None, "minibatch"):
         solution = Solution(codes=codes, solver=name)
-        assert round_layer(problem, lambda *_, s=solution: s, SoloComm(), no_progress).solver == name
+        assert round_layer(problem, lambda *_, s=solution: s, SoloComm(), NO_PROGRESS).solver == name

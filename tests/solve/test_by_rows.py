@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.solve import by_rows
-from distributed_adaround.solve.by_rows import RowProblem, RowSolution, row_blocks, solve_by_rows
-from distributed_adaround.solve.problem import LayerProblem
+from distributed_adaround.solve.by_rows import RowProblem, RowSolution, block_rows, row_blocks, solve_by_rows
+from distributed_adaround.solve.problem import LayerProblem, Monitor
 
 SIZES = [(1, 1), (1, 255), (1, 256), (1, 257), (1, 1000), (3, 100), (7, 256), (2, 513), (300, 1), (1000, 2), (5, 3)]
 
@@ -23,7 +23,7 @@ SIZES = [(1, 1), (1, 255), (1, 256), (1, 257), (1, 1000), (3, 100), (7, 256), (2
 @pytest.mark.parametrize(("groups", "rows"), SIZES)
 def test_blocks_cover_every_row_once_and_are_of_one_size(groups: int, rows: int, device_type: str) -> None:
     size = {"cpu": 256}.get(device_type, 1024)
-    blocks = list(row_blocks(groups, rows, device_type))
+    blocks = list(row_blocks(groups, rows, block_rows(device_type)))
     count = torch.zeros(groups, rows)
     for some, cut in blocks:
         count[some, cut] += 1
@@ -101,10 +101,11 @@ def test_codes_and_scales_are_gathered_into_their_places(
 
     def on_rank(comm: Any) -> Any:
         mine = share(problem, comm.rank, world_size)
-        return solve_by_rows(mine, comm, problem.grid, work, start)
+        return solve_by_rows(mine, comm, problem.grid, work, Monitor(), "test", start)
 
     results = run_ranks(world_size, on_rank)
-    blocks = list(row_blocks(problem.geometry.groups, problem.weight.shape[0] // problem.geometry.groups, "cpu"))
+    rows = problem.weight.shape[0] // problem.geometry.groups
+    blocks = list(row_blocks(problem.geometry.groups, rows, block_rows("cpu")))
     num_blocks = len(blocks)
     assert len(solved) == num_blocks
     assert all(block in solved for block in blocks)
@@ -127,7 +128,7 @@ def test_codes_of_all_ranges_come_back(qmin: int, qmax: int, make_problem: Any) 
     def work(part: RowProblem) -> RowSolution:
         return RowSolution(wanted.view(1, 64, 4), part.lattice.scale)
 
-    codes, _, _ = solve_by_rows(problem, SoloComm(), grid, work)
+    codes, _, _ = solve_by_rows(problem, SoloComm(), grid, work, Monitor(), "test")
     assert torch.equal(codes, wanted)
 
 
@@ -147,7 +148,7 @@ def test_a_block_that_fails_on_one_rank_ends_all(
     def on_rank(comm: Any) -> tuple[str, str, int | None]:
         mine = share(problem, comm.rank, 3)
         try:
-            solve_by_rows(mine, comm, problem.grid, work)
+            solve_by_rows(mine, comm, problem.grid, work, Monitor(), "test")
         except Exception as error:
             return type(error).__name__, str(error), getattr(error, "told_by", None)
         return "", "", None

@@ -16,11 +16,9 @@ from distributed_adaround.solve import by_rows, round_layer
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.gptq import solve_gptq
 from distributed_adaround.solve.moments import layer_moments
-from distributed_adaround.solve.problem import LayerProblem, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
-
-def no_progress(step: int, loss: float) -> None:
-    pass
+NO_PROGRESS = Monitor()
 
 
 def solver(damping: float = 0.01) -> Any:
@@ -56,14 +54,14 @@ def by_hand(weight: Tensor, scale: Tensor, second: Tensor, damping: float) -> Te
 def test_codes_are_those_of_the_algorithm(damping: float, make_problem: Any) -> None:
     x = mixed(60, 10)
     problem = make_problem(nn.Linear(10, 8).double(), list(x.split((35, 25))))
-    solution = solver(damping)(problem, None, SoloComm(), no_progress)
+    solution = solver(damping)(problem, None, SoloComm(), NO_PROGRESS)
     assert torch.equal(solution.codes, by_hand(problem.weight, problem.grid.scale, x.T @ x / 60, damping))
     assert not torch.equal(solution.codes, problem.grid.quantize(problem.weight))
 
 
 def test_grids_stay_and_errors_fall_on_all_of_them(grid_name: str, make_problem: Any, with_grid: Any) -> None:
     problem = with_grid(make_problem(nn.Linear(64, 12).double(), [mixed(100, 64), mixed(60, 64)]), grid_name)
-    solution = solver()(problem, None, SoloComm(), no_progress)
+    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
     grid, codes = solution.grid or problem.grid, solution.codes
     assert torch.equal(grid.scale, problem.grid.scale)
     assert torch.equal(codes, codes.round())
@@ -74,7 +72,7 @@ def test_grids_stay_and_errors_fall_on_all_of_them(grid_name: str, make_problem:
 def test_every_kind_of_layer(case: Any, make_problem: Any) -> None:
     layer, inputs = case
     problem = make_problem(layer, [x + x.roll(1, dims=1) for x in inputs])
-    codes = solver()(problem, None, SoloComm(), no_progress).codes
+    codes = solver()(problem, None, SoloComm(), NO_PROGRESS).codes
     second = layer_moments(problem, SoloComm()).second
     parts = (part.chunk(problem.geometry.groups) for part in (codes, problem.weight, problem.grid.scale))
     for moment, found, weight, scale in zip(second, *parts, strict=True):
@@ -89,7 +87,7 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
     results: list[Solution] = []
     for world_size in (1, 2, 3, 5):
         results += run_ranks(
-            world_size, lambda comm: solver()(share(problem, comm.rank, comm.world_size), None, comm, no_progress)
+            world_size, lambda comm: solver()(share(problem, comm.rank, comm.world_size), None, comm, NO_PROGRESS)
         )
     assert len(results) == 11
     assert all(torch.equal(result.codes, results[0].codes) for result in results)
@@ -104,9 +102,9 @@ SINGULAR = (
 def test_moments_that_are_singular_are_an_error_of_one_line(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
     with pytest.raises(InputError) as caught:
-        round_layer(problem, solver(1e-30), SoloComm(), no_progress)
+        round_layer(problem, solver(1e-30), SoloComm(), NO_PROGRESS)
     assert str(caught.value) == SINGULAR
-    result = round_layer(problem, solver(), SoloComm(), no_progress)
+    result = round_layer(problem, solver(), SoloComm(), NO_PROGRESS)
     assert result.hard_error <= result.nearest_error
 
 
@@ -123,7 +121,7 @@ def test_moments_that_are_singular_in_one_group_are_told_once(
 
     def work(comm: Any) -> tuple[str, int | None]:
         with pytest.raises(InputError) as caught:
-            solver(1e-30)(share(problem, comm.rank, 2), None, comm, no_progress)
+            solver(1e-30)(share(problem, comm.rank, 2), None, comm, NO_PROGRESS)
         return str(caught.value), caught.value.told_by
 
     assert run_ranks(2, work) == [(SINGULAR, 0)] * 2
@@ -133,6 +131,6 @@ def test_a_pull_is_followed(make_problem: Any) -> None:
     inputs = [mixed(60, 8), mixed(40, 8)]
     problem = make_problem(nn.Linear(8, 6).double(), inputs, float_inputs=[1.5 * x for x in inputs])
     with_pull, without = (
-        solver()(replace(problem, asymmetry=share), None, SoloComm(), no_progress).codes for share in (1.0, 0.0)
+        solver()(replace(problem, asymmetry=share), None, SoloComm(), NO_PROGRESS).codes for share in (1.0, 0.0)
     )
     assert total_error(problem, with_pull) < 0.7 * total_error(problem, without)

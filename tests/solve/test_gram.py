@@ -18,11 +18,9 @@ from distributed_adaround.numerics.grid import round_scale
 from distributed_adaround.solve import by_rows, gram, round_layer
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.gram import GramSettings, regularizer_weight, solve_gram
-from distributed_adaround.solve.problem import LayerProblem, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
-
-def no_progress(step: int, loss: float) -> None:
-    pass
+NO_PROGRESS = Monitor()
 
 
 def solver(num_sweeps: int = 30, damping: float = 0.01) -> Any:
@@ -71,7 +69,7 @@ def check_on_grid(problem: LayerProblem, solution: Solution) -> None:
 
 def test_every_grid(grid_name: str, make_problem: Any, with_grid: Any) -> None:
     problem = with_grid(linear_problem(make_problem), grid_name)
-    solution = solver()(problem, None, SoloComm(), no_progress)
+    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
     check_on_grid(problem, solution)
     nearest, found = errors(problem, nearest_weight(problem), solved(problem, solution)).sum(dim=1).tolist()
     # fp8 has steps so fine that some inputs of little weight have nothing to make up for.
@@ -83,7 +81,7 @@ def test_every_grid(grid_name: str, make_problem: Any, with_grid: Any) -> None:
 def test_every_kind_of_layer(case: Any, make_problem: Any) -> None:
     layer, inputs = case
     problem = make_problem(layer, inputs, float_inputs=[x + 0.1 * torch.randn_like(x) for x in inputs])
-    solution = solver()(problem, None, SoloComm(), no_progress)
+    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
     check_on_grid(problem, solution)
     nearest, found = errors(problem, nearest_weight(problem), solved(problem, solution)).sum(dim=1).tolist()
     # Small layers on noise: there is little to make up for.
@@ -96,7 +94,7 @@ def test_never_worse_than_nearest_whatever_the_settings(seed: int, make_problem:
     torch.manual_seed(seed)
     problem = make_problem(nn.Linear(24, 5).double(), [mixed(6, 24), mixed(5, 24)], num_bits=2)
     problem = replace(problem, correct_bias=bool(seed % 2))
-    result = round_layer(problem, solver(num_sweeps=1), SoloComm(), no_progress)
+    result = round_layer(problem, solver(num_sweeps=1), SoloComm(), NO_PROGRESS)
     hard = result.grid.dequantize(result.codes)
     bias = problem.bias if result.shift is None else problem.bias + result.shift
     found = sum(
@@ -110,8 +108,8 @@ def test_pull_towards_the_float_output_is_used(make_problem: Any) -> None:
     """Where the quantized prefix made all inputs too small, asymmetric rounding makes the weights larger."""
     inputs = [mixed(60, 8), mixed(40, 8)]
     problem = make_problem(nn.Linear(8, 6).double(), inputs, float_inputs=[1.5 * x for x in inputs])
-    with_pull = solver()(problem, None, SoloComm(), no_progress)
-    without = solver()(replace(problem, asymmetry=0.0), None, SoloComm(), no_progress)
+    with_pull = solver()(problem, None, SoloComm(), NO_PROGRESS)
+    without = solver()(replace(problem, asymmetry=0.0), None, SoloComm(), NO_PROGRESS)
     pulled, plain = errors(problem, solved(problem, with_pull), solved(problem, without)).sum(dim=1).tolist()
     assert pulled < 0.5 * plain
 
@@ -140,7 +138,7 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
     results = {
         world_size: run_ranks(
             world_size,
-            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver(12), comm, no_progress),
+            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver(12), comm, NO_PROGRESS),
         )
         for world_size in (1, 2, 3, 5)
     }
@@ -159,7 +157,7 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
 def test_progress_is_told_up_to_the_last_sweep(num_sweeps: int, looks: list[int], make_problem: Any) -> None:
     problem = linear_problem(make_problem)
     told: list[tuple[int, float]] = []
-    solution = solver(num_sweeps)(problem, None, SoloComm(), lambda step, loss: told.append((step, loss)))
+    solution = solver(num_sweeps)(problem, None, SoloComm(), Monitor(lambda step, loss: told.append((step, loss))))
     assert [step for step, _ in told] == looks
     # Without a pull the loss is the squared output error of a row; what has not settled yet has less of it.
     error = float(errors(problem, solved(problem, solution)).sum()) / 120
@@ -171,7 +169,7 @@ def test_soft_values_that_are_open_at_the_end_are_counted(make_problem: Any, mon
     problem = linear_problem(make_problem)
     monkeypatch.setattr(gram, "regularizer_weight", lambda sweep, num_sweeps: 0.0)
     monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 5})
-    solution = solver(20)(problem, None, SoloComm(), no_progress)
+    solution = solver(20)(problem, None, SoloComm(), NO_PROGRESS)
     # All that are not clipped.
     assert 0.85 < solution.unsettled <= 1
     check_on_grid(problem, solution)
@@ -189,8 +187,8 @@ def test_the_regularizer_rises_to_1_in_any_number_of_sweeps(num_sweeps: int) -> 
 
 def test_rows_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = linear_problem(make_problem, outputs=6)
-    quick = solver(1)(problem, None, SoloComm(), no_progress)
-    best = solver(60)(problem, None, SoloComm(), no_progress)
+    quick = solver(1)(problem, None, SoloComm(), NO_PROGRESS)
+    best = solver(60)(problem, None, SoloComm(), NO_PROGRESS)
     # The scales of GPTQ are those of the grid: give the problem those that its codes were found with.
     problem = replace(problem, grid=best.grid)
     even = torch.arange(6) % 2 == 0
@@ -201,7 +199,7 @@ def test_rows_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypa
         return torch.where(even[:, None], best.codes, -4.0)[None]
 
     monkeypatch.setattr(gram, "gptq_codes", gptq)
-    found = solver(1, damping=0.25)(problem, None, SoloComm(), no_progress)
+    found = solver(1, damping=0.25)(problem, None, SoloComm(), NO_PROGRESS)
     assert found.grid is not None
     assert best.grid is not None
     assert quick.grid is not None
@@ -217,29 +215,29 @@ def test_inputs_that_are_always_zero_or_all_alike(make_problem: Any) -> None:
     x[:, 3:5] = 0
     x[:, 7:] = x[:, 7:8]
     problem = make_problem(nn.Linear(12, 4).double(), [x[:25], x[25:]])
-    solution = solver()(problem, None, SoloComm(), no_progress)
+    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
     check_on_grid(problem, solution)
     nearest, found = errors(problem, nearest_weight(problem), solved(problem, solution)).sum(dim=1).tolist()
     assert found < 0.5 * nearest
     dead = make_problem(nn.Linear(12, 4).double(), [torch.zeros(10, 12).double()])
-    check_on_grid(dead, solver()(dead, None, SoloComm(), no_progress))
+    check_on_grid(dead, solver()(dead, None, SoloComm(), NO_PROGRESS))
 
 
 def test_a_layer_of_zeros(make_problem: Any) -> None:
     layer = nn.Linear(6, 3)
     layer.weight.data.zero_()
-    solution = solver(3)(make_problem(layer, [torch.randn(9, 6)]), None, SoloComm(), no_progress)
+    solution = solver(3)(make_problem(layer, [torch.randn(9, 6)]), None, SoloComm(), NO_PROGRESS)
     assert not solution.grid.dequantize(solution.codes).any()
 
 
 def test_damping_that_leaves_the_moments_singular(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
     with pytest.raises(InputError, match=r"layer block\.layer: the second moment of its inputs is singular"):
-        solver(2, damping=1e-30)(problem, None, SoloComm(), no_progress)
+        solver(2, damping=1e-30)(problem, None, SoloComm(), NO_PROGRESS)
 
 
 def test_progress_grows_over_all_blocks_of_rows(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
     told: list[int] = []
-    solver(30)(linear_problem(make_problem, outputs=6), None, SoloComm(), lambda step, loss: told.append(step))
+    solver(30)(linear_problem(make_problem, outputs=6), None, SoloComm(), Monitor(lambda step, loss: told.append(step)))
     assert told == [3, 7, 10, 13, 17, 20, 23, 27, 30]

@@ -20,17 +20,12 @@ from distributed_adaround.numerics.patches import from_patch_layout, to_patch_la
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding
 from distributed_adaround.solve import round_layer
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.minibatch import (
-    MinibatchSettings,
-    add_regularizer,
-    channel_weights,
-    fill_bucket,
-    solve_minibatch,
-)
-from distributed_adaround.solve.problem import OutputErrors
+from distributed_adaround.solve.learner import MinibatchSettings, add_regularizer, fill_bucket
+from distributed_adaround.solve.minibatch import channel_weights, solve_minibatch
+from distributed_adaround.solve.problem import Monitor, OutputErrors
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 
-NO_PROGRESS: Any = lambda step, loss: None  # noqa: E731
+NO_PROGRESS = Monitor()
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -223,7 +218,8 @@ def test_the_whole_solver_is_plain_adam_on_the_loss(
 
     def work(comm: Any) -> Any:
         local = share(problem, comm.rank, world_size)
-        return solve_minibatch(local, nearest, comm, lambda step, loss: seen.append((step, loss)), settings=config)
+        watching = Monitor(lambda step, loss: seen.append((step, loss)))
+        return solve_minibatch(local, nearest, comm, watching, settings=config)
 
     solutions = run_ranks(world_size, work)
     expected = problem.geometry.to_matrix(reference.soft_weight(alpha.detach()))
@@ -353,7 +349,7 @@ def test_progress_every_hundred_steps_and_at_the_end(make_problem: Any) -> None:
     problem = correlated_problem(make_problem, torch.float32)
     nearest = output_errors(problem, [problem.weight * 0.9], SoloComm())
     seen: list[int] = []
-    solve_minibatch(problem, nearest, SoloComm(), lambda step, loss: seen.append(step), settings=settings(250))
+    solve_minibatch(problem, nearest, SoloComm(), Monitor(lambda step, loss: seen.append(step)), settings=settings(250))
     assert seen == [100, 200, 250]
 
 

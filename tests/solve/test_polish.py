@@ -19,12 +19,14 @@ from distributed_adaround.solve import polish as polish_file
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.gptq import solve_gptq
 from distributed_adaround.solve.gram import GramSettings, solve_gram
-from distributed_adaround.solve.minibatch import MinibatchSettings, solve_minibatch
+from distributed_adaround.solve.learner import MinibatchSettings
+from distributed_adaround.solve.minibatch import solve_minibatch
 from distributed_adaround.solve.moments import by_group, layer_quadratic
 from distributed_adaround.solve.nearest import solve_nearest
 from distributed_adaround.solve.polish import polish
-from distributed_adaround.solve.problem import LayerProblem, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
+NO_PROGRESS = Monitor()
 SCHEDULE = RoundingSchedule(40, 0.2, 20.0, 2.0, 10.0)
 SOLVERS: dict[str, Any] = {
     "nearest": solve_nearest,
@@ -40,7 +42,7 @@ def mixed(samples: int, channels: int) -> Tensor:
 
 def run(solver: Any, problem: LayerProblem) -> Solution:
     nearest = problem.grid.dequantize(problem.grid.quantize(problem.weight))
-    solution: Solution = solver(problem, output_errors(problem, [nearest], SoloComm()), SoloComm(), lambda *_: None)
+    solution: Solution = solver(problem, output_errors(problem, [nearest], SoloComm()), SoloComm(), Monitor())
     return solution
 
 
@@ -64,7 +66,7 @@ def test_no_row_gets_worse_after_any_solver(name: str, make_problem: Any) -> Non
         nn.Linear(24, 16).double(), inputs, float_inputs=[x + 0.02 * mixed(*x.shape) for x in inputs]
     )
     before = run(SOLVERS[name], problem)
-    after = polish(problem, before, SoloComm())
+    after = polish(problem, before, SoloComm(), NO_PROGRESS)
     assert after.grid is not None
     check_on_grid(after.grid, after.codes)
     assert (errors(problem, after) <= errors(problem, before) * (1 + 1e-12)).all()
@@ -79,7 +81,7 @@ def test_no_row_gets_worse_after_any_solver(name: str, make_problem: Any) -> Non
 def test_no_row_gets_worse_on_any_grid(grid_name: str, make_problem: Any, with_grid: Any) -> None:
     problem = with_grid(make_problem(nn.Linear(64, 12).double(), [mixed(100, 64), mixed(60, 64)]), grid_name)
     before = run(solve_nearest, problem)
-    after = polish(problem, before, SoloComm())
+    after = polish(problem, before, SoloComm(), NO_PROGRESS)
     assert after.grid is not None
     check_on_grid(after.grid, after.codes)
     assert (errors(problem, after) <= errors(problem, before) * (1 + 1e-12)).all()
@@ -92,7 +94,7 @@ def test_no_row_gets_worse_in_any_kind_of_layer(case: Any, make_problem: Any) ->
     layer, inputs = case
     problem = make_problem(layer, inputs, float_inputs=[x + 0.1 * torch.randn_like(x) for x in inputs])
     before = run(solve_nearest, problem)
-    after = polish(problem, before, SoloComm())
+    after = polish(problem, before, SoloComm(), NO_PROGRESS)
     assert (errors(problem, after) <= errors(problem, before) * (1 + 1e-12)).all()
     assert errors(problem, after).sum() < errors(problem, before).sum()
 
@@ -105,7 +107,7 @@ def test_no_single_code_or_scale_is_left_to_improve(
     monkeypatch.setattr(polish_file, "_MAX_SWEEPS", 100)
     torch.manual_seed(seed)
     problem = make_problem(nn.Linear(10, 4).double(), [mixed(40, 10)])
-    after = polish(problem, run(solve_nearest, problem), SoloComm())
+    after = polish(problem, run(solve_nearest, problem), SoloComm(), NO_PROGRESS)
     assert after.grid is not None
     found = errors(problem, after)
     for j in range(10):
@@ -125,7 +127,7 @@ def test_weights_leave_their_two_neighbours(make_problem: Any) -> None:
     layer.weight.data = torch.tensor([[6.0, 0.2]]).double()
     problem = make_problem(layer, [x])
     problem = replace(problem, grid=Grid(torch.ones(1, 1).double(), torch.zeros(1, 1).double(), -4, 3))
-    after = polish(problem, run(solve_nearest, problem), SoloComm())
+    after = polish(problem, run(solve_nearest, problem), SoloComm(), NO_PROGRESS)
     assert after.codes.tolist() == [[3.0, 3.0]]
     assert errors(problem, after) < 0.05 * float((x[:, 0] ** 2).sum())
 
@@ -133,7 +135,7 @@ def test_weights_leave_their_two_neighbours(make_problem: Any) -> None:
 def test_garbage_is_a_start_like_any_other(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(24, 6).double(), [mixed(90, 24)])
     nearest = errors(problem, run(solve_nearest, problem)).sum()
-    after = polish(problem, Solution(codes=torch.full_like(problem.weight, 3.0)), SoloComm())
+    after = polish(problem, Solution(codes=torch.full_like(problem.weight, 3.0)), SoloComm(), NO_PROGRESS)
     assert errors(problem, after).sum() < nearest
 
 
@@ -142,7 +144,7 @@ def test_a_layer_without_error_stays_as_it_is(make_problem: Any) -> None:
     codes = torch.randint(-4, 4, (3, 6)).double()
     grid = Grid(torch.full((3, 1), 0.25).double(), torch.zeros(3, 1).double(), -4, 3)
     problem = replace(problem, weight=codes * 0.25, grid=grid)
-    after = polish(problem, Solution(codes=codes), SoloComm())
+    after = polish(problem, Solution(codes=codes), SoloComm(), NO_PROGRESS)
     assert after.grid is not None
     assert torch.equal(after.codes, codes)
     assert torch.equal(after.grid.scale, grid.scale)
@@ -154,7 +156,7 @@ def test_with_a_corrected_bias_the_spread_of_the_error_falls(make_problem: Any) 
     problem = make_problem(nn.Linear(12, 8).double(), inputs)
     problem = replace(problem, correct_bias=True)
     before = run(solve_nearest, problem)
-    after = polish(problem, before, SoloComm())
+    after = polish(problem, before, SoloComm(), NO_PROGRESS)
     centred = inputs[0] - inputs[0].mean(dim=0)
 
     def spread(solution: Solution) -> Tensor:
@@ -163,7 +165,7 @@ def test_with_a_corrected_bias_the_spread_of_the_error_falls(make_problem: Any) 
 
     assert (spread(after) <= spread(before) * (1 + 1e-12)).all()
     assert spread(after).sum() < 0.7 * spread(before).sum()
-    plain = polish(replace(problem, correct_bias=False), before, SoloComm())
+    plain = polish(replace(problem, correct_bias=False), before, SoloComm(), NO_PROGRESS)
     assert spread(after).sum() < spread(plain).sum()
 
 
@@ -178,9 +180,9 @@ def test_inputs_of_large_layers_are_visited_in_blocks(make_problem: Any, monkeyp
     monkeypatch.setattr(polish_file, "Descent", Watched)
     problem = make_problem(nn.Linear(40, 9).double(), [mixed(90, 40), mixed(50, 40)])
     before = run(SOLVERS["gptq"], problem)
-    single = polish(problem, before, SoloComm())
+    single = polish(problem, before, SoloComm(), NO_PROGRESS)
     monkeypatch.setattr(polish_file, "_LARGE", 40)
-    blocks = polish(problem, before, SoloComm())
+    blocks = polish(problem, before, SoloComm(), NO_PROGRESS)
     assert made == [(1, 1), (32, 4)]
     assert blocks.grid is not None
     check_on_grid(blocks.grid, blocks.codes)
@@ -199,7 +201,7 @@ def test_a_row_that_descent_made_worse_is_as_it_was(make_problem: Any, monkeypat
     monkeypatch.setattr(polish_file, "Descent", Bad)
     problem = make_problem(nn.Linear(24, 3).double(), [mixed(90, 24)])
     before = run(solve_nearest, problem)
-    after = polish(problem, before, SoloComm())
+    after = polish(problem, before, SoloComm(), NO_PROGRESS)
     assert after.grid is not None
     assert torch.equal(after.codes[1], before.codes[1])
     assert after.grid.scale[1] == problem.grid.scale[1]
@@ -217,7 +219,9 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
     start = Solution(codes=problem.grid.quantize(problem.weight))
     results: list[Solution] = []
     for world_size in (1, 2, 3, 5):
-        results += run_ranks(world_size, lambda comm: polish(share(problem, comm.rank, comm.world_size), start, comm))
+        results += run_ranks(
+            world_size, lambda comm: polish(share(problem, comm.rank, comm.world_size), start, comm, NO_PROGRESS)
+        )
     assert not torch.equal(results[0].codes, start.codes)
     for result in results:
         assert result.grid is not None
@@ -230,7 +234,7 @@ def test_the_loss_that_falls_is_that_of_the_layer(make_problem: Any) -> None:
     """The quadratic's rows are the output channels, in every group."""
     layer = nn.Conv1d(6, 8, 2, groups=2).double()
     problem = make_problem(layer, [torch.randn(5, 6, 7).double()])
-    after = polish(problem, run(solve_nearest, problem), SoloComm())
+    after = polish(problem, run(solve_nearest, problem), SoloComm(), NO_PROGRESS)
     assert after.grid is not None
     rounded = after.grid.dequantize(after.codes)
     loss = layer_quadratic(problem, SoloComm()).loss(by_group(rounded, problem)).reshape(-1)

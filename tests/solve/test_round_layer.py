@@ -16,13 +16,12 @@ from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.rounding import RoundingSchedule
 from distributed_adaround.solve import round_layer
-from distributed_adaround.solve.minibatch import MinibatchSettings, solve_minibatch
+from distributed_adaround.solve.learner import MinibatchSettings
+from distributed_adaround.solve.minibatch import solve_minibatch
 from distributed_adaround.solve.nearest import solve_nearest
-from distributed_adaround.solve.problem import Solution
+from distributed_adaround.solve.problem import Monitor, Solution
 
-
-def no_progress(step: int, loss: float) -> None:
-    pass
+NO_PROGRESS = Monitor()
 
 
 def minibatch(num_steps: int, lr: float, reg_param: float = 0.01) -> Any:
@@ -48,7 +47,7 @@ def relative_error(problem: Any, codes: Tensor) -> float:
 
 def test_nearest_solver(make_problem: Any) -> None:
     problem = small_problem(make_problem)
-    result = round_layer(problem, solve_nearest, SoloComm(), no_progress)
+    result = round_layer(problem, solve_nearest, SoloComm(), NO_PROGRESS)
     codes = (problem.weight / problem.grid.scale).round().clamp(-4, 3)
     assert torch.equal(result.codes, codes)
     expected = relative_error(problem, codes)
@@ -64,7 +63,7 @@ def test_better_codes_are_taken(make_problem: Any) -> None:
     best = min(choices, key=lambda codes: relative_error(problem, codes))
     soft = problem.weight * 1.01
     solution = Solution(codes=best, soft_weight=soft, unsettled=0.25)
-    result = round_layer(problem, lambda *args: solution, SoloComm(), no_progress)
+    result = round_layer(problem, lambda *args: solution, SoloComm(), NO_PROGRESS)
     nearest = problem.grid.quantize(problem.weight)
     assert not torch.equal(best, nearest)
     assert torch.equal(result.codes, best)
@@ -81,7 +80,7 @@ def test_better_codes_are_taken(make_problem: Any) -> None:
 def test_worse_codes_are_refused(garbage: float, make_problem: Any) -> None:
     problem = small_problem(make_problem)
     codes = torch.full_like(problem.weight, garbage)
-    result = round_layer(problem, lambda *args: Solution(codes=codes), SoloComm(), no_progress)
+    result = round_layer(problem, lambda *args: Solution(codes=codes), SoloComm(), NO_PROGRESS)
     assert result.kept_nearest
     assert torch.equal(result.codes, problem.grid.quantize(problem.weight))
     assert result.hard_error == result.nearest_error < result.soft_error
@@ -93,7 +92,7 @@ def test_never_worse_than_nearest_and_on_the_grid(seed: int, make_problem: Any) 
     torch.manual_seed(seed)
     problem = small_problem(make_problem)
     # Too few steps, too large ones: bad codes are likely.
-    result = round_layer(problem, minibatch(3, lr=3.0), SoloComm(), no_progress)
+    result = round_layer(problem, minibatch(3, lr=3.0), SoloComm(), NO_PROGRESS)
     assert relative_error(problem, result.codes) <= relative_error(problem, problem.grid.quantize(problem.weight))
     assert torch.equal(result.codes, result.codes.round())
     assert result.codes.min() >= -4
@@ -103,11 +102,11 @@ def test_never_worse_than_nearest_and_on_the_grid(seed: int, make_problem: Any) 
 def test_ranks_agree(make_problem: Any, share: Any, run_ranks: Any) -> None:
     problem = small_problem(make_problem)
     solver = minibatch(60, lr=0.05)
-    alone = round_layer(problem, solver, SoloComm(), no_progress)
+    alone = round_layer(problem, solver, SoloComm(), NO_PROGRESS)
     for world_size in (2, 5):
         results = run_ranks(
             world_size,
-            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver, comm, no_progress),
+            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver, comm, NO_PROGRESS),
         )
         for result in results:
             assert torch.equal(result.codes, alone.codes)
@@ -126,7 +125,7 @@ def test_activations_that_are_not_finite(
 
     def work(comm: Any) -> str:
         with pytest.raises(InputError) as caught:
-            round_layer(share(problem, comm.rank, world_size), solver, comm, no_progress)
+            round_layer(share(problem, comm.rank, world_size), solver, comm, NO_PROGRESS)
         return str(caught.value)
 
     message = "layer block.layer: its activations are not finite; check the weights and the calibration data"
@@ -137,7 +136,7 @@ def test_everything_masked(make_problem: Any) -> None:
     layer = nn.Linear(3, 2).double()
     problem = make_problem(layer, [torch.randn(2, 4, 3).double()], masks=[torch.zeros(2, 4)])
     with pytest.raises(InputError, match=r"layer block\.layer: the attention mask leaves no row"):
-        round_layer(problem, minibatch(5, 0.01), SoloComm(), no_progress)
+        round_layer(problem, minibatch(5, 0.01), SoloComm(), NO_PROGRESS)
 
 
 def test_a_layer_that_is_on_the_grid_already(make_problem: Any) -> None:
@@ -146,7 +145,7 @@ def test_a_layer_that_is_on_the_grid_already(make_problem: Any) -> None:
     grid = Grid(torch.full((3, 1), 0.25).double(), torch.zeros(3, 1).double(), -4, 3)
     problem = replace(problem, weight=codes * 0.25, grid=grid)
     problem.activations.targets = [x @ problem.weight.T + problem.bias for x in problem.activations.inputs]
-    result = round_layer(problem, minibatch(120, 0.02), SoloComm(), no_progress)
+    result = round_layer(problem, minibatch(120, 0.02), SoloComm(), NO_PROGRESS)
     assert torch.equal(result.codes, codes)
     assert result.hard_error < 1e-25
     assert result.flipped == 0
@@ -157,6 +156,6 @@ def test_a_layer_of_zeros(value: float, make_problem: Any) -> None:
     layer = nn.Conv2d(2, 3, 2)
     layer.weight.data.fill_(value)
     problem = make_problem(layer, [torch.randn(2, 2, 4, 4)])
-    result = round_layer(problem, minibatch(50, 0.02), SoloComm(), no_progress)
+    result = round_layer(problem, minibatch(50, 0.02), SoloComm(), NO_PROGRESS)
     assert torch.isfinite(result.codes).all()
     assert result.hard_error <= result.nearest_error <= 1e-20

@@ -1,0 +1,186 @@
+"""Learners of `minibatch`: the soft rounding of a layer, and how ranks share a step. This one: by samples.
+
+Each rank computes the data term's gradient from the rows it holds and the regularizer's for its share of the weights;
+both, the two losses and some flags lie in one flat bucket that is summed over ranks in one collective. All ranks then
+take the same Adam step.
+
+Layout of the bucket (W weights of the layer):  [ gradient by s: W | data loss | regularizer | non-finite ]
+s is the clamped sigmoid of alpha, in which the soft weights are linear. Its derivative by alpha is the same on all
+ranks and comes after the sum. Two wishes of ranks travel behind the bucket: to stop, and to save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.numerics import patches
+from distributed_adaround.numerics.rounding import (
+    OutputTransform,
+    RoundingSchedule,
+    SoftRounding,
+    add_regularizer_gradient,
+    pieces,
+    regularizer,
+)
+from distributed_adaround.solve.problem import LayerProblem, Solution
+from distributed_adaround.solve.rows import BatchPlan, BatchUnit, CalibrationRows
+
+Normalization = Literal["sum", "mean", "nearest"]
+
+# Adam divides by the gradient's size, so where a layer starts without error it would take full steps along rounding
+# noise, another one for each number of ranks. With the normalization `nearest` gradients that matter are about 1 per
+# weight and can be told from noise; the other two have no known scale and keep torch's eps.
+ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
+
+
+@dataclass(frozen=True)
+class MinibatchSettings:
+    """What the job file says about this solver. normalization: see `channel_weights`. reproducible: RowLearner."""
+
+    schedule: RoundingSchedule
+    batch_size: int
+    batch_unit: BatchUnit
+    lr: float
+    normalization: Normalization
+    reproducible: bool = False
+
+
+class Learner(Protocol):
+    """The soft rounding of one layer in the making, and how ranks share the work of a step."""
+
+    def step(self, step: int) -> None:
+        """One step of Adam."""
+
+    def look(self, step: int, wishes: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
+        """One step, and over all ranks: the loss, whether it was ever not finite, and whether any rank wishes."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next steps depend on, the same on all ranks. A collective."""
+
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        """Go on behind `step` steps."""
+
+    def solution(self) -> Solution:
+        """A collective."""
+
+
+class SampleLearner:
+    """Each rank takes the samples that it holds; gradients are summed over ranks in every step."""
+
+    def __init__(
+        self,
+        problem: LayerProblem,
+        rows: CalibrationRows,
+        plan: BatchPlan,
+        channel_weight: Tensor,
+        comm: Comm,
+        settings: MinibatchSettings,
+    ) -> None:
+        self._problem, self._rows, self._plan, self._comm, self._settings = problem, rows, plan, comm, settings
+        self._channel_weight = channel_weight
+        self._soft = SoftRounding(*soft_start(problem))
+        num_weights = self._soft.alpha.numel()
+        self._flat = torch.zeros(num_weights + 5, dtype=problem.dtype, device=problem.device)
+        self._bucket, self._wishes = self._flat[:-2], self._flat[-2:]
+        self._bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
+
+    def step(self, step: int, look: bool = False) -> None:
+        schedule, comm, bucket = self._settings.schedule, self._comm, self._bucket
+        local, batch_rows = self._plan.batch(step)
+        weights = self._channel_weight / max(1, batch_rows)
+        fill_bucket(bucket, self._soft, *self._rows.gather(local), self._rows.transform, weights)
+        share = (comm.rank, comm.world_size)
+        add_regularizer(bucket, self._soft, schedule.weight(step), schedule.beta(step), *share, with_value=look)
+        comm.all_reduce(self._flat)
+        gradient = bucket[:-3].view_as(self._soft.alpha)
+        self._soft.descend(gradient, self._settings.lr, ADAM_EPS[self._settings.normalization])
+        self._bad += bucket[-1]
+
+    def look(self, step: int, wishes: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
+        self._wishes.copy_(torch.tensor(wishes))
+        self.step(step, look=True)
+        data, regularizer, stop, save, bad = torch.stack([*self._bucket[-3:-1], *self._wishes, self._bad]).tolist()
+        self._wishes.zero_()
+        return data + regularizer, bool(bad), bool(stop), bool(save)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._soft.state()
+
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        self._soft.restore(state, step)
+
+    def solution(self) -> Solution:
+        soft = self._soft
+        return rounded(self._problem, soft.rounds_up, soft.refresh(), int(soft.unsettled.sum()))
+
+
+def soft_start(problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight and its two neighbours on the grid, `(G, R, J)` in the layout of patches."""
+    neighbours = (problem.grid.dequantize(codes) for codes in problem.grid.neighbours(problem.weight))
+    weight, lo, hi = (patches.to_patch_layout(w, problem.geometry) for w in (problem.weight, *neighbours))
+    return weight, lo, hi
+
+
+def rounded(problem: LayerProblem, rounds_up: Tensor, difference: Tensor, num_unsettled: int) -> Solution:
+    """The solution from soft weights. rounds_up, difference: `(G, R, J)` in the layout of patches."""
+    low, high = problem.grid.neighbours(problem.weight)
+    return Solution(
+        codes=torch.where(patches.from_patch_layout(rounds_up, problem.geometry), high, low),
+        soft_weight=problem.weight + patches.from_patch_layout(difference, problem.geometry),
+        unsettled=num_unsettled / max(1, int((high > low).sum())),
+    )
+
+
+def fill_bucket(
+    bucket: Tensor,
+    soft: SoftRounding,
+    inputs: Tensor,
+    base: Tensor | None,
+    targets: Tensor,
+    transform: OutputTransform,
+    channel_weight: Tensor,
+) -> None:
+    """Write this rank's data term into the bucket: gradient by s, loss, non-finite flag.
+
+    inputs `(G, R, J)`, base `(R, O)` or None, targets `(R, O)` as CalibrationRows gathers them; no rows give zeros.
+    transform: of base and difference. channel_weight `(O,)`: divided by the rows of the global batch already.
+    """
+    difference = soft.difference
+    rows = inputs.shape[1]
+    outputs = torch.bmm(inputs, difference.transpose(1, 2)).permute(1, 0, 2).reshape(targets.shape)
+    if base is not None:
+        outputs.add_(base)
+    loss, gradient = transform.forward_backward(outputs, targets, channel_weight)
+    by_group = gradient.view(rows, *difference.shape[:2]).permute(1, 2, 0)
+    torch.bmm(by_group, inputs, out=bucket[:-3].view_as(difference)).mul_(soft.slope)
+    bucket[-3] = loss
+    bucket[-2] = 0
+    # 0 times an infinite or NaN loss is NaN.
+    torch.ne(loss * 0, 0, out=bucket[-1])
+
+
+def add_regularizer(
+    bucket: Tensor,
+    soft: SoftRounding,
+    reg_param: float,
+    beta: float,
+    rank: int,
+    world_size: int,
+    *,
+    with_value: bool = True,
+) -> None:
+    """Add the regularizer of this rank's share of the weights to the bucket: its gradient; its value if wanted."""
+    if reg_param == 0:
+        return
+    size = soft.sigmoid.numel()
+    share = slice(size * rank // world_size, size * (rank + 1) // world_size)
+    sigmoid, gradient = soft.sigmoid.view(-1)[share], bucket[:-3][share]
+    for piece, derivative in zip(pieces(sigmoid), pieces(gradient), strict=True):
+        add_regularizer_gradient(derivative, piece, beta, reg_param)
+    if with_value:
+        bucket[-2] = reg_param * regularizer(sigmoid, beta)

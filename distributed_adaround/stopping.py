@@ -1,0 +1,69 @@
+"""SIGTERM and SIGUSR2 ask a job to stop: it saves what is whole and ends; a second signal ends it at once.
+
+Schedulers send them some time before they take a machine away. USR2, since NCCL uses USR1.
+
+Before and after the walk through the layers there is nothing to save, and the first signal raises StoppedError where
+the program is. Inside `deferred` it only sets `requested`, which the loops look at.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from distributed_adaround.errors import StoppedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+_TRY_AGAIN = StoppedError.exit_code
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop. Without `listening` it never does."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferred = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside this block. Only for the main thread."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # A handler waits while the process is inside a collective; the byte that this sends does not.
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._count, args=(reader,), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(writer)  # ends the thread
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """The first signal only sets `requested` inside this block."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise StoppedError
+
+    def _count(self, reader: int) -> None:
+        """Thread: one byte per signal."""
+        with suppress(OSError), os.fdopen(reader, "rb", buffering=0) as signals:
+            while byte := signals.read(1):
+                if byte[0] not in SIGNALS:
+                    continue
+                if self.requested:
+                    os._exit(_TRY_AGAIN)
+                self.requested = True
