@@ -110,6 +110,9 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         # Gradients of settled soft values decay into denormal numbers, on which CPUs are slow.
         if torch.set_flush_denormal(True):
             stack.callback(torch.set_flush_denormal, False)
+        if spec.runtime.threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
         manifest = _deal_data(spec.data, comm)
         with phase(comm, "load the model"):
@@ -258,6 +261,7 @@ def _log_start(job: PreparedJob, events: EventLog, commits: JobCommits) -> None:
         torch=torch.__version__,
         world_size=job.comm.world_size,
         device=str(job.context.device),
+        threads=torch.get_num_threads(),
         owned=list(job.microbatches.owned),
         finished=len(commits.names),
     )

@@ -199,6 +199,11 @@ class RuntimeSpec(Section):
     timeout_minutes: float = Field(
         30.0, gt=0, le=525_600, description="Minutes after which a rank that waits for another one gives up."
     )
+    threads: PositiveInt | None = Field(
+        None,
+        description="CPU threads of each rank; null: as OMP_NUM_THREADS says, else torchrun gives each of several "
+        "ranks one thread, and a single rank takes all cores. On CPUs the last bits of a result depend on it.",
+    )
     save_minutes: float = Field(
         2.0,
         gt=0,

@@ -397,3 +397,11 @@ def test_only_the_formats_asked_for_are_written(tmp_path: Path) -> None:
     run(write_job(tmp_path, "mlp", output={"formats": ["dequantized"]}, rounding={"solver": "nearest"}))
     assert (tmp_path / "out" / "dequantized.safetensors").exists()
     assert not (tmp_path / "out" / "quantized.safetensors").exists()
+
+
+def test_threads_are_those_of_the_job_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr("distributed_adaround.job._export", lambda *_: seen.append(torch.get_num_threads()))
+    run(write_job(tmp_path, "mlp", rounding={"solver": "nearest"}, runtime={"threads": before + 2}))
+    assert seen == [before + 2]
+    assert torch.get_num_threads() == before

@@ -30,24 +30,20 @@ from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 
 # Bytes of rows in one exchange, and most steps: enough to make latency small, few enough to stay in a cache's reach.
 _EXCHANGE, _MOST_STEPS = 1 << 24, 64
-# Out channels of a block: enough blocks for some ranks, large enough for the matrix products.
-_FEWEST, _MOST, _BLOCKS = 32, 256, 8
+# Out channels of a block: enough blocks for some ranks, large enough that their products outweigh the Python between.
+_FEWEST, _MOST, _BLOCKS = 64, 256, 4
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some conv groups and out channels of each. channels: their places among all out channels, or None for all."""
+    """Some conv groups and out channels of each. channels: their places among all out channels."""
 
     place: tuple[slice, slice]
     soft: SoftRounding
     bucket: Tensor
-    channels: Tensor | None
+    channels: slice | Tensor
     channel_weight: Tensor
     transform: OutputTransform
-
-    def pick(self, values: Tensor) -> Tensor:
-        """The columns of this block, of values `(R, O)`."""
-        return values if self.channels is None else values.index_select(1, self.channels)
 
 
 class RowLearner:
@@ -78,9 +74,11 @@ class RowLearner:
         weight, beta = schedule.weight(step), schedule.beta(step)
         for block in self._blocks:
             soft, bucket = block.soft, block.bucket
-            own_base = None if base is None else block.pick(base)
+            own_base = None if base is None else base[:, block.channels]
             share = block.channel_weight / max(1, targets.shape[0])
-            fill_bucket(bucket, soft, inputs[block.place[0]], own_base, block.pick(targets), block.transform, share)
+            fill_bucket(
+                bucket, soft, inputs[block.place[0]], own_base, targets[:, block.channels], block.transform, share
+            )
             add_regularizer(bucket, soft, weight, beta, 0, 1, with_value=look)
             soft.descend(bucket[:-3].view_as(soft.alpha), settings.lr, ADAM_EPS[settings.normalization])
             self._bad += bucket[-1]
@@ -128,14 +126,15 @@ def _block(
 ) -> _Block:
     soft = SoftRounding(*(part[place].contiguous() for part in start))
     groups, channels, _ = start[0].shape
-    every = torch.arange(groups * channels, device=channel_weight.device)
-    own = every.view(groups, channels)[place].reshape(-1)
+    every = torch.arange(groups * channels, device=channel_weight.device).view(groups, channels)
+    # Without conv groups they lie side by side, and need no copy.
+    own = place[1] if groups == 1 else every[place].reshape(-1)
     scale, shift = (None if values is None else values[own] for values in (transform.scale, transform.shift))
     return _Block(
         place,
         soft,
         torch.zeros(soft.alpha.numel() + 3, dtype=soft.alpha.dtype, device=soft.alpha.device),
-        None if len(own) == len(every) else own,
+        own,
         channel_weight[own],
         OutputTransform(scale, shift, transform.activation),
     )
