@@ -11,6 +11,7 @@ import importlib
 import importlib.machinery
 import inspect
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,8 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         found = unsafe_content(path)
         if found is not None:
             raise InputError(f"is refused: {found}; use model.factory for such a model")
-        program = torch.export.load(path)
+        with _silent("torch.export"):  # which logs a traceback of what it then raises
+            program = torch.export.load(path)
     except InputError as error:
         raise InputError(f"model.program {str(path)!r} {error}") from error
     except OSError as error:
@@ -199,6 +201,17 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
         kwargs=kwargs,
         mask=mask if mask is not None and mask.ndim == 2 else None,
     )
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """A library's logger says nothing for the time of the block."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager
