@@ -90,6 +90,8 @@ class LayerRecord:
             return f"scale is {self.scale.dtype} and zero point {self.zero_point.dtype}, not float32 and int32"
         if self.scale.shape != self.zero_point.shape:
             return f"scale has shape {tuple(self.scale.shape)}, zero point {tuple(self.zero_point.shape)}"
+        if not bool(torch.isfinite(self.scale).all()):
+            return "a scale is not finite"
         num_outputs, num_inputs = self.geometry.out_channels, self.geometry.inputs_per_output
         shape = tuple(self.scale.shape)
         per_group = len(shape) == 2 and shape[0] == num_outputs and shape[1] > 0 and num_inputs % shape[1] == 0

@@ -5,7 +5,8 @@ AdaRoundError                 70   our own bug, unless a subclass says otherwise
 ├── InputError (ValueError)   65   model, weights, calibration data or an old checkpoint
 ├── OutputError (OSError)     73   results cannot be written
 ├── PeerError                 75   another rank failed, or could not be reached: try again
-└── StoppedError              75   a signal asked the job to stop: start it again
+├── StoppedError              75   a signal asked the job to stop: start it again
+└── UnreachableError (OSError) 75 a store could not be reached: try again
 
 A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known.
 """
@@ -68,3 +69,9 @@ def naming_layer(name: str) -> Iterator[None]:
     except Exception as error:
         error.layer = name  # type: ignore[attr-defined]
         raise
+
+
+class UnreachableError(AdaRoundError, OSError):
+    """A store of files is busy or away, also after several tries. Nothing is wrong with the job."""
+
+    exit_code = 75

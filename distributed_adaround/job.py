@@ -180,6 +180,7 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
                 virtual_shards=data.virtual_shards,
                 fields=data.fields,
                 one_sample_per_file=data.one_sample_per_file,
+                checksums=data.checksums,
             )
             text = manifest.to_json()
     manifest = Manifest.from_json(comm.broadcast_object(text))
@@ -200,11 +201,18 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
 
 def _load_model(model: ModelSpec, folder: Path | None) -> nn.Module | ExportedProgram:
     with ExitStack() as stack:
+        uri = model.weights or model.program
+        path = None if uri is None else stack.enter_context(storage.local_file(uri))
+        if path is not None and model.sha256 is not None and storage.sha256_file(path) != model.sha256.lower():
+            raise InputError(
+                f"{storage.redact(uri or '')}: its SHA-256 is not model.sha256: it is damaged or another file; get it "
+                "again, or correct the field"
+            )
         if model.program is not None:
-            return load_program(stack.enter_context(storage.local_file(model.program)))
+            assert path is not None
+            return load_program(path)
         assert model.factory is not None
-        weights = None if model.weights is None else stack.enter_context(storage.local_file(model.weights))
-        return load_factory(model.factory, model.factory_args, weights, folder)
+        return load_factory(model.factory, model.factory_args, path, folder)
 
 
 def _loader(data: DataSpec, manifest: Manifest, comm: Comm) -> SampleLoader:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distributed_adaround.activations import ActivationStore
 from distributed_adaround.checkpoint import LayerRecord
-from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.distributed.comm import Comm, agreed
+from distributed_adaround.errors import InputError
 from distributed_adaround.model.sites import Site, SiteActivations, Walker
 from distributed_adaround.numerics.floats import encode
 from distributed_adaround.numerics.grid import Grid
@@ -82,6 +83,7 @@ def weighted_grid(problem: LayerProblem, layer_format: LayerFormat, comm: Comm) 
     weight = problem.weight
     importance = power[:, None, :].expand(-1, rows, -1).reshape(weight.shape).float().cpu()
     grid = choose_layer_grid(weight.float().cpu(), layer_format, importance)
+    _check_scales(grid, problem.name)
     return replace(problem, grid=grid.to(problem.dtype, problem.device))
 
 
@@ -104,6 +106,20 @@ def choose_layer_grid(weight: Tensor, layer_format: LayerFormat, importance: Ten
     )
 
 
+def _check_scales(grid: Grid, name: str) -> None:
+    """Raises: InputError when a scale is not a positive finite number, on every rank alike."""
+    good = torch.isfinite(grid.scale) & (grid.scale > 0)
+    if not bool(good.all()):
+        channel = int((~good).nonzero()[0, 0])
+        value = float(grid.scale[~good][0])
+        raise agreed(
+            InputError(
+                f"layer {name}: the scale of output channel {channel} is {value}, which must be positive and finite; "
+                "the weights are too large for float32: leave the layer in float by quantize.ignore"
+            )
+        )
+
+
 def make_problem(
     spec: MethodSpec,
     walker: Walker,
@@ -117,6 +133,7 @@ def make_problem(
 ) -> LayerProblem:
     """Everything the solver sees of one layer. total: microbatches of all ranks. moments: of the layer before."""
     grid = choose_layer_grid(site.geometry.to_matrix(walker.tensor(site.weight_name)).cpu(), layer_format)
+    _check_scales(grid, site.name)
     dtype = getattr(torch, spec.rounding.compute_dtype)
     weight = site.geometry.to_matrix(walker.tensor(site.weight_name)).to(device, dtype, copy=True)
     return LayerProblem(

@@ -163,12 +163,17 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedLayer]:
 
     Raises:
         SpecError: a group size does not divide, or overrides contradict each other.
-        InputError: the model has no layer to quantize.
+        InputError: the model has no layer to quantize, or one whose weight is not finite.
     """
     planned = [PlannedLayer(site, quantize.for_layer(site.name, site.module_class)) for site in walker.sites]
     for layer in planned:
         if layer.format is not None:
             layer.format.check(layer.site.name, layer.site.geometry.inputs_per_output)
+            if not bool(torch.isfinite(walker.tensor(layer.site.weight_name)).all()):
+                raise InputError(
+                    f"layer {layer.site.name}: its weight {layer.site.weight_name!r} is not finite; load other "
+                    "weights, or leave the layer in float by quantize.ignore"
+                )
     for pattern in quantize.unmatched([(site.name, site.module_class) for site in walker.sites]):
         logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
     if not any(layer.format for layer in planned):

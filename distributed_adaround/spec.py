@@ -50,6 +50,9 @@ _MAX_BYTES = 2**63 - 1
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 ImportPath = Annotated[str, Field(pattern=rf"^{_NAME}:{_NAME}$")]
+Sha256 = Annotated[
+    str, Field(pattern=r"^[0-9a-fA-F]{64}$"), one_rule("must be 64 hexadecimal digits; write what sha256sum prints")
+]
 
 Arguments = Annotated[
     dict[str, JsonValue],
@@ -106,6 +109,11 @@ class ModelSpec(Section):
         description="Path or URI of a program saved by torch.export.save (.pt2), instead of a factory.",
         examples=["resnet50.pt2"],
     )
+    sha256: Sha256 | None = Field(
+        None,
+        description="SHA-256, in hex, that the file of weights or of the program must have, so that a damaged or "
+        "exchanged one is not used; null: any.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -118,6 +126,8 @@ class ModelSpec(Section):
         if self.factory is None and (self.weights is not None or self.factory_args):
             name = "weights" if self.weights is not None else "factory_args"
             raise ContradictionError((name,), getattr(self, name), "needs a factory, not a program; remove it")
+        if self.sha256 is not None and self.weights is None and self.program is None:
+            raise ContradictionError(("sha256",), self.sha256, "needs a file, weights or program; remove it")
         _check_suffix("weights", self.weights, (".safetensors", ".pt", ".pth"))
         _check_suffix("program", self.program, (".pt2",))
         return self
@@ -135,6 +145,12 @@ class DataSpec(Section):
         description="Files with samples: path or URI of a file, a folder or a glob, or a list of these. Types: .npy, "
         ".npz, .safetensors, .pt, .pth, .parquet, .jsonl.",
         examples=["s3://calib/images-*.npz"],
+    )
+    checksums: Text | None = Field(
+        None,
+        description="Path or URI of a list of the files' SHA-256, as sha256sum writes it; every file must be in it and "
+        "agree with it. null: files are only proven to stay the same while the job runs.",
+        examples=["s3://calib/SHA256SUMS"],
     )
     num_samples: PositiveInt | None = Field(None, description="How many samples to use; null: all.")
     microbatch_size: PositiveInt = Field(32, description="Samples that pass through the model at once.")
@@ -320,14 +336,15 @@ class JobSpec(MethodSpec):
     def result_digest(self) -> str:
         """SHA-256, in hex, of everything here that changes the result.
 
-        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; and data.uri,
-        since the manifest has checksums of the files. Resolved values count, not the preset that they came from.
+        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; data.uri and
+        data.checksums, since the manifest has checksums of the files. Resolved values count, not the preset that they
+        came from.
         """
         content = {
             "quantize": self.quantize.model_dump(mode="json"),
             "rounding": self.rounding.resolved(),
             "seed": self.runtime.seed,
-            "data": self.data.model_dump(mode="json", exclude={"uri", "prefetch"}),
+            "data": self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch"}),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

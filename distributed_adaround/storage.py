@@ -1,12 +1,11 @@
 """Files behind URIs: local paths and every scheme fsspec knows. The only importer of fsspec.
 
-A URI is a `str`: a path ("data/x.npy"), a URL ("s3://bucket/x.npy") or a chain ("simplecache::s3://bucket/x.npy").
-
 Writes are atomic. A local file is written under a hidden name in the same folder, synced and renamed, so a full disk
 or a kill leaves the old file and no half of the new one. A remote file is uploaded in one piece, because leaving
 `fsspec.open(..., "wb")` by an exception publishes what was written so far.
 
-Reading errors are InputError, writing errors OutputError; their messages show URIs without credentials.
+Reading errors are InputError, writing errors OutputError. A store that is busy or away is asked again a few times, then
+the error is UnreachableError. Messages show URIs without credentials.
 """
 
 from __future__ import annotations
@@ -17,43 +16,43 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
-from distributed_adaround.errors import AdaRoundError, InputError, OutputError
+from distributed_adaround.errors import AdaRoundError, InputError, OutputError, UnreachableError
+from distributed_adaround.retries import is_passing, passing_cause, patiently
+from distributed_adaround.uris import file_name, is_local, join, path_span, redact, remember_secrets, wildcard
 
-# Everything up to the last "@": of the host part, or of the whole link where a colon not followed by a port says that
-# what stands before it is a password (keys of object stores hold slashes).
-_CREDENTIALS = re.compile(r"(?<=://)(?:[^/@:\s]*:(?!\d+(?:/|\s|$))\S*@|[^/\s]*@)")
-# A query: after an http URL anything, elsewhere only what holds a "=", since "?" is also a wildcard.
-_QUERY = re.compile(r"(?<=://)([^?\s'\"]*)\?[^\s?'\"]*=[^\s'\"]*")
-_HTTP_QUERY = re.compile(r"(https?://[^?#\s'\"]*)[?#][^\s'\"]*")
+__all__ = [
+    "exists",
+    "file_name",
+    "join",
+    "list_files",
+    "local_file",
+    "read_bytes",
+    "redact",
+    "remove_tree",
+    "sha256_file",
+    "size",
+    "write_bytes",
+    "write_file",
+]
 
+_DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+# Servers that write into the old file itself, and can rename.
+_FILE_SERVERS = frozenset({"sftp", "ssh"})
 
-def redact(uri: str) -> str:
-    """The URI (or any text that holds URIs) without user names, passwords, tokens and query strings."""
-    links = (_CREDENTIALS.sub("", link) for link in uri.split("::"))
-    return "::".join(_QUERY.sub(r"\1", _HTTP_QUERY.sub(r"\1", link)) for link in links)
-
-
-def join(uri: str, *parts: str) -> str:
-    """The URI of something inside a folder."""
-    for part in parts:
-        uri = uri + part.lstrip("/") if not uri or uri.endswith("/") else f"{uri}/{part.lstrip('/')}"
-    return uri
-
-
-def file_name(uri: str) -> str:
-    """Last part of the path, without folder, credentials and query string."""
-    links = redact(uri).split("::")
-    return links[_path_link(links)].rstrip("/").rsplit("/", 1)[-1]
+_Result = TypeVar("_Result")
 
 
 def list_files(uri: str) -> list[str]:
@@ -61,39 +60,37 @@ def list_files(uri: str) -> list[str]:
 
     Hidden files and folders (a name that starts with ".") are left out. Empty when nothing matches.
 
-    Raises: InputError when it cannot be listed.
+    Raises: InputError when it cannot be listed, UnreachableError.
     """
-    with _reading(uri):
-        fs, path = _resolve(uri)
-        if not path.endswith("/") and fs.isfile(path):
-            return [uri]
-        start, end = _path_span(uri)
-        found, prefix = _find(fs, path), uri[start:end]
-        if not found and (wildcard := _wildcard(uri)) is not None:
-            prefix = uri[start : max(start, uri.rfind("/", start, wildcard) + 1)]
-            found = _glob(fs, path)
-        # A path found by fsspec lacks what the URI has: credentials, host, chain. Only its tail is taken over.
-        base = _resolve(uri[:start] + prefix + uri[end:])[1].rstrip("/")
-        assert all(name.startswith(base) for name in found), f"the store lists other paths than {base}"
-        tails = {name[len(base) :].lstrip("/") for name in found}
-        visible = [tail for tail in tails if not any(part.startswith(".") for part in tail.split("/"))]
-        return sorted(uri[:start] + join(prefix, tail) + uri[end:] for tail in visible)
+    return _reading(uri, lambda: _list_files(uri))
+
+
+def _list_files(uri: str) -> list[str]:
+    fs, path = _resolve(uri)
+    if not path.endswith("/") and _kind(fs, path) == "file":
+        return [uri]
+    start, end = path_span(uri)
+    found, prefix = _find(fs, path), uri[start:end]
+    if not found and (position := wildcard(uri)) is not None:
+        prefix = uri[start : max(start, uri.rfind("/", start, position) + 1)]
+        found = _glob(fs, path)
+    # A path found by fsspec lacks what the URI has: credentials, host, chain. Only its tail is taken over.
+    base = _resolve(uri[:start] + prefix + uri[end:])[1].rstrip("/")
+    assert all(name.startswith(base) for name in found), f"the store lists other paths than {base}"
+    tails = {name[len(base) :].lstrip("/") for name in found}
+    visible = [tail for tail in tails if not any(part.startswith(".") for part in tail.split("/"))]
+    return sorted(uri[:start] + join(prefix, tail) + uri[end:] for tail in visible)
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder. Raises InputError when that cannot be found out."""
-    with _reading(uri):
-        fs, path = _resolve(uri)
-        try:
-            fs.info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+    """Whether there is a file or folder. Raises InputError or UnreachableError when that cannot be found out."""
+    return _reading(uri, lambda: _kind(*_resolve(uri)) is not None)
 
 
 def size(uri: str) -> int:
-    """Bytes of a file. Raises InputError."""
-    with _reading(uri):
+    """Bytes of a file. Raises InputError, UnreachableError."""
+
+    def look() -> int:
         fs, path = _resolve(uri)
         info = fs.info(path)
         if info["type"] == "directory":
@@ -101,71 +98,105 @@ def size(uri: str) -> int:
         # Some HTTP servers do not tell.
         return int(info["size"]) if info["size"] is not None else len(fs.cat_file(path))
 
+    return _reading(uri, look)
+
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file. Raises InputError."""
-    with _reading(uri):
+    """The whole content of a file. Raises InputError, UnreachableError."""
+
+    def read() -> bytes:
         fs, path = _resolve(uri)
         return bytes(fs.cat_file(path))
+
+    return _reading(uri, read)
 
 
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
     """The file itself when it is local, else a download that is removed at the end.
 
-    Raises: InputError when it cannot be read.
+    Raises: InputError when it cannot be read, UnreachableError, OutputError when the temporary folder is full.
     """
-    with _reading(uri):
-        fs, path = _resolve(uri)
-        local = isinstance(fs, LocalFileSystem)
-        if local and not os.path.isfile(path):
-            raise FileNotFoundError("no such file")
-    if local:
-        yield Path(path)
+    if (path := _reading(uri, lambda: _local_path(uri))) is not None:
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder, file_name(uri))
-        with _reading(uri):
-            fs.get_file(path, str(copy))
+
+        def download() -> None:
+            fs, path = _resolve(uri)
+            try:
+                fs.get_file(path, str(copy))
+            except OSError as error:
+                if error.errno not in _DISK_IS_FULL:
+                    raise
+                raise OutputError(
+                    f"{folder}: no room for a copy of {redact(uri)}; set TMPDIR to another disk"
+                ) from error
+
+        _reading(uri, download)
         yield copy
+
+
+def _local_path(uri: str) -> Path | None:
+    fs, path = _resolve(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return None
+    if not os.path.isfile(path):
+        raise FileNotFoundError("no such file")
+    return Path(path)
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a local file, as hex. Raises InputError."""
-    with _reading(str(path)), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def digest() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return _reading(str(path), digest)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file, whole or not at all. Raises OutputError."""
-    with _writing(uri):
+    """Write a file, whole or not at all. Raises OutputError, UnreachableError."""
+
+    def write() -> None:
         fs, path = _resolve(uri)
         if isinstance(fs, LocalFileSystem):
             _replace(Path(path), lambda temporary: _dump(temporary, data))
         else:
-            _upload(fs, path, lambda: fs.pipe_file(path, data))
+            _upload(fs, path, lambda target: fs.pipe_file(target, data))
+
+    _writing(uri, write)
 
 
 def write_file(uri: str, write: Callable[[Path], object]) -> None:
     """Write a file, whole or not at all, from what `write` puts at the local path it is given.
 
     Raises: OutputError, also for exceptions of `write`: a full disk makes torch raise RuntimeError and safetensors
-    its own type, not OSError.
+    its own type, not OSError. UnreachableError.
     """
-    with _writing(uri):
-        fs, path = _resolve(uri)
-        if isinstance(fs, LocalFileSystem):
-            _replace(Path(path), write)
-            return
-        with tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True) as folder:
-            copy = Path(folder, "upload")
-            write(copy)
-            _upload(fs, path, lambda: fs.put_file(str(copy), path))
+    if is_local(uri):
+        _writing(uri, lambda: _replace(Path(_resolve(uri)[1]), write))
+        return
+    with tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True) as folder:
+        copy = Path(folder, "upload")
+        _writing(uri, lambda: write(copy))
+
+        def upload() -> None:
+            fs, path = _resolve(uri)
+            _upload(fs, path, lambda target: fs.put_file(str(copy), target))
+
+        _writing(uri, upload)
 
 
 def remove_tree(uri: str) -> None:
-    """Remove a file or a folder with all it holds; nothing happens when there is none. Raises OutputError."""
-    with _writing(uri, "removed"):
+    """Remove a file or a folder with all it holds; nothing happens when there is none.
+
+    Raises OutputError, UnreachableError.
+    """
+
+    def remove() -> None:
         fs, path = _resolve(uri)
         try:
             if not isinstance(fs, LocalFileSystem):
@@ -174,50 +205,60 @@ def remove_tree(uri: str) -> None:
                 shutil.rmtree(path)
             else:
                 os.unlink(path)
-        except FileNotFoundError:
-            return
+        except FileNotFoundError as error:
+            if is_passing(error):
+                raise
+
+    _writing(uri, remove, "removed")
 
 
 def _resolve(uri: str) -> tuple[AbstractFileSystem, str]:
     """File system and the path in it; listings that fsspec may have kept are dropped, since other ranks write too."""
+    remember_secrets(uri)
     fs, path = url_to_fs(uri)
     fs.invalidate_cache()
     return fs, path
 
 
-def _path_link(links: list[str]) -> int:
-    """Which link of a chain holds the path: the first with "://", else the last (caches come before it)."""
-    return next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)
-
-
-def _path_span(uri: str) -> tuple[int, int]:
-    """Start and end of the link that holds the path."""
-    links = uri.split("::")
-    position = _path_link(links)
-    start = sum(len(link) + 2 for link in links[:position])
-    return start, start + len(links[position])
-
-
-def _wildcard(uri: str) -> int | None:
-    """Position of the first wildcard in the path, if it has one."""
-    start, end = _path_span(uri)
-    # In an http URL a "?" starts the query.
-    wildcard = re.compile(r"[*[]" if uri.startswith("http", start) else r"[*?[]")
-    match = wildcard.search(uri, start, end)
-    return match.start() if match else None
+def _kind(fs: AbstractFileSystem, path: str) -> str | None:
+    """ "file", "directory", or None where nothing is. fsspec's own isfile and isdir also say no when a store fails."""
+    if isinstance(fs, LocalFileSystem):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return "directory" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
+        return None
+    try:
+        return str(fs.info(path)["type"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if is_passing(error):
+            raise
+        return None
 
 
 def _find(fs: AbstractFileSystem, path: str) -> list[str]:
     """All files below a folder, or nothing when there is no such folder.
 
-    fsspec would pass over local folders that may not be read, and take links to folders for files. Here the first is an
-    error, also a circle of links, and links are followed.
+    fsspec would pass over folders that cannot be listed, and take links to local folders for files. Here the first is
+    an error, also a circle of links, and links are followed.
     """
-    if not fs.isdir(path):
+    kind = _kind(fs, path)
+    # Web servers do not tell a folder from a file, but for the slash.
+    if kind is None or (kind != "directory" and not path.endswith("/")):
         return []
-    if not isinstance(fs, LocalFileSystem):
-        return list(fs.find(path))
-    return list(_walk(path, frozenset()))
+    if isinstance(fs, LocalFileSystem):
+        return list(_walk(path, frozenset())) if kind == "directory" else []
+    return [name for name, is_folder in _below(fs, path, None) if not is_folder]
+
+
+def _below(fs: AbstractFileSystem, folder: str, depth: int | None) -> Iterator[tuple[str, bool]]:
+    """(path, whether it is a folder) of all that lies in a remote folder, down to `depth` levels."""
+    for info in fs.ls(folder, detail=True):
+        is_folder = info["type"] == "directory"
+        # Some stores list the folder itself.
+        if info["name"].strip("/") == folder.strip("/"):
+            continue
+        yield info["name"], is_folder
+        if is_folder and depth != 1:
+            yield from _below(fs, info["name"], None if depth is None else depth - 1)
 
 
 def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
@@ -237,8 +278,19 @@ def _glob(fs: AbstractFileSystem, path: str) -> list[str]:
     if isinstance(fs, LocalFileSystem):
         folders = {match: os.path.isdir(match) for match in glob.glob(path, recursive=True)}
     else:
-        folders = {match: info["type"] == "directory" for match, info in fs.glob(path, detail=True).items()}
+        folders = _remote_glob(fs, path.replace("?", "[?]") if path.startswith("http") else path)
     return [file for match, is_folder in folders.items() for file in (_find(fs, match) if is_folder else [match])]
+
+
+def _remote_glob(fs: AbstractFileSystem, pattern: str) -> dict[str, bool]:
+    """Matches in a store, and which of them are folders. fsspec's own glob passes over folders that fail to list."""
+    first = re.search(r"[*?[]", pattern)
+    root = pattern[: first.start() if first else None].rpartition("/")[0]
+    if root and _kind(fs, root) is None:
+        return {}
+    depth = None if "**" in pattern else pattern[len(root) :].lstrip("/").count("/") + 1
+    matches = re.compile(glob_translate(pattern)).match
+    return {name: is_folder for name, is_folder in _below(fs, root, depth) if matches(name)}
 
 
 def _dump(path: Path, data: bytes) -> None:
@@ -268,41 +320,57 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _upload(fs: AbstractFileSystem, path: str, put: Callable[[], object]) -> None:
-    """Object stores need no folders, file servers do."""
+def _upload(fs: AbstractFileSystem, path: str, put: Callable[[str], object]) -> None:
+    """Put a file in one piece. Object stores need no folders, file servers do."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    folder = path.rpartition("/")[0]
+    target = f"{folder}/.{uuid.uuid4().hex}.tmp" if protocols & _FILE_SERVERS else path
     try:
-        put()
-    except FileNotFoundError:
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        put()
+        try:
+            put(target)
+        except FileNotFoundError as error:
+            if is_passing(error):
+                raise
+            fs.makedirs(folder, exist_ok=True)
+            put(target)
+        if target != path:
+            fs.mv(target, path)
+    except BaseException:
+        if target != path:
+            with suppress(Exception):
+                fs.rm(target)
+        raise
 
 
-# Stores raise what they like (botocore, aiohttp ... are no OSError), so all of Exception is translated here.
-@contextmanager
-def _reading(uri: str) -> Iterator[None]:
+def _reading(uri: str, work: Callable[[], _Result]) -> _Result:
+    return _attempt(uri, work, "read", InputError)
+
+
+def _writing(uri: str, work: Callable[[], _Result], verb: str = "written") -> _Result:
+    return _attempt(uri, work, verb, OutputError)
+
+
+def _attempt(
+    uri: str, work: Callable[[], _Result], verb: str, lasting: type[InputError] | type[OutputError]
+) -> _Result:
+    """Do it; again, with a store, when it fails by what passes. Stores raise what they like, so all is translated."""
     try:
-        yield
+        return work() if is_local(uri) else patiently(work, redact(uri))
     except AdaRoundError:
         raise
     except Exception as error:
-        raise InputError(f"{redact(uri)}: cannot be read: {_reason(error)}") from error
+        text = f"{redact(uri)}: cannot be {verb}: {_reason(error)}"
+        if is_local(uri) or not is_passing(error):
+            raise lasting(text) from error
+        raise UnreachableError(f"{text}; the store does not answer, start the job again later") from error
 
 
-@contextmanager
-def _writing(uri: str, verb: str = "written") -> Iterator[None]:
-    try:
-        yield
-    except AdaRoundError:
-        raise
-    except Exception as error:
-        raise OutputError(f"{redact(uri)}: cannot be {verb}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """One line, without credentials."""
+    error = passing_cause(error) or error
     if isinstance(error, FileNotFoundError):
         return "no such file or folder"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        return " ".join(redact(error.strerror).lower().split())
     lines = redact(str(error)).splitlines()
     return lines[0] if lines else type(error).__name__

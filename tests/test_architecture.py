@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / NAME
 
 # A file may import from its own layer and from lower ones. A folder stands for all files in it.
 LAYERS = [
-    {"errors", "logs", "storage", "jsontext", "stopping"},
+    {"errors", "logs", "storage", "uris", "retries", "integrity", "jsontext", "stopping"},
     {"numerics", "spec", "spec_errors", "spec_format", "spec_load", "spec_quantize", "spec_reference", "spec_rounding"},
     {"distributed"},
     {"data", "model", "activations"},
@@ -78,6 +78,8 @@ def _import_violations(part: str, tree: ast.Module) -> Iterator[str]:
             yield f"{where}: at module level, here torch is imported inside functions only"
         if target == "torch.load":
             yield f"{where}: call it as torch.load, so that weights_only=True can be checked"
+        if target == "time.time":
+            yield f"{where}: call it as time.time, so that its use can be checked"
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
@@ -94,10 +96,14 @@ def _imports(tree: ast.Module) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
 def _call_violations(part: str, tree: ast.Module) -> Iterator[str]:
     methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__hash__"]
     inside_hash = {node for method in methods for node in ast.walk(method)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    dates = {argument for node in calls if ast.unparse(node.func) == "int" for argument in node.args}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
+        if called == "time.time" and node not in dates:
+            yield f"line {node.lineno}: time.time() jumps with the clock; use time.monotonic(), or int(...) for a date"
         if called == "hash" and node not in inside_hash:
             yield f"line {node.lineno}: hash() differs between processes; use hashlib"
         if called == "print" and part not in {"cli", "examples"}:
@@ -135,6 +141,8 @@ def test_file_follows_the_rules(path: str) -> None:
         ("model/load.py", "import torch\ntorch.load(path, weights_only=flag)", "weights_only"),
         ("walk.py", "seed = hash('a')", "hashlib"),
         ("walk.py", "print('a')", "print()"),
+        ("walk.py", "import time\nstart = time.time()", "time.monotonic()"),
+        ("walk.py", "from time import time", "call it as time.time"),
         ("model/utils.py", "", "utils.py"),
         ("walk.py", "\n" * 401, "400 lines"),
         ("walk.py", "def f():\n" + "    pass\n" * 60, "60 lines"),
@@ -155,6 +163,7 @@ def test_a_broken_rule_is_noticed(path: str, source: str, rule: str) -> None:
         ("numerics/grid.py", f"import math\nfrom torch import Tensor\nfrom {NAME}.numerics.layers import pad"),
         ("model/load.py", "import torch\ntorch.load(path, map_location='cpu', weights_only=True)"),
         ("walk.py", "def f():\n" + "    pass\n" * 59),
+        ("cli.py", "import time\nstamp = int(time.time())"),
     ],
 )
 def test_what_the_rules_allow(path: str, source: str) -> None:

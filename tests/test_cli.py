@@ -139,6 +139,38 @@ def _nan_data(folder: Path) -> None:
     np.savez(folder / "data.npz", x=np.full((4, 8), np.inf, dtype=np.float32))
 
 
+def _huge_weights(folder: Path) -> None:
+    state = toy_models.mlp().state_dict()
+    state["first.weight"][0, 0] = torch.finfo(torch.float32).max
+    torch.save(state, folder / "weights.pt")
+
+
+def _huge_data(folder: Path) -> None:
+    x = np.zeros((4, 8), np.float32)
+    x[3] = np.finfo(np.float32).max
+    np.savez(folder / "data.npz", x=x)
+
+
+def _weights(folder: Path) -> None:
+    torch.save(toy_models.mlp().state_dict(), folder / "weights.pt")
+
+
+def _flipped_weights(folder: Path) -> None:
+    _weights(folder)
+    weight = toy_models.mlp().state_dict()["first.weight"].numpy().tobytes()
+    content = bytearray((folder / "weights.pt").read_bytes())
+    content[content.index(weight)] ^= 1
+    (folder / "weights.pt").write_bytes(content)
+
+
+def _list_of_others(folder: Path) -> None:
+    (folder / "SUMS").write_text(f"{'0' * 64}  data.npz\n", encoding="utf-8")
+
+
+def _empty_list(folder: Path) -> None:
+    (folder / "SUMS").write_text("", encoding="utf-8")
+
+
 def _other_data(folder: Path) -> None:
     np.savez(folder / "data.npz", y=np.zeros((4, 8), np.float32), z=np.zeros((4, 8), np.float32))
 
@@ -156,6 +188,8 @@ def _finish_another_job(folder: Path) -> None:
 def _nothing(folder: Path) -> None:
     pass
 
+
+_CHECKED = f"{{factory: 'nets:mlp', weights: '{{}}/weights.pt', sha256: '{'0' * 64}'}}"
 
 # (what is wrong, preparation of the folder, --set, exit code, beginning of the line, what else it says)
 BAD = [
@@ -181,7 +215,15 @@ BAD = [
     ("damaged data", _corrupt_data, "", 65, "", "data.npz"),
     ("fields of no input", _other_data, "", 65, "", "data.fields"),
     ("weights not finite", _nan_weights, "model.weights={}/weights.pt", 65, "the model of", "not finite"),
-    ("data not finite", _nan_data, "", 65, "", "finite"),
+    ("data not finite", _nan_data, "", 65, "", "data.npz, sample 0: the field 'x' is inf at (0,)"),
+    ("scales not finite", _huge_weights, "model.weights={}/weights.pt", 65, "layer first: the scale of", "ignore"),
+    ("activations not finite", _huge_data, "", 65, "layer first: its activations are", "sample 1 of microbatch 1"),
+    ("other weights", _weights, f"model={_CHECKED}", 65, "", "weights.pt: its SHA-256 is not model.sha256"),
+    ("other data", _list_of_others, "data.checksums={}/SUMS", 65, "", "data.npz: its SHA-256 is not that of"),
+    ("unlisted data", _empty_list, "data.checksums={}/SUMS", 65, "", "data.npz: is not in the list"),
+    ("no list", _nothing, "data.checksums={}/SUMS", 65, "", "SUMS: cannot be read: no such file"),
+    ("a flipped bit in .pt", _flipped_weights, "model.weights={}/weights.pt", 65, "model.weights", "Bad CRC-32"),
+    ("no checksum", _weights, "model.sha256=abc", 64, "model.sha256: 'abc' must be 64 hexadecimal digits", "sha256sum"),
     ("failing transform", _nothing, "data.transform='nets:halved'", 65, "data.transform", "KeyError"),
     ("nothing to quantize", _nothing, "quantize.ignore=[Linear]", 65, "none of the model's", "quantize.ignore"),
     ("output is a file", _output_is_a_file, "", 73, "", "out"),

@@ -1,6 +1,7 @@
 """Readers of binary files: .npy, .npz, .safetensors, .pt and .pth.
 
-No pickled object is ever built, and no array may claim more than its file holds.
+No pickled object is ever built, no array may claim more than its file holds, and the checksums that zip files (.npz,
+.pt) carry are compared before anything is read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
 from distributed_adaround.errors import InputError
+from distributed_adaround.integrity import check_safetensors, check_zip, is_zip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -37,6 +39,9 @@ def read_npy(path: Path) -> dict[str, Column]:
     """One array, field "input"; memory mapped."""
     with path.open("rb") as file:
         shape, dtype = _npy_header(file)
+        missing = file.tell() + math.prod(shape) * dtype.itemsize - path.stat().st_size
+    if missing and not dtype.hasobject:
+        raise InputError(f"has {abs(missing)} bytes {'less' if missing > 0 else 'more'} than its header says")
     if dtype.hasobject:
         return {"input": _numpy_column(shape, dtype, lambda: np.empty(0))}
     array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -45,6 +50,7 @@ def read_npy(path: Path) -> dict[str, Column]:
 
 def read_npz(path: Path) -> dict[str, Column]:
     """Arrays by name; each is read whole when first used, since it may be compressed."""
+    check_zip(path, compressed=True)
     columns = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -61,14 +67,18 @@ def read_npz(path: Path) -> dict[str, Column]:
 
 def read_safetensors(path: Path) -> dict[str, Column]:
     """Tensors by name, read sample by sample."""
+    check_safetensors(path)
     file: Any = safe_open(path, framework="pt")  # mapped for as long as the columns live
     return {name: _safetensors_column(file, name) for name in sorted(file.keys())}
 
 
 def read_torch(path: Path) -> dict[str, Column]:
     """A tensor (field "input"), a dict of tensors, or a list of tensors or of dicts, where each item is one sample."""
-    # Only zip files, which torch.save writes since 1.6, can be mapped.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    # Only zip files, which torch.save writes since 1.6, can be mapped. Mapped, no tensor reaches beyond the file.
+    mapped = is_zip(path)
+    if mapped:
+        check_zip(path, compressed=False)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if isinstance(content, Tensor):
         return {"input": _tensor_column(content)}
     if isinstance(content, dict):
@@ -89,6 +99,8 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return (), np.dtype([("structured", "u1")])
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
+    if any(size < 0 for size in shape):
+        raise InputError(f"has the shape {shape} in its header")
     return shape, dtype
 
 

@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import Any
 
 from distributed_adaround import jsontext, storage
+from distributed_adaround.data.checksums import Checksums
 from distributed_adaround.errors import InputError
 
 
@@ -180,16 +181,20 @@ def build_manifest(
     virtual_shards: int,
     fields: Mapping[str, str] | None,
     one_sample_per_file: bool,
+    checksums: str | None = None,
 ) -> Manifest:
     """List, read and hash the files, and cut their samples into microbatches.
 
     uri: one or several files, folders or globs. fields: model input name -> field in the file; None: all numeric fields
-    under their own names. one_sample_per_file: the arrays have no sample axis.
+    under their own names. one_sample_per_file: the arrays have no sample axis. checksums: URI of a list of the
+    SHA-256 that the files must have.
 
-    Raises: InputError when nothing matches, or a file is empty, damaged, of an unknown type or unlike the others.
+    Raises: InputError when nothing matches, or a file is empty, damaged, of an unknown type, unlike the others, or not
+    as the list says.
     """
     usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri)
-    files = tuple(_data_file(found, fields, one_sample_per_file) for found in usable)
+    expected = None if checksums is None else Checksums.read(checksums)
+    files = tuple(_data_file(found, fields, one_sample_per_file, expected) for found in usable)
     num_available = sum(file.num_samples for file in files)
     manifest = Manifest(
         files=files,
@@ -197,7 +202,7 @@ def build_manifest(
         microbatches=cut(take(num_available, num_samples), microbatch_size, virtual_shards),
         num_shards=virtual_shards,
         one_sample_per_file=one_sample_per_file,
-        skipped=skipped,
+        skipped=tuple(other for other in skipped if other != checksums),
     )
     assert manifest.fields  # merging them proves that the files agree
     return manifest
@@ -224,13 +229,17 @@ def _list_data(uris: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     return usable, skipped
 
 
-def _data_file(uri: str, fields: Mapping[str, str] | None, one_sample_per_file: bool) -> DataFile:
+def _data_file(
+    uri: str, fields: Mapping[str, str] | None, one_sample_per_file: bool, expected: Checksums | None
+) -> DataFile:
     from distributed_adaround.data.readers import scan  # the readers import torch
 
     with storage.local_file(uri) as path:
-        shown = storage.redact(uri)
+        shown, sha256 = storage.redact(uri), storage.sha256_file(path)
+        if expected is not None:
+            expected.check(uri, sha256)
         num_samples, infos = scan(path, shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
-        return DataFile(uri, path.stat().st_size, storage.sha256_file(path), num_samples, infos)
+        return DataFile(uri, path.stat().st_size, sha256, num_samples, infos)
 
 
 def _merged_fields(files: Sequence[DataFile]) -> tuple[FieldInfo, ...]:

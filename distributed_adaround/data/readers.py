@@ -49,10 +49,13 @@ class SampleFile:
     _rows: Mapping[str, Callable[[int], Tensor]]
 
     def read(self, row: int) -> dict[str, Tensor]:
-        """One sample, without a batch axis. Raises InputError."""
+        """One sample, without a batch axis. Raises InputError, also for NaN and infinity."""
         assert 0 <= row < self.num_samples, f"row {row} of {self.num_samples}"
         with _explained(f"{self.shown}, sample {row}"):
-            return {name: read(row) for name, read in self._rows.items()}
+            sample = {name: read(row) for name, read in self._rows.items()}
+            for name, value in sample.items():
+                _check_finite(name, value)
+            return sample
 
 
 def has_reader(uri: str) -> bool:
@@ -124,6 +127,17 @@ def _num_samples(source: str, column: Column, one_sample_per_file: bool) -> int:
 def _row_reader(column: Column, one_sample_per_file: bool) -> Callable[[int], Tensor]:
     whole = column.whole
     return (lambda _: whole()) if one_sample_per_file and whole is not None else column.row
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not (value.is_floating_point() or value.is_complex()):
+        return
+    # 8-bit floats have few operators of their own.
+    finite = (value.float() if value.element_size() == 1 else value).isfinite()
+    if not finite.all():
+        place = tuple((~finite).nonzero()[0].tolist())
+        where = f" at {place}" if place else ""
+        raise InputError(f"the field {name!r} is {value[place].item()}{where}; mend it, or leave the sample out")
 
 
 def _suffix(name: str) -> str:

@@ -11,6 +11,7 @@ import importlib
 import importlib.machinery
 import inspect
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distributed_adaround.errors import InputError
+from distributed_adaround.integrity import check_safetensors, check_zip, is_zip
 from distributed_adaround.model.archive import unsafe_content
 from distributed_adaround.model.sites import ModelInputs
 
@@ -73,12 +75,15 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     Raises InputError for a missing, damaged or unsafe file and for weights that are not finite.
     """
     try:
+        if is_zip(path):
+            check_zip(path, compressed=False)
         found = unsafe_content(path)
         if found is not None:
-            raise InputError(f"model.program {str(path)!r} is refused: {found}; use model.factory for such a model")
-        program = torch.export.load(path)
-    except InputError:
-        raise
+            raise InputError(f"is refused: {found}; use model.factory for such a model")
+        with _silent("torch.export"):  # which logs a traceback of what it then raises
+            program = torch.export.load(path)
+    except InputError as error:
+        raise InputError(f"model.program {str(path)!r} {error}") from error
     except OSError as error:
         raise InputError(f"model.program {str(path)!r} cannot be read: {error.strerror or error}") from error
     except Exception as error:
@@ -199,6 +204,17 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
 
 
 @contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """A library's logger says nothing for the time of the block."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
 def _importable(search_path: Path | None) -> Iterator[None]:
     """search_path at the end of sys.path for the time of the block."""
     if search_path is None:
@@ -233,14 +249,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     """Name to tensor on the host. Raises InputError for a file that is missing, damaged or no state dict."""
     try:
         if path.suffix == ".safetensors":
+            check_safetensors(path)
             state: Any = safetensors.torch.load_file(path)
         elif path.suffix in (".pt", ".pth"):
+            if is_zip(path):
+                check_zip(path, compressed=False)
             with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of a file it then refuses
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                # Mapped, no tensor reaches beyond the file.
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
         else:
-            raise InputError(f"model.weights {str(path)!r} ends in {path.suffix!r}; use .safetensors, .pt or .pth")
-    except InputError:
-        raise
+            raise InputError(f"ends in {path.suffix!r}; use .safetensors, .pt or .pth")
+    except InputError as error:
+        raise InputError(f"model.weights {str(path)!r} {error}") from error
     except OSError as error:
         raise InputError(f"model.weights {str(path)!r} cannot be read: {error.strerror or error}") from error
     except Exception as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 from distributed_adaround.distributed.comm import Comm, agreed
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.sites import row_mask
+from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem, OutputErrors
 
 
@@ -39,11 +40,7 @@ def output_errors(
         sums[index] = _microbatch_errors(problem, weights, bias, x, target, mask)
     total = comm.all_reduce(sums).sum(dim=0)
     if not bool(torch.isfinite(total).all()):
-        raise agreed(
-            InputError(
-                f"layer {problem.name}: its activations are not finite; check the weights and the calibration data"
-            )
-        )
+        raise non_finite_error(problem, comm)
     if not total[-1, 0]:
         raise agreed(
             InputError(f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask")

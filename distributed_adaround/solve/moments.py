@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm, agreed
-from distributed_adaround.errors import InputError
+from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.model.sites import row_mask
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic
 from distributed_adaround.numerics.patches import unfolded_pieces
+from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
 
@@ -76,11 +76,7 @@ class _Size:
 def _measure(problem: LayerProblem, comm: Comm) -> Moments:
     size = _Size.of_all(comm.all_gather_object(_own_size(problem)))
     if not (math.isfinite(size.inputs) and math.isfinite(size.change)):
-        raise agreed(
-            InputError(
-                f"layer {problem.name}: its activations are not finite; check the weights and the calibration data"
-            )
-        )
+        raise non_finite_error(problem, comm)
     groups, inputs = problem.geometry.groups, problem.geometry.inputs_per_output
     total, device = problem.total_microbatches, problem.device
     square = (groups, inputs, inputs)

@@ -280,7 +280,7 @@ def test_an_npz_member_that_claims_too_much(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the array 'x' claims more elements than the file holds"):
         opened(tmp_path / "a.npz")
     (tmp_path / "a.npy").write_bytes(header.getvalue() + b"1234")
-    with pytest.raises(InputError, match=r"^shown/a.npy: cannot be read, damaged"):
+    with pytest.raises(InputError, match=r"^shown/a.npy: has 39999999999996 bytes less than its header says"):
         opened(tmp_path / "a.npy")
 
 
@@ -301,8 +301,8 @@ def test_damaged_files(name: str, write: Callable[[Path], None], tmp_path: Path)
 
 def test_an_npz_with_other_things_in_it(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("../evil.sh", "rm")
-    with pytest.raises(InputError, match=r"holds '../evil.sh', which is not a .npy array"):
+        archive.writestr("evil.sh", "rm")
+    with pytest.raises(InputError, match=r"holds 'evil.sh', which is not a .npy array"):
         opened(tmp_path / "a.npz")
 
 

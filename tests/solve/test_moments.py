@@ -18,8 +18,6 @@ from distributed_adaround.solve import moments as moments_file
 from distributed_adaround.solve.moments import layer_moments, layer_quadratic
 from distributed_adaround.solve.problem import LayerProblem, MomentCache
 
-NOT_FINITE = "layer block.layer: its activations are not finite; check the weights and the calibration data"
-
 
 def rows_of(problem: LayerProblem, x: Tensor) -> Tensor:
     """What each output sees, `(G, rows, J)`: the layer itself with weights that pick one input after the other."""
@@ -385,4 +383,9 @@ def test_inputs_that_are_not_finite_are_told_by_rank_0(
             layer_moments(share(problem, comm.rank, world_size), comm)
         return str(caught.value), caught.value.told_by
 
-    assert run_ranks(world_size, work) == [(NOT_FINITE, 0)] * world_size
+    what = "quantized input" if stream == "inputs" else "float input"
+    message = (
+        f"layer block.layer: its activations are not finite: {value} in its {what}, sample 1 of microbatch 2; check "
+        "the weights and the calibration data"
+    )
+    assert run_ranks(world_size, work) == [(message, 0)] * world_size

@@ -1,0 +1,59 @@
+"""Where activations stop being finite: looked for only when a sum over them came out infinite or NaN."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.distributed.comm import Comm, agreed
+from distributed_adaround.errors import InputError
+from distributed_adaround.model.sites import row_mask
+from distributed_adaround.solve.problem import LayerProblem
+
+# (microbatch, sample in it, what, value)
+_Place = tuple[int, int, str, float]
+
+
+def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
+    """The error to raise, with the first microbatch and sample over all ranks. A collective: all ranks ask together."""
+    places = [place for place in comm.all_gather_object(_first_place(problem)) if place is not None]
+    problem_is, where = f"too large for {str(problem.dtype).removeprefix('torch.')}", ""
+    if places:
+        microbatch, sample, what, value = min(places, key=lambda place: place[:3])
+        problem_is = problem_is if math.isfinite(value) else "not finite"
+        where = f": {value:.3g} in its {what}, sample {sample} of microbatch {microbatch}"
+    return agreed(
+        InputError(
+            f"layer {problem.name}: its activations are {problem_is}{where}; check the weights and the calibration data"
+        )
+    )
+
+
+def _first_place(problem: LayerProblem) -> _Place | None:
+    """Of this rank. The float stream comes first: what it cannot compute, the quantized one cannot either."""
+    acts = problem.activations
+    channel_dim = 1 if problem.geometry.num_spatial_dims else -1
+    streams = {"float input": acts.float_inputs, "float output": acts.targets, "quantized input": acts.inputs}
+    for position in sorted(range(len(acts.indices)), key=acts.indices.__getitem__):
+        for what, tensors in streams.items():
+            found = _first_sample(tensors[position].to(problem.dtype), acts.masks[position], channel_dim)
+            if found is not None:
+                return (acts.indices[position], found[0], what, found[1])
+    return None
+
+
+def _first_sample(values: Tensor, mask: Tensor | None, channel_dim: int) -> tuple[int, float] | None:
+    """(position in the microbatch, value) of the first sample with a value that counts and has no finite square."""
+    rows = values.movedim(channel_dim, -1)
+    bad = ~torch.isfinite(rows.square())
+    keep = row_mask(mask, tuple(rows.shape[:-1]))
+    if keep is not None:
+        bad &= keep.to(bad.device).unsqueeze(-1)
+    if not bool(bad.any()):
+        return None
+    place = tuple(bad.nonzero()[0].tolist())
+    # Tokens of all samples may lie in one dimension.
+    flattened = mask is not None and rows.shape[0] == mask.numel() != mask.shape[0]
+    return (place[0] // mask.shape[1] if flattened and mask is not None else place[0]), float(rows[place])
