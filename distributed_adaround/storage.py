@@ -34,6 +34,8 @@ from distributed_adaround.errors import AdaRoundError, InputError, OutputError
 _CREDENTIALS = re.compile(r"(?<=://)(?:[^/@:\s]*:(?!\d+(?:/|\s|$))\S*@|[^/\s]*@)")
 # A query: after an http URL anything, elsewhere only what holds a "=", since "?" is also a wildcard.
 _QUERY = re.compile(r"(?<=://)([^?\s'\"]*)\?[^\s?'\"]*=[^\s'\"]*")
+# Temporary files of `_replace`.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _HTTP_QUERY = re.compile(r"(https?://[^?#\s'\"]*)[?#][^\s'\"]*")
 
 
@@ -163,6 +165,19 @@ def write_file(uri: str, write: Callable[[Path], object]) -> None:
             _upload(fs, path, lambda: fs.put_file(str(copy), path))
 
 
+def remove_leftovers(uri: str) -> None:
+    """Remove temporary files that killed writers left in a local folder (not below it), where nobody writes now.
+
+    Raises: OutputError when one cannot be removed.
+    """
+    with _writing(uri, "cleaned"):
+        fs, path = _resolve(uri)
+        if isinstance(fs, LocalFileSystem):
+            for file in Path(path).glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
+
+
 def remove_tree(uri: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens when there is none. Raises OutputError."""
     with _writing(uri, "removed"):
@@ -249,7 +264,7 @@ def _dump(path: Path, data: bytes) -> None:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the target, sync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
         _sync(temporary)
