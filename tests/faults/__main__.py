@@ -7,13 +7,14 @@ case is one line on the screen and in DIR/results.jsonl; the exit code is 1 when
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.faults import jobs, kills, records, saves, worlds
+from tests.faults import clock, crowd, disk, elastic, hang, jobs, kills, launch, network, records, saves, worlds
 from tests.faults.trial import Bench, Record
 
 Trial = Callable[[Bench, argparse.Namespace], Iterator[Record]]
@@ -22,6 +23,12 @@ TRIALS: dict[str, tuple[Trial, int, str]] = {
     "kills": (kills.run, 10, "SIGKILL at random moments; count: kills"),
     "saves": (saves.run, 20, "SIGKILL inside a save; count: cases"),
     "worlds": (worlds.run, 3, "1, 2, 3, 4 and 8 ranks; count: restarts on another number, for each job"),
+    "disk": (disk.run, 12, "full, read-only, without inodes, file size limit; count: cases"),
+    "hang": (hang.run, 9, "SIGSTOP of one rank; count: cases"),
+    "network": (network.run, 1, "two hosts: killed, cut off, lossy, shrinking; count: rounds"),
+    "elastic": (elastic.run, 8, "torchrun --max-restarts restarts killed ranks; count: kills"),
+    "clock": (clock.run, 1, "the clock jumps; count: rounds"),
+    "crowd": (crowd.run, 1, "four jobs at once; count: crowds"),
 }
 
 
@@ -30,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.trial == "table":
         print(records.table(options.out))
         return 0
+    # So that an interrupted harness leaves no process, mount or network behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="fault-trials-") as folder:
-        bench = Bench(Path(folder), options.seed, options.job)
-        return _run(bench, options)
+        try:
+            return _run(Bench(Path(folder), options.seed, options.job), options)
+        finally:
+            launch.end_all()
 
 
 def _run(bench: Bench, options: argparse.Namespace) -> int:

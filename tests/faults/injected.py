@@ -10,8 +10,8 @@ The fault strikes the given rank when it comes to the point for the COUNT-th tim
     reduce    before a sum over ranks; FILE is "-". On one rank there are none
 
 FILE is how the path of the file ends. Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term` (SIGTERM),
-`usr2` (SIGUSR2), to the rank itself. It works on what the program uses of the system (os.fsync, os.replace) and of torch
-(dist.all_reduce), so the program holds no hooks for it.
+`usr2` (SIGUSR2), to the rank itself. It works on what the program uses of the system (os.fsync, os.replace) and of
+torch (dist.all_reduce), so the program holds no hooks for it.
 """
 
 from __future__ import annotations

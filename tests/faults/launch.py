@@ -100,6 +100,9 @@ class Attempt:
         return found + [f"{path.name} was left in TMPDIR" for path in self.scratch.glob("adaround-*")]
 
 
+_started: list[Attempt] = []
+
+
 def start(
     job: Job,
     output: str | Path,
@@ -136,7 +139,15 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Attempt(process, mark, log, scratch)
+    _started.append(Attempt(process, mark, log, scratch))
+    return _started[-1]
+
+
+def end_all() -> None:
+    """Kill what is left of all attempts of this process, for a harness that is interrupted."""
+    for attempt in _started:
+        if attempt.process.poll() is None:
+            attempt.kill_all()
 
 
 def _environment(mark: str, scratch: Path) -> dict[str, str]:
@@ -182,3 +193,15 @@ def kill(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def state(pid: int) -> str:
+    """The letter of /proc/PID/stat: R, S, T (stopped), Z ...; X for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def alive(pid: int) -> bool:
+    return state(pid) not in "XZ"

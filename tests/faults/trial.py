@@ -58,9 +58,9 @@ class Bench:
         return self._seconds[job.name]
 
     def solving_seconds(self, job: Job) -> float:
-        """How much of it went by between the first layer and the end."""
-        events = (self.reference(job) / "events" / "rank-0.jsonl").read_text(encoding="utf-8").splitlines()
-        first, last = (datetime.fromisoformat(json.loads(line)["time"]) for line in (events[0], events[-1]))
+        """How much of it went by between the first layer's start and the end."""
+        found = events(self.reference(job))
+        first, last = (datetime.fromisoformat(event["time"]) for event in (found[0], found[-1]))
         return (last - first).total_seconds()
 
     def output(self) -> Path:
@@ -143,3 +143,25 @@ def finish(job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **opt
             verdict.problems.append(f"attempt {number} on {ranks} ranks ended with {code}: {tail[-600:]}")
             return number
     return 0
+
+
+def events(output: Path) -> list[Record]:
+    """What rank 0 wrote down."""
+    path = output / "events" / "rank-0.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def starts(output: Path) -> list[Record]:
+    """The attempts that came as far as the first layer."""
+    return [event for event in events(output) if event["event"] == "start"]
+
+
+def seconds_to_next_layer(output: Path, since: float) -> float | None:
+    """From a time (of time.time) to the first new layer behind it, or to the end where none was left to do."""
+    for event in events(output):
+        moment = datetime.fromisoformat(event["time"]).timestamp()
+        new = event["event"] == "done" or (event["event"] == "layer" and not event["resumed"])
+        if new and moment > since:
+            return round(moment - since, 1)
+    return None
