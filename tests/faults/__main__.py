@@ -14,7 +14,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tests.faults import clock, crowd, disk, elastic, hang, jobs, kills, launch, network, records, saves, worlds
+from tests.faults import (
+    clock,
+    crowd,
+    disk,
+    elastic,
+    hang,
+    jobs,
+    kills,
+    launch,
+    network,
+    records,
+    saves,
+    soak,
+    stop,
+    worlds,
+)
 from tests.faults.trial import Bench, Record
 
 Trial = Callable[[Bench, argparse.Namespace], Iterator[Record]]
@@ -24,11 +39,13 @@ TRIALS: dict[str, tuple[Trial, int, str]] = {
     "saves": (saves.run, 20, "SIGKILL inside a save; count: cases"),
     "worlds": (worlds.run, 3, "1, 2, 3, 4 and 8 ranks; count: restarts on another number, for each job"),
     "disk": (disk.run, 12, "full, read-only, without inodes, file size limit; count: cases"),
+    "stop": (stop.run, 12, "SIGTERM and SIGUSR2, once and twice; count: cases"),
     "hang": (hang.run, 9, "SIGSTOP of one rank; count: cases"),
     "network": (network.run, 1, "two hosts: killed, cut off, lossy, shrinking; count: rounds"),
     "elastic": (elastic.run, 8, "torchrun --max-restarts restarts killed ranks; count: kills"),
     "clock": (clock.run, 1, "the clock jumps; count: rounds"),
     "crowd": (crowd.run, 1, "four jobs at once; count: crowds"),
+    "soak": (soak.run, 30, "faults of all kinds at random; count: minutes"),
 }
 
 

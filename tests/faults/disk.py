@@ -67,7 +67,7 @@ def _watch_failure(attempt: launch.Attempt, output: Path, reference: Path, verdi
     errors = [line for line in attempt.text().splitlines() if line.startswith("error: ")]
     verdict.expect(len(errors) == 1, f"{len(errors)} lines of error: {errors}")
     verdict.expect(any("cannot be" in line for line in errors), f"the error does not say what cannot be done: {errors}")
-    verdict.expect("Traceback" not in attempt.text(), "a traceback was shown")
+    verdict.expect("Traceback" not in attempt.text_of_ranks(), "a traceback was shown")
     verdict.whole(output, reference)
     left = [path.name for path in output.rglob("*.tmp")]
     verdict.expect(not left, f"temporary files left: {', '.join(left)}")

@@ -1,4 +1,4 @@
-"""A rank that is alive but does nothing: stopped by SIGSTOP before a sum over ranks, in a save, or while it starts."""
+"""A rank that is alive but does nothing: stopped by SIGSTOP before ranks talk, in a save, or while it starts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from tests.faults.injected import Fault
 from tests.faults.jobs import Job
 from tests.faults.trial import Bench, Record, Verdict, exit_code, finish
 
-KINDS = ("reduce", "save", "start")
+KINDS = ("talk", "save", "start")
 TIMEOUT = 12.0
-# Ranks that wait notice it that much later than the timeout: torch looks now and then, and a process has to end.
-_GRACE = 6.0
+# So much later than the timeout the others may be gone: torch looks now and then, the ranks ask each other who is
+# missing, let one of them speak, and end, on a machine with more to do than cores.
+_GRACE = 15.0
 # torchrun leaves a rank that does not answer SIGTERM that long before it is killed.
 _SHUTDOWN = 4
 
@@ -34,7 +35,7 @@ def run(bench: Bench, options: Namespace) -> Iterator[Record]:
 def one_hang(bench: Bench, job: Job, kind: str, ranks: int, rank: int, timeout: float = TIMEOUT) -> Record:
     reference, output, verdict = bench.reference(job), bench.output(), Verdict()
     fault = {
-        "reduce": Fault("freeze", "reduce", "-", bench.draw.randint(1, 60), rank),
+        "talk": Fault("freeze", "talk", "-", bench.draw.randint(1, 90), rank),
         "save": Fault("freeze", "unrenamed", "commits/manifest.json", bench.draw.randint(1, 6), 0),
         "start": None,
     }[kind]
@@ -50,7 +51,7 @@ def one_hang(bench: Bench, job: Job, kind: str, ranks: int, rank: int, timeout: 
         attempt.wait_until(lambda: rank in attempt.ranks())
         launch.kill(attempt.ranks()[rank], signal.SIGSTOP)
     frozen: list[int] = []
-    attempt.wait_until(lambda: bool(frozen) or _find_frozen(attempt, frozen))
+    verdict.expect(attempt.wait_until(lambda: _find_frozen(attempt, frozen)), "the fault did not strike")
     since = time.monotonic()
     others = [pid for pid in attempt.ranks().values() if pid not in frozen]
     attempt.wait_until(lambda: not any(launch.alive(pid) for pid in others))
@@ -60,7 +61,7 @@ def one_hang(bench: Bench, job: Job, kind: str, ranks: int, rank: int, timeout: 
     # Joining has no limit that a rank which is starting could be late by: the others may still be importing torch.
     limit = timeout + _GRACE + (bench.seconds(job) if kind == "start" else 0)
     verdict.expect(seconds <= limit, f"the other ranks waited {seconds} s, the limit is {limit:.0f} s")
-    verdict.expect(code in (1, 75), f"the job ended with {code}, not with 75")
+    verdict.expect(code == 75, f"the job ended with {code}, not with 75")
     errors = [line for line in attempt.text().splitlines() if line.startswith("error: ")]
     verdict.expect(bool(errors), "nobody said why")
     verdict.whole(output, reference)

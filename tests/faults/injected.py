@@ -7,11 +7,11 @@ The fault strikes the given rank when it comes to the point for the COUNT-th tim
     unsynced  all of it was written, nothing was synced
     unrenamed it was synced, but has not its name yet
     renamed   it has its name, the folder was not synced
-    reduce    before a sum over ranks; FILE is "-". On one rank there are none
+    talk      before ranks talk to each other; FILE is "-". On one rank there is nothing to strike
 
 FILE is how the path of the file ends. Actions: `kill` (SIGKILL), `freeze` (SIGSTOP), `term` (SIGTERM),
 `usr2` (SIGUSR2), to the rank itself. It works on what the program uses of the system (os.fsync, os.replace) and of
-torch (dist.all_reduce), so the program holds no hooks for it.
+torch (the collectives of torch.distributed), so the program holds no hooks for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ ACTIONS = {
     "usr2": signal.SIGUSR2,
 }
 SAVE_POINTS = ("empty", "half", "unsynced", "unrenamed", "renamed")
-POINTS = (*SAVE_POINTS, "reduce")
+POINTS = (*SAVE_POINTS, "talk")
+_COLLECTIVES = ("all_reduce", "broadcast", "all_gather_object", "broadcast_object_list")
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Fault:
 
 def arm(fault: Fault) -> None:
     """Put the fault into this process."""
-    sync, rename, reduce = os.fsync, os.replace, dist.all_reduce
+    sync, rename = os.fsync, os.replace
 
     def watched_sync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -89,12 +91,19 @@ def arm(fault: Fault) -> None:
         if here and fault.point == "renamed":
             fault.strike()
 
-    def watched_reduce(*args: Any, **kwargs: Any) -> Any:
-        if fault.point == "reduce" and fault.reached():
-            fault.strike()
-        return reduce(*args, **kwargs)
+    os.fsync, os.replace = watched_sync, watched_rename
+    if fault.point == "talk":
+        for name in _COLLECTIVES:
+            setattr(dist, name, _before(fault, getattr(dist, name)))
 
-    os.fsync, os.replace, dist.all_reduce = watched_sync, watched_rename, watched_reduce
+
+def _before(fault: Fault, function: Callable[..., Any]) -> Callable[..., Any]:
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        if fault.reached():
+            fault.strike()
+        return function(*args, **kwargs)
+
+    return struck
 
 
 def _target(temporary: Path) -> str:

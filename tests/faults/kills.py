@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path
 from statistics import median
 
 from tests.faults import jobs, launch
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, finish, seconds_to_next_layer, starts
+from tests.faults.trial import Bench, Record, Verdict, finish, moment, seconds_to_next_layer
 
 SIZES = (1, 2, 3)
 VICTIMS = ("rank", "rank", "launcher", "all")
@@ -38,8 +37,7 @@ def one_job(bench: Bench, job: Job, num_kills: int) -> Record:
     while len(kills) < num_kills and not done:
         ranks, victim = bench.draw.choice(SIZES), bench.draw.choice(VICTIMS)
         attempt = launch.start(job, output, ranks)
-        moment = _moment(bench, job, output, ranks, attempt)
-        done = not attempt.wait_until(moment)
+        done = not attempt.wait_until(moment(bench, job, output, ranks, attempt))
         if not done:
             kill = {"victim": victim, "ranks": ranks, "after": round(attempt.seconds, 1)}
             struck = time.monotonic()
@@ -56,26 +54,6 @@ def one_job(bench: Bench, job: Job, num_kills: int) -> Record:
     ends = [kill["end"] for kill in kills] or [0.0]
     return verdict.record("kills", job, f"{len(kills)} kills, finished on {ranks} ranks", kills=kills,
                           end_seconds=median(ends), recovery_seconds=seconds_to_next_layer(output, before))  # fmt: skip
-
-
-def _moment(bench: Bench, job: Job, output: Path, ranks: int, attempt: launch.Attempt) -> Callable[[], bool]:
-    """When to strike: in one of four cases at any time from the start, else in a layer, or in the export, drawn."""
-    # Two cores: several ranks take longer than one.
-    slower = 1.6 if ranks > 1 else 1.0
-    if bench.draw.random() < 0.25:
-        after = bench.draw.uniform(0.2, slower * bench.seconds(job))
-        return lambda: attempt.seconds > after
-    of = jobs.committed(bench.reference(job))
-    layers = bench.draw.randint(jobs.committed(output), of)
-    after = bench.draw.uniform(0, slower * bench.solving_seconds(job) / of)
-    started, begun = len(starts(output)), []
-
-    def reached() -> bool:
-        if not begun and len(starts(output)) > started and jobs.committed(output) >= layers:
-            begun.append(attempt.seconds)
-        return bool(begun) and attempt.seconds > begun[0] + after
-
-    return reached
 
 
 def strike(attempt: launch.Attempt, victim: str, bench: Bench) -> None:

@@ -46,6 +46,10 @@ class Attempt:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def text_of_ranks(self) -> str:
+        """The part before the lines of torchrun, which shows a traceback of its own when a rank fails."""
+        return self.text().partition("torch/distributed/elastic")[0]
+
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that run now, by rank."""
         found = {}

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import disk, hang, jobs, kills, launch, records, saves, worlds
+from tests.faults import disk, hang, jobs, kills, launch, records, saves, stop, worlds
 from tests.faults.injected import Fault
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Verdict
+from tests.faults.trial import Bench, Verdict, starts
 
 CHANGES = {"data": {"num_samples": 30}, "rounding": {"sweeps": 10}}
 
@@ -31,43 +31,42 @@ def job(bench: Bench) -> Job:
     return bench.job("transformer-gram")
 
 
-def test_killed_ranks_and_a_killed_launcher(bench: Bench, job: Job) -> None:
-    record = kills.one_job(bench, job, 2)
+def test_killed_at_a_random_moment(bench: Bench, job: Job) -> None:
+    record = kills.one_job(bench, job, 1)
     assert record["problems"] == []
-    assert len(record["kills"]) > 0
+    assert len(record["kills"]) == 1
 
 
 def test_torchrun_dies_and_takes_its_ranks_along(bench: Bench, job: Job) -> None:
     output, verdict = bench.output(), Verdict()
     attempt = launch.start(job, output, 2)
-    assert attempt.wait_until(lambda: len(attempt.ranks()) == 2 and kills.starts(output) != [])
+    assert attempt.wait_until(lambda: len(attempt.ranks()) == 2 and starts(output) != [])
     attempt.process.kill()
     verdict.ended(attempt)
     assert verdict.problems == []
     assert jobs.committed(output) < jobs.committed(bench.reference(job))
 
 
-@pytest.mark.parametrize("fault", ["kill:half:commits/manifest.json:2:0", "kill:renamed:quantized.safetensors:1:0"])
-def test_killed_inside_a_save(bench: Bench, job: Job, fault: str) -> None:
-    assert saves.one_save(bench, job, Fault.parse(fault))["problems"] == []
+def test_killed_inside_a_save(bench: Bench, job: Job) -> None:
+    assert saves.one_save(bench, job, Fault.parse("kill:half:commits/manifest.json:2:0"))["problems"] == []
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_same_bytes_on_any_number_of_ranks(bench: Bench, job: Job, ranks: int) -> None:
-    assert worlds.one_size(bench, job, ranks)["problems"] == []
+def test_the_same_bytes_on_three_ranks(bench: Bench, job: Job) -> None:
+    assert worlds.one_size(bench, job, 3)["problems"] == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which needs root")
 def test_a_full_disk(bench: Bench, job: Job) -> None:
-    assert disk.one_case(bench, job, "full", 2)["problems"] == []
+    """Only root may mount a small one; a limit on file sizes does for others."""
+    kind = "full" if os.geteuid() == 0 else "file size"
+    assert disk.one_case(bench, job, kind, 2)["problems"] == []
 
 
-def test_files_that_may_not_grow(bench: Bench, job: Job) -> None:
-    assert disk.one_case(bench, job, "file size", 2)["problems"] == []
+def test_asked_to_stop_twice(bench: Bench, job: Job) -> None:
+    assert stop.one_stop(bench, job, "twice", 2)["problems"] == []
 
 
 def test_a_rank_that_hangs(bench: Bench, job: Job) -> None:
-    assert hang.one_hang(bench, job, "reduce", 2, 1, timeout=4)["problems"] == []
+    assert hang.one_hang(bench, job, "talk", 2, 1, timeout=4)["problems"] == []
 
 
 def _copy(bench: Bench, job: Job) -> tuple[Path, Path]:
@@ -117,7 +116,7 @@ def test_orphans_and_spilled_files_are_noticed(tmp_path: Path) -> None:
     assert launch.marked("orphan") == []
 
 
-@pytest.mark.parametrize("text", ["kill:nowhere:x:1:0", "shout:reduce:-:1:0", "term:half:x:1:0"])
+@pytest.mark.parametrize("text", ["kill:nowhere:x:1:0", "shout:talk:-:1:0", "term:half:x:1:0"])
 def test_faults_that_do_not_exist_are_refused(text: str) -> None:
     with pytest.raises(SystemExit, match=text):
         Fault.parse(text)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -120,10 +120,13 @@ def _is_json(text: str) -> bool:
 
 
 def exit_code(attempt: launch.Attempt, returncode: int) -> int:
-    """What the ranks of an attempt ended with: torchrun makes 1 of everything, but a rank that fails leaves a note."""
+    """What the ranks of an attempt ended with: torchrun makes 1 of everything, but a rank that fails leaves a note.
+
+    Ranks that were killed leave none: try again.
+    """
     path = attempt.scratch / "status.json"
     if returncode == 0 or not path.exists():
-        return returncode
+        return TRY_AGAIN if returncode else 0
     return int(json.loads(path.read_text(encoding="utf-8"))["exit_code"])
 
 
@@ -138,11 +141,31 @@ def finish(job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **opt
         verdict.ended(attempt)
         if code == 0:
             return number
-        if code not in (1, TRY_AGAIN) or number == _MAX_ATTEMPTS:
+        if code != TRY_AGAIN or number == _MAX_ATTEMPTS:
             tail = " / ".join(attempt.text().splitlines()[-4:])
             verdict.problems.append(f"attempt {number} on {ranks} ranks ended with {code}: {tail[-600:]}")
             return number
     return 0
+
+
+def moment(bench: Bench, job: Job, output: Path, ranks: int, attempt: launch.Attempt) -> Callable[[], bool]:
+    """When to strike: in one of four cases at any time from the start, else in a layer, or in the export, drawn."""
+    # Two cores: several ranks take longer than one.
+    slower = 1.6 if ranks > 1 else 1.0
+    if bench.draw.random() < 0.25:
+        after = bench.draw.uniform(0.2, slower * bench.seconds(job))
+        return lambda: attempt.seconds > after
+    of = jobs.committed(bench.reference(job))
+    layers = bench.draw.randint(jobs.committed(output), of)
+    after = bench.draw.uniform(0, slower * bench.solving_seconds(job) / of)
+    started, begun = len(starts(output)), []
+
+    def reached() -> bool:
+        if not begun and len(starts(output)) > started and jobs.committed(output) >= layers:
+            begun.append(attempt.seconds)
+        return bool(begun) and attempt.seconds > begun[0] + after
+
+    return reached
 
 
 def events(output: Path) -> list[Record]:
@@ -160,8 +183,8 @@ def starts(output: Path) -> list[Record]:
 def seconds_to_next_layer(output: Path, since: float) -> float | None:
     """From a time (of time.time) to the first new layer behind it, or to the end where none was left to do."""
     for event in events(output):
-        moment = datetime.fromisoformat(event["time"]).timestamp()
+        written = datetime.fromisoformat(event["time"]).timestamp()
         new = event["event"] == "done" or (event["event"] == "layer" and not event["resumed"])
-        if new and moment > since:
-            return round(moment - since, 1)
+        if new and written > since:
+            return round(written - since, 1)
     return None
