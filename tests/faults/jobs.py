@@ -31,8 +31,8 @@ _TRANSFORMER = {
 }
 _NETWORKS: dict[str, dict[str, Any]] = {"cnn": _CNN, "transformer": _TRANSFORMER}
 _SOLVERS: dict[str, dict[str, Any]] = {
-    "gram": {"solver": "gram", "sweeps": 50},
-    "minibatch": {"solver": "minibatch", "max_iter": 120, "batch_size": 96, "reproducible": True},
+    "gram": {"solver": "gram", "sweeps": 30},
+    "minibatch": {"solver": "minibatch", "max_iter": 60, "batch_size": 96, "reproducible": True},
 }
 NAMES = tuple(f"{network}-{solver}" for network in _NETWORKS for solver in _SOLVERS)
 

@@ -15,11 +15,11 @@ from tests.faults.trial import Bench, Record, Verdict, finish, moment, seconds_t
 
 SIZES = (1, 2, 3)
 VICTIMS = ("rank", "rank", "launcher", "all")
-_KILLS_PER_JOB = 4
+_KILLS_PER_JOB = 9
 
 
 def run(bench: Bench, options: Namespace) -> Iterator[Record]:
-    """One record per job: up to 4 kills, then it is left to finish. options.count: kills in all."""
+    """One record per job: up to 9 kills, then it is left to finish. options.count: kills in all."""
     left, number = options.count, 0
     while left > 0:
         job = bench.job(bench.names[number % len(bench.names)])
