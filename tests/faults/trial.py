@@ -149,14 +149,15 @@ def finish(job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **opt
 
 
 def moment(bench: Bench, job: Job, output: Path, ranks: int, attempt: launch.Attempt) -> Callable[[], bool]:
-    """When to strike: in one of four cases at any time from the start, else in a layer, or in the export, drawn."""
+    """When to strike: in one of four cases at any time from the start, else in one of the next layers, or in the export."""
     # Two cores: several ranks take longer than one.
     slower = 1.6 if ranks > 1 else 1.0
     if bench.draw.random() < 0.25:
         after = bench.draw.uniform(0.2, slower * bench.seconds(job))
         return lambda: attempt.seconds > after
     of = jobs.committed(bench.reference(job))
-    layers = bench.draw.randint(jobs.committed(output), of)
+    # A few layers on, so that several kills of one job spread over its length.
+    layers = min(of, jobs.committed(output) + bench.draw.randint(0, 3))
     after = bench.draw.uniform(0, slower * bench.solving_seconds(job) / of)
     started, begun = len(starts(output)), []
 
