@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__, logs, storage
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError
+from distributed_adaround.parent import end_with_launcher
 from distributed_adaround.report.status import read_status, record_failure
 from distributed_adaround.spec import JobSpec, json_schema, load_spec
 from distributed_adaround.spec_reference import markdown
@@ -32,6 +33,7 @@ _LET_OTHERS_SPEAK_SECONDS = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see errors.py). One line per error, a traceback only with --debug."""
+    end_with_launcher()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # `python -m distributed_adaround job.yaml` means run.
     if given and given[0] not in (*COMMANDS, "-h", "--help", "--version"):

@@ -48,6 +48,9 @@ class JobCommits(Commits):
         self._checkpoint: Checkpoint | None = None
         with phase(comm, "open the output"):
             if comm.rank == 0:
+                # Before any rank writes: all of them wait for this phase.
+                for folder in ("", "commits", "commits/layers", "events"):
+                    storage.remove_leftovers(storage.join(uri, folder))
                 self._checkpoint = Checkpoint.open(uri, fingerprint, overwrite)
                 if not (self._checkpoint.committed or overwrite):
                     _refuse_to_replace(uri)

@@ -41,6 +41,7 @@ __all__ = [
     "local_file",
     "read_bytes",
     "redact",
+    "remove_leftovers",
     "remove_tree",
     "sha256_file",
     "size",
@@ -51,6 +52,9 @@ __all__ = [
 _DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 # Servers that write into the old file itself, and can rename.
 _FILE_SERVERS = frozenset({"sftp", "ssh"})
+
+# Temporary files of `_replace`.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 _Result = TypeVar("_Result")
 
@@ -190,6 +194,22 @@ def write_file(uri: str, write: Callable[[Path], object]) -> None:
         _writing(uri, upload)
 
 
+def remove_leftovers(uri: str) -> None:
+    """Remove temporary files that killed writers left in a local folder (not below it), where nobody writes now.
+
+    Raises: OutputError when one cannot be removed.
+    """
+
+    def remove() -> None:
+        fs, path = _resolve(uri)
+        if isinstance(fs, LocalFileSystem):
+            for file in Path(path).glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
+
+    _writing(uri, remove, "cleaned")
+
+
 def remove_tree(uri: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens when there is none.
 
@@ -301,7 +321,7 @@ def _dump(path: Path, data: bytes) -> None:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the target, sync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
         _sync(temporary)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -243,6 +246,34 @@ def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         storage.write_file(str(tmp_path / "x"), write)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from distributed_adaround import storage\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"storage.write_bytes({str(tmp_path / 'a.json')!r}, b'new')"
+    )
+    (tmp_path / "a.json").write_bytes(b"old")
+    others = [".mine.tmp", "x.tmp", f".{'0' * 32}.tmp", "below/.b.0123456789abcdef0123456789abcdef.tmp"]
+    for name in others:
+        storage.write_bytes(f"{tmp_path}/{name}", b"1")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".a.json.*.tmp")
+    assert left.read_bytes() == b"new"
+    storage.remove_leftovers(str(tmp_path))
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"a.json", *others}
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+
+
+def test_leftovers_of_other_stores_and_of_no_folder(memory: str, tmp_path: Path) -> None:
+    """A store uploads in one piece and has none."""
+    name = ".a.0123456789abcdef0123456789abcdef.tmp"
+    storage.write_bytes(f"{memory}/{name}", b"1")
+    storage.remove_leftovers(memory)
+    assert storage.exists(f"{memory}/{name}")
+    storage.remove_leftovers(f"{tmp_path}/never-there")
 
 
 def test_write_file_publishes_only_what_is_whole(folder: str) -> None:

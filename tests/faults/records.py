@@ -1,0 +1,48 @@
+"""Results as JSON lines, one per case, written as soon as it is done; and the table that is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Record = dict[str, Any]
+FILE_NAME = "results.jsonl"
+
+
+def append(folder: Path, record: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def table(folder: Path) -> str:
+    """Of each trial the records of the command that ran last, in Markdown."""
+    lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
+    latest: dict[str, dict[str, Record]] = {}
+    for line in lines:
+        record = json.loads(line)
+        cases = latest.setdefault(record["trial"], {})
+        if any(case["command"] != record["command"] for case in cases.values()):
+            cases.clear()
+        cases[f"{record['job']}: {record['case']}"] = record
+    head = ["| trial | went well | figures | command |", "|---|---|---|---|"]
+    return "\n".join(head + [_row(trial, list(cases.values())) for trial, cases in latest.items()])
+
+
+def _row(trial: str, records: list[Record]) -> str:
+    good = sum(record["ok"] for record in records)
+    figures = []
+    kills = [kill for record in records for kill in record.get("kills", ())]
+    if kills:
+        figures.append(f"{len(kills)} kills")
+    for name, text in (
+        ("recovery_seconds", "back at work"),
+        ("end_seconds", "all ended"),
+    ):
+        values = [record[name] for record in records if record.get(name) is not None]
+        if values:
+            figures.append(f"{text} after {median(values):.1f} s (median), {max(values):.1f} s (most)")
+    return f"| {trial} | {good} of {len(records)} | {'; '.join(figures)} | `{records[0]['command']}` |"
