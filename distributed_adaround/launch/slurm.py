@@ -12,7 +12,7 @@ from distributed_adaround.errors import SpecError
 from distributed_adaround.launch.request import LaunchRequest, match
 
 CONTAINERS = ("pyxis", "apptainer")
-_START = ("python", "-m", "distributed_adaround", "launch", "torchrun")
+_PROGRAM = ("python", "-m", "distributed_adaround")
 # Slurm sends the warning up to a minute late.
 _SLURM_DELAY_SECONDS = 60
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
@@ -54,7 +54,7 @@ class SlurmOptions:
 def render(request: LaunchRequest, options: SlurmOptions) -> str:
     """The text of an sbatch script. The same request gives the same text."""
     template = Template(files(__package__).joinpath("slurm.sbatch").read_text(encoding="utf-8"))
-    srun_options, command = _container(options)
+    container, program = _container(options)
     return template.substitute(
         title=f"AdaRound on {request.nodes} x {request.ranks} ranks (machines x ranks of each).",
         made_by=request.made_by,
@@ -63,8 +63,8 @@ def render(request: LaunchRequest, options: SlurmOptions) -> str:
         warning_seconds=request.grace_seconds + _SLURM_DELAY_SECONDS,
         grace_seconds=request.grace_seconds,
         job=shlex.join(request.arguments),
-        command=command,
-        srun_options=srun_options,
+        container=container,
+        program=program,
         ranks=request.ranks,
         cpus=request.cpus,
     )
@@ -81,14 +81,14 @@ def _directives(request: LaunchRequest, options: SlurmOptions) -> list[str]:
 
 
 def _container(options: SlurmOptions) -> tuple[str, str]:
-    """More options of srun, and the command on each machine, both as shell text. $PWD is the folder of sbatch."""
-    start = shlex.join(_START)
+    """More options of srun, and the words that call the program, both as shell text. $PWD is the folder of sbatch."""
+    program = shlex.join(_PROGRAM)
     if options.image is None:
-        return "", start
+        return "", program
     image = shlex.quote(options.image)
     if options.container == "pyxis":
         mounts = shlex.quote(",".join(f"{folder}:{folder}" for folder in options.mounts))
         mounts = f'"$PWD:$PWD",{mounts}' if options.mounts else '"$PWD:$PWD"'
-        return f'--container-image={image} --container-mounts={mounts} --container-workdir="$PWD"', start
+        return f'--container-image={image} --container-mounts={mounts} --container-workdir="$PWD"', program
     binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in options.mounts)
-    return "", re.sub(" +", " ", f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {binds} {image} {start}')
+    return "", re.sub(" +", " ", f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {binds} {image} {program}')

@@ -1,6 +1,6 @@
 """The sbatch script on a real Slurm of two nodes. What it needs to be installed: tests/support/slurm_cluster.py.
 
-    pytest -m slurm
+pytest -m slurm
 """
 
 import json
@@ -59,7 +59,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def logs(script: Path, job: str) -> str:
     """What the script and the nodes said, for messages of failed tests."""
-    return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(script.parent.glob(f"digits-{job}*.log")))
+    return "\n".join(
+        f"--- {path.name}\n{path.read_text()}" for path in sorted(script.parent.glob(f"digits-{job}*.log"))
+    )
 
 
 def steps(cluster: SlurmCluster) -> list[int]:

@@ -12,8 +12,8 @@ import launched
 import pytest
 from launched import SCRIPT, SHORT, committed, finish, kill_rank, killed_at_the_end, prepare, results, start, until
 
-# What the script calls: `validate`, `status`, torchrun, and real Python for the rest. Each start of torchrun does the next
-# line of the plan: its own exit code, what the ranks leave in the status file ("-": nothing), the job's status line.
+# What the script calls: `validate`, `status`, torchrun, and real Python for the rest. Each start of torchrun does the
+# next line of the plan: its exit code, what the ranks leave in the status file ("-": nothing), the job's status line.
 STAND_IN = """#!/bin/bash
 folder=$(dirname "$0")
 case "$*" in
@@ -53,18 +53,30 @@ def test_arguments_reach_torchrun_as_they_are(tmp_path: Path) -> None:
 
 
 def test_several_machines_meet_at_the_first(tmp_path: Path) -> None:
-    where = {"NNODES": "3", "RDZV_ENDPOINT": "n0:29400", "RDZV_ID": "j.1", "LOCAL_ADDR": "10.0.0.2", "JOIN_SECONDS": "9"}
+    where = {
+        "NNODES": "3",
+        "RDZV_ENDPOINT": "n0:29400",
+        "RDZV_ID": "j.1",
+        "LOCAL_ADDR": "10.0.0.2",
+        "JOIN_SECONDS": "9",
+    }
     code, (arguments,), _ = play(tmp_path, ["0 - 0:done"], NODE_RANK="1", **where)
     assert code == 0
-    for option in ("--nnodes=3", "--rdzv-endpoint=n0:29400", "--rdzv-id=j.1", "--local-addr=10.0.0.2", "--rdzv-backend=c10d"):
+    for option in (
+        "--nnodes=3",
+        "--rdzv-endpoint=n0:29400",
+        "--rdzv-id=j.1",
+        "--local-addr=10.0.0.2",
+        "--rdzv-backend=c10d",
+    ):
         assert f" {option} " in arguments
-    assert "--rdzv-conf=join_timeout=9,is_host=0 " in arguments
+    assert "--rdzv-backend=c10d " in arguments
     for variable in ("JOB_COMPLETION_INDEX", "SLURM_NODEID"):
         folder = tmp_path / variable
         folder.mkdir()
         code, (arguments,), _ = play(folder, ["0 - 0:done"], **where, **{variable: "0"})
         assert code == 0
-        assert ",is_host=1 " in arguments
+        assert "join_timeout=120,is_host=1 " in arguments
 
 
 @pytest.mark.parametrize("code", [64, 65, 70, 73])

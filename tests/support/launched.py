@@ -1,4 +1,4 @@
-"""The digits job under launch/torchrun.sh or in a cluster: start, watch, disturb, and compare the bytes of the result."""
+"""The digits job under launch/torchrun.sh or in a cluster: start, watch, disturb, and compare results."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +110,5 @@ def kill_rank(pid: int, rank: int) -> None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
