@@ -90,16 +90,21 @@ attempt() {
   run "$PYTHON" -m torch.distributed.run "${options[@]}" -m distributed_adaround run "$@"
 }
 
-# What the ranks of this machine said. Without a word of theirs (killed, never started) only "done" is believed of the
-# job's own record, which may be that of an earlier start.
+# What the job says of itself, as one line in a file; its exit code.
+job_status() {
+  "$PYTHON" -m distributed_adaround status "$@" >"$scratch/status" 2>/dev/null
+}
+
+# What the ranks of this machine said. Where they only lost others, or could say nothing (killed, never started), the job's
+# own record counts, unless it was there before.
 exit_code() {
   local said=75 job
   if [[ -s $ADAROUND_STATUS_FILE ]]; then
     said=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"])' "$ADAROUND_STATUS_FILE")
   fi
-  "$PYTHON" -m distributed_adaround status "$@" >"$scratch/status" 2>/dev/null
+  job_status "$@"
   job=$?
-  if ((job == 0)) || [[ $said == 75 && -s $ADAROUND_STATUS_FILE ]]; then
+  if [[ $said == 75 ]] && [[ $job == 0 || $(<"$scratch/status") != "$before" ]]; then
     said=$job
   fi
   echo "$said"
@@ -126,6 +131,8 @@ fi
 [[ -n ${NPROC:-} ]] || NPROC=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)') || exit 70
 check_number NPROC 1
 
+job_status "$@"
+before=$(<"$scratch/status")
 failures=0
 progress=
 while true; do
