@@ -1,4 +1,4 @@
-"""Command line: run | plan | validate | status | schema. Everything that needs torch is imported where it is used."""
+"""Command line: run | plan | validate | status | schema | launch. What needs torch is imported where it is used."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__, logs, storage
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError
+from distributed_adaround.launch.arguments import add_launch
 from distributed_adaround.parent import end_with_launcher
 from distributed_adaround.report.status import read_status, record_failure
 from distributed_adaround.spec import JobSpec, json_schema, load_spec
@@ -24,7 +25,7 @@ from distributed_adaround.stopping import StopRequest
 if TYPE_CHECKING:
     from distributed_adaround.plan import JobPlan
 
-COMMANDS = ("run", "plan", "validate", "status", "schema")
+COMMANDS = ("run", "plan", "validate", "status", "schema", "launch")
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 130
 # torchrun ends all ranks as soon as one exits, and names that one: let it be the one that tells the user.
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # `python -m distributed_adaround job.yaml` means run.
     if given and given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "run")
-    options = _parser().parse_args(given)
+    options = _parser().parse_args(given, argparse.Namespace(given=given))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     debug = bool(getattr(options, "debug", False))
     logs.configure(rank, world_size, debug)
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON Schema of job files")
     schema.add_argument("--markdown", action="store_true", help="print a table of all fields instead")
     schema.set_defaults(command=_schema)
+    add_launch(commands)
     return parser
 
 

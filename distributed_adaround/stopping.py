@@ -4,6 +4,9 @@ Schedulers send them some time before they take a machine away. USR2, since NCCL
 
 Before and after the walk through the layers there is nothing to save, and the first signal raises StoppedError where
 the program is. Inside `deferred` it only sets `requested`, which the loops look at.
+
+Launchers may say it more than once: Slurm signals all processes of a step, and torchrun passes its own signal on to the
+ranks. So signals within ECHO_SECONDS of the first are the same one.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 from distributed_adaround.errors import StoppedError
 
+ECHO_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 _TRY_AGAIN = StoppedError.exit_code
 
@@ -60,10 +65,13 @@ class StopRequest:
 
     def _count(self, reader: int) -> None:
         """Thread: one byte per signal."""
+        first = 0.0
         with suppress(OSError), os.fdopen(reader, "rb", buffering=0) as signals:
             while byte := signals.read(1):
                 if byte[0] not in SIGNALS:
                     continue
-                if self.requested:
+                now = time.monotonic()
+                if self.requested and now - first > ECHO_SECONDS:
                     os._exit(_TRY_AGAIN)
-                self.requested = True
+                if not self.requested:
+                    first, self.requested = now, True

@@ -22,13 +22,13 @@ LAYERS = [
     {"data", "model", "activations"},
     {"walk", "solve"},
     {"checkpoint", "solver_state", "export", "report"},
-    {"network", "layer_setup", "commits", "monitor", "job", "api", "plan"},
+    {"network", "layer_setup", "commits", "monitor", "job", "api", "plan", "launch"},
     {"__init__", "__main__", "cli"},
     {"examples"},
 ]
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 SPEC_STOPS_AT = LAYER_OF["job"]
-TORCH_FREE = {*LAYERS[0], *LAYERS[1], "__init__", "__main__", "cli"} - {"numerics"}
+TORCH_FREE = {*LAYERS[0], *LAYERS[1], "__init__", "__main__", "cli", "launch"} - {"numerics"}
 LAUNCHERS = ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 

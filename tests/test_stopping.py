@@ -58,6 +58,8 @@ def test_a_second_signal_ends_at_once_even_inside_a_call_that_does_not_return() 
     """A lock held by nobody stands for a collective whose peers are gone: Python's own handlers would wait for it."""
     ended = run("""
         import ctypes
+        from distributed_adaround import stopping
+        stopping.ECHO_SECONDS = 0
         with stop.listening(), stop.deferred():
             def ask():
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -70,6 +72,22 @@ def test_a_second_signal_ends_at_once_even_inside_a_call_that_does_not_return() 
                 ctypes.CDLL(None).pause()
     """)
     assert ended.returncode == 75, ended.stderr
+
+
+def test_signals_that_come_together_count_as_one() -> None:
+    """Slurm signals ranks and torchrun, which signals the ranks again."""
+    ended = run("""
+        from distributed_adaround import stopping
+        stopping.ECHO_SECONDS = 3600
+        with stop.listening(), stop.deferred():
+            for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            while not stop.requested:
+                pass
+            print("saved")
+        print("ended by itself")
+    """)
+    assert (ended.returncode, ended.stdout) == (0, "saved\nended by itself\n"), ended.stderr
 
 
 def test_afterwards_signals_are_as_before() -> None:

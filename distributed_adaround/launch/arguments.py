@@ -1,0 +1,131 @@
+"""The command `launch torchrun | slurm | kubernetes`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.resources import files
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from distributed_adaround import storage
+from distributed_adaround.launch import kubernetes, slurm
+from distributed_adaround.launch.request import LaunchRequest
+from distributed_adaround.spec import load_spec
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_launch(commands: Subparsers) -> None:
+    """Adds the command `launch` to those of the program."""
+    text = "run a job with restarts, or write the files that start it on a cluster; needs no torch"
+    kinds = commands.add_parser("launch", help=text, description=text).add_subparsers(required=True, metavar="WHERE")
+    text = "run a job on all GPUs of this machine, and start it again where that helps (see launch/torchrun.sh)"
+    # Everything behind it belongs to torchrun.sh, --help too.
+    torchrun = kinds.add_parser("torchrun", help=text, description=text, add_help=False, prefix_chars="\0")
+    torchrun.add_argument("rest", nargs="*")
+    torchrun.set_defaults(command=_torchrun)
+    text = "write an sbatch script"
+    _add_slurm(kinds.add_parser("slurm", help=text, description=text))
+    text = "write manifests for kubectl apply"
+    _add_kubernetes(kinds.add_parser("kubernetes", help=text, description=text))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("job", metavar="JOB", help="job file: .yaml, .json or .toml")
+    add("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a field")
+    add("--nodes", required=True, metavar="N", help="machines")
+    add(
+        "--gpus",
+        default="0",
+        metavar="G",
+        help="GPUs of each machine, one rank on each (default: 0, the job runs on CPUs)",
+    )
+    add("--ranks", metavar="R", help="ranks on each machine, without GPUs (default: 1)")
+    add("--cpus", default="4", metavar="C", help="CPU cores of each rank (default: 4)")
+    add("--memory", metavar="SIZE", help="memory of each machine, for instance 64GiB (default: what the cluster gives)")
+    add("--grace", default="60", metavar="SECONDS", help="time to save before ranks are killed (default: 60)")
+    add("--name", metavar="NAME", help="name of the job on the cluster (default: that of the job file)")
+    add("--out", metavar="FILE", help="write to this file (default: print)")
+
+
+def _add_slurm(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    add = parser.add_argument
+    add("--time", metavar="LIMIT", help="time limit, for instance 04:00:00; then the job saves and is queued again")
+    add("--partition", metavar="NAME", help="partition")
+    add("--account", metavar="NAME", help="account to charge")
+    add("--image", metavar="IMAGE", help="run in this container image, with --container")
+    add("--container", choices=slurm.CONTAINERS, help="what runs the image")
+    add(
+        "--mount", dest="mounts", action="append", default=[], metavar="FOLDER", help="a folder to see in the container"
+    )
+    parser.set_defaults(command=_slurm)
+
+
+def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    add = parser.add_argument
+    add("--image", required=True, metavar="IMAGE", help="image built from docker/Dockerfile")
+    add(
+        "--kind",
+        choices=kubernetes.KINDS,
+        default="job",
+        help="Indexed Job, JobSet or Kubeflow TrainJob (default: job)",
+    )
+    add(
+        "--claim",
+        metavar="NAME",
+        help=f"PersistentVolumeClaim, mounted at {kubernetes.DATA_FOLDER}, where the job starts",
+    )
+    add("--secret", metavar="NAME", help="Secret whose keys become variables, for object stores")
+    add("--service-account", metavar="NAME", help="ServiceAccount of the pods; its token is not mounted")
+    parser.set_defaults(command=_kubernetes)
+
+
+def _torchrun(options: argparse.Namespace) -> None:
+    script = files(__package__).joinpath("torchrun.sh")
+    os.execvpe("bash", ["bash", str(script), *options.rest], {"PYTHON": sys.executable, **os.environ})
+
+
+def _slurm(options: argparse.Namespace) -> None:
+    names = ("time", "partition", "account", "image", "container")
+    chosen = slurm.SlurmOptions(**_given(options, names), mounts=tuple(options.mounts))
+    _deliver(options, slurm.render(_request(options), chosen))
+
+
+def _kubernetes(options: argparse.Namespace) -> None:
+    request = _request(options)
+    chosen = kubernetes.KubernetesOptions(
+        **_given(options, ("image", "kind", "claim", "secret", "service_account")),
+        job_text=storage.read_bytes(options.job).decode("utf-8-sig"),
+        job_suffix=PurePosixPath(storage.file_name(options.job)).suffix.lower(),
+    )
+    _deliver(options, kubernetes.render(request, chosen))
+
+
+def _given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
+def _request(options: argparse.Namespace) -> LaunchRequest:
+    spec = load_spec(options.job, options.overrides)
+    overrides = [part for override in options.overrides for part in ("--set", override)]
+    name = options.name if options.name is not None else PurePosixPath(storage.file_name(options.job)).stem
+    return LaunchRequest.checked(
+        spec,
+        [options.job, *overrides],
+        ["python", "-m", "distributed_adaround", *options.given],
+        name=name,
+        **_given(options, ("nodes", "gpus", "ranks", "cpus", "memory", "grace")),
+    )
+
+
+def _deliver(options: argparse.Namespace, text: str) -> None:
+    if options.out is None:
+        sys.stdout.write(text)
+    else:
+        storage.write_bytes(options.out, text.encode())

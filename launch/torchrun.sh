@@ -1,0 +1,1 @@
+../distributed_adaround/launch/torchrun.sh
