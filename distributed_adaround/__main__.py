@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from distributed_adaround.cli import main as run
@@ -9,7 +10,13 @@ from distributed_adaround.cli import main as run
 
 def main() -> None:
     """Console script: run the command line and exit with its code."""
-    sys.exit(run())
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and "TORCHELASTIC_RUN_ID" in os.environ:
+        # Taking the interpreter and a broken process group apart takes seconds, or for ever; all is said and saved.
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

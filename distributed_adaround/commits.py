@@ -44,9 +44,9 @@ class JobCommits(Commits):
 
     def __init__(self, uri: str, fingerprint: Mapping[str, str], overwrite: bool, comm: Comm) -> None:
         self._comm = comm
-        self._states = SolverStates(uri, fingerprint)
         self._checkpoint: Checkpoint | None = None
         with phase(comm, "open the output"):
+            self._states = SolverStates(uri, fingerprint)
             if comm.rank == 0:
                 # Before any rank writes: all of them wait for this phase.
                 for folder in ("", "commits", "commits/layers", "events"):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 # How long survivors of a failed collective wait for each other to sign in.
-_ROLL_CALL = timedelta(seconds=1)
+_ROLL_CALL_SECONDS = 1.0
 
 _Error = TypeVar("_Error", bound=AdaRoundError)
 
@@ -143,15 +143,17 @@ class RollCall:
         # In a thread: a store whose host hangs, hangs too.
         caller = threading.Thread(target=lambda: found.append(self._call()), daemon=True)
         caller.start()
-        caller.join(2 * _ROLL_CALL.total_seconds())
+        caller.join(2 * _ROLL_CALL_SECONDS)
         return found[0] if found else None
 
     def _call(self) -> list[int] | None:
         keys = [f"alive/{self._session}/{rank}" for rank in range(dist.get_world_size())]
         try:
             self._store.set(keys[dist.get_rank()], "1")
-            with suppress(dist.DistStoreError):
-                self._store.wait(keys, _ROLL_CALL)
+            # Not store.wait: it logs warnings of its own.
+            until = time.monotonic() + _ROLL_CALL_SECONDS
+            while not self._store.check(keys) and time.monotonic() < until:
+                time.sleep(_ROLL_CALL_SECONDS / 20)
             return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
         except RuntimeError:
             return None
