@@ -30,6 +30,7 @@ from distributed_adaround.layer_setup import (
     make_problem,
     make_record,
     make_solver,
+    solver_of,
     weighted_grid,
 )
 from distributed_adaround.model.graph import capture, export_model, straight_line, without_cache
@@ -264,9 +265,11 @@ class NetworkRounder:
             self.spec, walker, site, layer_format, activations, total, self.device, self.store, self.moments
         )
         problem = weighted_grid(problem, layer_format, self.comm)
+        rounding = self.spec.rounding
+        self.progress.expect(rounding.with_solver(solver_of(rounding, problem)).num_steps)
         save_seconds = 60 * self.spec.runtime.save_minutes
         monitor = LayerMonitor(site.name, self.progress, self.stop, self.commits, save_seconds)
-        result = round_layer(problem, make_solver(self.spec.rounding), self.comm, monitor)
+        result = round_layer(problem, make_solver(rounding), self.comm, monitor)
         found = [result.codes, result.grid.scale, *(() if result.shift is None else (result.shift,))]
         same_everywhere(self.comm, found, f"layer {site.name}: the rounding")
         report = LayerReport(
@@ -274,7 +277,7 @@ class NetworkRounder:
             kind=site.module_class,
             shape=site.geometry.weight_shape,
             format=describe_format(layer_format),
-            solver=result.solver or self.spec.rounding.solver,
+            solver=result.solver or rounding.solver,
             nearest_error=result.nearest_error,
             soft_error=result.soft_error,
             hard_error=result.hard_error,

@@ -177,7 +177,7 @@ class _Trial:
             total += seconds(lambda: layer_moments(problem, comm)) * self.rank_share
             problem = weighted_grid(problem, layer.format, comm)
         solver = solver_of(rounding, problem)
-        num_steps = rounding.model_copy(update={"solver": solver}).num_steps
+        num_steps = rounding.with_solver(solver).num_steps
         if not num_steps:
             return total + (seconds(partial(solve, 1)) if rounding.needs_moments else 0.0)
         # The difference of two runs: the first steps pay for what is set up once.

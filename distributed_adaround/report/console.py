@@ -35,6 +35,9 @@ class SilentProgress:
     def layer(self, index: int, name: str, num_steps: int) -> None:
         """Layer `index` (from 0) begins and will take `num_steps` steps (0 where nothing is learned)."""
 
+    def expect(self, num_steps: int) -> None:
+        """The current layer will take another number of steps: another solver has taken it over."""
+
     def step(self, step: int, loss: float) -> None:
         """`step` steps of the current layer are done. Call it rarely, about every 100 steps."""
 
@@ -94,6 +97,9 @@ class Progress(SilentProgress):
         self._index, self._name, self._num_steps, self._share = index, name, num_steps, 0.0
         self._started = self._clock()
         self._show("")
+
+    def expect(self, num_steps: int) -> None:
+        self._num_steps = num_steps
 
     def step(self, step: int, loss: float) -> None:
         self._share = step / self._num_steps if self._num_steps else 0.0

@@ -76,6 +76,15 @@ def test_time_left_is_weighed_by_cost(clock: Clock) -> None:
         assert progress.seconds_left == 0
 
 
+def test_a_layer_that_another_solver_takes_over_has_its_number_of_steps(clock: Clock) -> None:
+    progress = Progress(2, io.StringIO(), clock=clock)
+    progress.layer(0, "a", 100)
+    progress.expect(400)
+    clock.now += 10
+    progress.step(200, 0.1)
+    assert progress.seconds_left == pytest.approx(10 + 20)
+
+
 def test_layers_from_commits_do_not_count_as_fast(clock: Clock) -> None:
     progress = Progress(4, io.StringIO(), clock=clock)
     progress.layer(0, "a", 0)
