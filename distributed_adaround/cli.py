@@ -168,7 +168,8 @@ def _how(spec: JobSpec) -> str:
 def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
     """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
     if getattr(options, "debug", False):
-        traceback.print_exception(error)
+        # Its lines hold what libraries raised, which know nothing of credentials.
+        print(storage.redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     told_by = getattr(error, "told_by", None)
     if told_by is None and isinstance(error, SpecError | StoppedError):
         # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
@@ -187,7 +188,7 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
     hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
     layer = getattr(error, "layer", None)
     what = "" if layer is None or layer in str(error) else f"layer {layer}: "
-    line = f"{where}{kind}{what}{' '.join(str(error).split())}{hint}"
+    line = storage.redact(f"{where}{kind}{what}{' '.join(str(error).split())}{hint}")
     print(f"error: {line}", file=sys.stderr)
     _tell_torchrun(line)
     if options.command is _run:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from distributed_adaround.uris import redact
+
 LOGGER_NAME = "distributed_adaround"
 
 
@@ -13,7 +15,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.write(redact(self.format(record)) + "\n")
             sys.stderr.flush()
         except OSError:
             self.handleError(record)

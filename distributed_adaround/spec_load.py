@@ -18,7 +18,7 @@ from distributed_adaround import storage
 from distributed_adaround.errors import InputError, SpecError
 from distributed_adaround.spec_errors import shorten, shown
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18  # what PyYAML, written in Python, reads in a second or two
 _MAX_PATH_PARTS = 16
 _MAX_INDEX_DIGITS = 4
 
@@ -26,7 +26,7 @@ _MAX_INDEX_DIGITS = 4
 def read_job(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The job file at a local path or URI as a mapping, with `section.field=value` overrides applied in order.
 
-    Raises SpecError when the file is missing, larger than 1 MiB, not valid, or an override cannot be applied.
+    Raises SpecError when the file is missing, larger than 256 KiB, not valid, or an override cannot be applied.
     """
     parsed = _parse(path, _read(path))
     if not isinstance(parsed, dict):
@@ -51,7 +51,7 @@ def _read(path: str) -> str:
     except InputError as error:
         raise SpecError(f"the job file cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{_named(path)}: {len(data)} bytes are more than 1 MiB; this is not a job file")
+        raise SpecError(f"{_named(path)}: {len(data)} bytes are more than 256 KiB; this is not a job file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,7 +68,8 @@ def _parse(path: str, text: str) -> Any:
         raise SpecError(f"{_named(path)}: nested too deeply; write fewer brackets") from None
     except (yaml.YAMLError, ValueError) as error:
         kind = "JSON" if suffix == "json" else "TOML" if suffix == "toml" else "YAML"
-        raise SpecError(f"{_named(path)}: not valid {kind}: {_where(error)}; correct it there") from error
+        # Not from the error, which quotes the file.
+        raise SpecError(f"{_named(path)}: not valid {kind}: {_where(error)}; correct it there") from None
 
 
 def _where(error: Exception) -> str:
@@ -151,7 +152,7 @@ def _apply(job: dict[str, Any], assignment: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise SpecError(
             f"--set {shorten(path)}: {shown(text)} is not a YAML value: {_where(error)}; quote it"
-        ) from error
+        ) from None
     result: dict[str, Any] = _assigned(job, parts, value, path)
     return result
 

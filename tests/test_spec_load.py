@@ -110,7 +110,7 @@ def test_yaml_values(tmp_path: Path, text: str, expected: object) -> None:
         ("j.toml", "a = 1\na = 2\nb = 3", ["TOML", "line 2"]),
         ("j.toml", "a = \nb = 1", ["TOML", "line 1"]),
         ("j.txt", "a: 1", [".yaml, .yml, .json or .toml", "rename"]),
-        ("j.yaml", "#" * (MAX_BYTES + 1), ["1 MiB"]),
+        ("j.yaml", "#" * (MAX_BYTES + 1), ["256 KiB"]),
     ],
 )
 def test_unreadable_files_say_where(tmp_path: Path, name: str, text: str | bytes, words: list[str]) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from distributed_adaround import __version__, jsontext, storage
 from distributed_adaround.errors import AdaRoundError, InputError, PeerError, SpecError, StoppedError
@@ -82,7 +82,12 @@ def read_status(uri: str) -> Status | None:
         return None
     try:
         found: Any = json.loads(storage.read_bytes(path))
-        return Status(**{name: found[name] for name in Status.__dataclass_fields__})
+        status = Status(**{name: found[name] for name in Status.__dataclass_fields__})
+        if status.state not in get_args(State) or not all(
+            type(number) is int for number in (status.exit_code or 0, status.layers_done, status.layers)
+        ):
+            raise TypeError(status)
+        return status
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{storage.redact(path)} is damaged: it is no status of a job; remove it") from error
 

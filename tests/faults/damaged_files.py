@@ -19,12 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distributed_adaround import storage
 from distributed_adaround.checkpoint import Checkpoint, LayerRecord
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import build_manifest
 from distributed_adaround.data.readers import open_samples
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.load import load_factory, load_program
+from distributed_adaround.report.status import Status, read_status, write_status
+from distributed_adaround.solver_state import SolverStates
 from tests.faults.byte_changes import Change, changed
 
 IMAGES = torch.arange(5 * 3 * 4, dtype=torch.float32).reshape(5, 3, 4) / 7
@@ -255,6 +258,43 @@ def commits_check(file: str, folder: Path) -> Check:
             _check_message(str(error))
             return
         assert same([asdict(record) for record in loaded], [asdict(record) for record in records])
+
+    return check
+
+
+def states_check(folder: Path) -> Check:
+    """Changes the saved state of a solver, which is used whole or not at all."""
+    state = {"codes": LABELS, "scale": IMAGES}
+    SolverStates(str(folder), FINGERPRINT).save("layer", "key", state)
+    (path,) = (Path(uri) for uri in storage.list_files(str(folder)))
+    good = path.read_bytes()
+
+    def check(changes: list[Change]) -> None:
+        path.write_bytes(changed(good, changes))
+        found = SolverStates(str(folder), FINGERPRINT).load("layer", "key")
+        assert found is None or same(found, state)
+
+    return check
+
+
+def status_check(folder: Path) -> Check:
+    """Changes status.json, whose code decides what a launcher does."""
+    status = Status("digest", "failed", 65, "message", 3, 7)
+    write_status(str(folder), status)
+    path = folder / "status.json"
+    good = path.read_bytes()
+
+    def check(changes: list[Change]) -> None:
+        path.write_bytes(changed(good, changes))
+        try:
+            found = read_status(str(folder))
+        except InputError as error:
+            _check_message(str(error))
+            return
+        assert found is not None
+        assert isinstance(found.launch_code, int)
+        assert 0 <= found.launch_code < 256
+        assert "\n" not in str(found)
 
     return check
 

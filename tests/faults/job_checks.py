@@ -19,7 +19,8 @@ from distributed_adaround.errors import SpecError
 from distributed_adaround.spec import JobSpec, json_schema
 
 SCHEMA = json_schema()
-MAX_SECONDS = 5.0  # a hundred times what is usual; a hang, not a slow machine
+# Of work, not by the clock, which says as much about the machine's other work: what the largest job file may take.
+_MAX_SECONDS = 10.0
 _MAX_MESSAGE = 20_000
 
 
@@ -49,10 +50,10 @@ def check_text(folder: Path) -> Callable[[tuple[tuple[str, bytes], list[str]]], 
         if any(text.startswith("-") for text in assignments):
             return  # argparse takes it for an option
         out, err = io.StringIO(), io.StringIO()
-        started = time.monotonic()
+        started = time.process_time()
         with redirect_stdout(out), redirect_stderr(err):
             code = cli.main(arguments)
-        assert time.monotonic() - started < MAX_SECONDS, "it took too long"
+        assert time.process_time() - started < _MAX_SECONDS, "it took too long"
         assert code in (0, 64), err.getvalue()[-2000:]
         if code == 64:
             assert err.getvalue().startswith("error: ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import resource
 import signal
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +69,8 @@ TRIALS: dict[str, Trial] = {
     **{
         f"commits, {name}": Trial(changes, partial(damaged_files.commits_check, name)) for name in damaged_files.COMMITS
     },
+    "solver states": Trial(changes, damaged_files.states_check),
+    "status": Trial(changes, damaged_files.status_check),
     **{
         f"changed after listing, {name}": Trial(changes, partial(damaged_files.shards_check, name), 0.05)
         for name in ("npy", "pt")
@@ -110,6 +114,8 @@ def _work(name: str, folder: str, examples: int, seed: int, pipe: Any) -> None:
         raise HangError(f"an example took more than {_EXAMPLE_SECONDS} s")
 
     signal.signal(signal.SIGALRM, hang)
+    logging.disable()
+    warnings.simplefilter("ignore")
     trial = TRIALS[name]
     build = trial.check
 

@@ -97,7 +97,17 @@ def test_an_output_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None
     record_failure(str(tmp_path / "out"), "abc", OutputError("full"), 73, "full")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "{", '{"job": "abc"}', "[" * 100_000])
+_WHOLE = '{"job": "a", "state": "failed", "exit_code": 65, "message": "", "layers_done": 1, "layers": 2}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{}", "[]", "{", '{"job": "abc"}', "[" * 100_000,
+        _WHOLE.replace("65", '"65"'), _WHOLE.replace("65", "6.5"), _WHOLE.replace("65", "true"),
+        _WHOLE.replace("failed", "fallen"), _WHOLE.replace('"failed"', "[]"), _WHOLE.replace("2", "null"),
+    ],
+)  # fmt: skip
 def test_a_damaged_status_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"status.json is damaged"):

@@ -18,8 +18,9 @@ Fault = Literal["ok", "503", "500", "403", "reset", "cut"]
 class FlakyServer:
     """`faults`: what happens to the next requests, in order; when they are used up, `then` happens to all others."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, folder: Path) -> None:
         self.url = url
+        self.folder = folder
         self.faults: list[Fault] = []
         self.then: Fault = "ok"
         self.num_requests = 0
@@ -68,7 +69,7 @@ def flaky_server(folder: Path) -> Iterator[FlakyServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder), script=script))
     # A reset connection is no news.
     server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
-    script.append(FlakyServer(f"http://127.0.0.1:{server.server_address[1]}"))
+    script.append(FlakyServer(f"http://127.0.0.1:{server.server_address[1]}", folder))
     thread = Thread(target=server.serve_forever)
     thread.start()
     try:
