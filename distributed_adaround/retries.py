@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from distributed_adaround.uris import redact
+
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 5
@@ -88,8 +90,11 @@ def patiently(work: Callable[[], _Result], what: str) -> _Result:
 
     def note(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
-        kind = type(state.outcome.exception()).__name__
-        logger.warning("%s: the store does not answer (%s), try %d of %d", what, kind, state.attempt_number, MAX_TRIES)
+        error = state.outcome.exception()
+        assert error is not None
+        reason = redact(str(passing_cause(error))).partition("\n")[0][:200] or type(error).__name__
+        number = state.attempt_number
+        logger.warning("%s: the store does not answer (%s), try %d of %d", what, reason, number, MAX_TRIES)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_passing),

@@ -71,10 +71,11 @@ def list_files(uri: str) -> list[str]:
 
 def _list_files(uri: str) -> list[str]:
     fs, path = _resolve(uri)
-    if not path.endswith("/") and _kind(fs, path) == "file":
+    kind = _kind(fs, path)
+    if not path.endswith("/") and kind == "file":
         return [uri]
     start, end = path_span(uri)
-    found, prefix = _find(fs, path), uri[start:end]
+    found, prefix = _find(fs, path, kind), uri[start:end]
     if not found and (position := wildcard(uri)) is not None:
         prefix = uri[start : max(start, uri.rfind("/", start, position) + 1)]
         found = _glob(fs, path)
@@ -254,13 +255,12 @@ def _kind(fs: AbstractFileSystem, path: str) -> str | None:
         return None
 
 
-def _find(fs: AbstractFileSystem, path: str) -> list[str]:
-    """All files below a folder, or nothing when there is no such folder.
+def _find(fs: AbstractFileSystem, path: str, kind: str | None) -> list[str]:
+    """All files below a folder, or nothing when there is no such folder. kind: what `_kind` says of the path.
 
     fsspec would pass over folders that cannot be listed, and take links to local folders for files. Here the first is
     an error, also a circle of links, and links are followed.
     """
-    kind = _kind(fs, path)
     # Web servers do not tell a folder from a file, but for the slash.
     if kind is None or (kind != "directory" and not path.endswith("/")):
         return []
@@ -299,7 +299,8 @@ def _glob(fs: AbstractFileSystem, path: str) -> list[str]:
         folders = {match: os.path.isdir(match) for match in glob.glob(path, recursive=True)}
     else:
         folders = _remote_glob(fs, path.replace("?", "[?]") if path.startswith("http") else path)
-    return [file for match, is_folder in folders.items() for file in (_find(fs, match) if is_folder else [match])]
+    below = (_find(fs, match, "directory") if is_folder else [match] for match, is_folder in folders.items())
+    return [file for files in below for file in files]
 
 
 def _remote_glob(fs: AbstractFileSystem, pattern: str) -> dict[str, bool]:
