@@ -15,8 +15,8 @@ from distributed_adaround.errors import InputError
 
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_SAFETENSORS_HEADER = 32 << 20  # bytes, enough for 200,000 tensors
-# A zip may claim this much at any size of the file; beyond it no more than so many times the file. Deflate reaches
-# 1,030 times, real arrays rarely 10.
+# A file may claim this much at any size; beyond it no more than so many times its size. Deflate reaches 1,030 times,
+# the encodings of parquet any factor, real arrays rarely 10.
 _FREE_BYTES = 256 << 20
 _MAX_EXPANSION = 100
 _PIECE = 1 << 20
@@ -70,7 +70,14 @@ def _check_members(members: list[zipfile.ZipInfo], file_size: int, compressed: b
             raise InputError(
                 f"holds {member.filename!r} compressed by a method that its writer never uses; write it anew"
             )
-    claimed = sum(member.file_size for member in members)
+    check_expansion(sum(member.file_size for member in members), file_size)
+
+
+def check_expansion(claimed: int, file_size: int) -> None:
+    """Refuse a file that would grow out of all proportion in memory. claimed: bytes of its content, unpacked.
+
+    Raises: InputError, the file's name left out.
+    """
     if claimed > max(_FREE_BYTES, _MAX_EXPANSION * file_size):
         raise InputError(f"unpacks to {claimed} bytes, over {_MAX_EXPANSION} times its size; write it uncompressed")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
 from distributed_adaround.errors import InputError
+from distributed_adaround.integrity import check_expansion
 
 
 def read_jsonl(path: Path) -> dict[str, Column]:
@@ -118,6 +119,11 @@ def read_parquet(path: Path) -> dict[str, Column]:
         raise InputError("reading .parquet needs pyarrow: pip install 'distributed_adaround[parquet]'") from error
     # Pages have checksums where the writer was told so.
     file = parquet.ParquetFile(path, page_checksum_verification=True)
+    groups = map(file.metadata.row_group, range(file.num_row_groups))
+    chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+    check_expansion(
+        sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks), path.stat().st_size
+    )
     return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distributed_adaround import integrity
 from distributed_adaround.data import arrays
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import SUFFIXES, SampleFile, has_reader, open_samples, scan
@@ -304,6 +305,16 @@ def test_an_npz_with_other_things_in_it(tmp_path: Path) -> None:
         archive.writestr("evil.sh", "rm")
     with pytest.raises(InputError, match=r"holds 'evil.sh', which is not a .npy array"):
         opened(tmp_path / "a.npz")
+
+
+def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million equal numbers take a few hundred bytes."""
+    path = parquet(tmp_path / "a.parquet", {"x": np.zeros(10**6, np.int64)})
+    assert path.stat().st_size < 10_000
+    assert opened(path).num_samples == 10**6  # small ones may be what they like
+    monkeypatch.setattr(integrity, "_FREE_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"^shown/a.parquet: unpacks to 8000000 bytes"):
+        opened(path)
 
 
 def test_jsonl_token_ids(tmp_path: Path) -> None:

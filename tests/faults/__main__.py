@@ -23,6 +23,7 @@ from tests.faults import (
     jobs,
     kills,
     launch,
+    mutate,
     network,
     records,
     saves,
@@ -45,6 +46,7 @@ TRIALS: dict[str, tuple[Trial, int, str]] = {
     "elastic": (elastic.run, 8, "torchrun --max-restarts restarts killed ranks; count: kills"),
     "clock": (clock.run, 1, "the clock jumps; count: rounds"),
     "crowd": (crowd.run, 1, "four jobs at once; count: crowds"),
+    "mutate": (mutate.run, 10_000, "odd job files (count), damaged files (a fifth of it for each kind), odd numbers"),
     "soak": (soak.run, 30, "faults of all kinds at random; count: minutes"),
 }
 
