@@ -15,6 +15,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_launcher() -> None:
-    """Ask Linux for SIGTERM when torchrun dies; elsewhere, or without torchrun, nothing happens."""
+    """Ask Linux for SIGTERM when torchrun dies; elsewhere, or without torchrun, nothing happens.
+
+    Linux sends it when the thread that started this process ends. That of torchrun is its main one.
+    """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 MARK = "ADAROUND_FAULT_TRIAL"
 # Longer than any attempt takes on a busy machine: an attempt that needs it hangs.
 DEADLINE = 240.0
-_POLL = 0.02
+_POLL = 0.05
 
 
 class HungError(Exception):

@@ -149,7 +149,7 @@ def finish(job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **opt
 
 
 def moment(bench: Bench, job: Job, output: Path, ranks: int, attempt: launch.Attempt) -> Callable[[], bool]:
-    """When to strike: in one of four cases at any time from the start, else in a layer to come, or in the export."""
+    """When to strike: in one of four cases at any time, else in one of the next layers, or in the export."""
     # Two cores: several ranks take longer than one.
     slower = 1.6 if ranks > 1 else 1.0
     if bench.draw.random() < 0.25:
