@@ -215,3 +215,18 @@ def test_the_same_pod_runs_in_all_kinds(capsys: pytest.CaptureFixture[str]) -> N
 def test_out_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rendered(capsys, *SLURM, "--out", str(tmp_path / "a.sbatch")) == ""
     assert (tmp_path / "a.sbatch").read_text(encoding="utf-8").startswith("#!/bin/bash\n")
+
+
+def test_the_commands_of_the_guide_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of launch/README.md that write a file, for a job whose files are in an object store."""
+    guide = (ROOT / "launch" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python -m distributed_adaround (launch (?:slurm|kubernetes) .*)$", guide, re.M)
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("job.yaml").write_text(REMOTE, encoding="utf-8")
+    for command in commands:
+        words = shlex.split(command)
+        assert rendered(capsys, *words) == ""
+        assert Path(words[-1]).exists()
