@@ -5,6 +5,7 @@ pytest -m image
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ TWO_RANKS = ("--env", "NPROC=2", "--env", "OMP_NUM_THREADS=1")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageStore]:
     store = ImageStore(tmp_path_factory.mktemp("images"))
-    store.build()
-    return store
+    try:
+        store.build()
+        yield store
+    finally:
+        store.remove()
 
 
 @pytest.fixture
@@ -56,6 +60,12 @@ def test_it_has_no_rights(store: ImageStore) -> None:
     script = "id -u; grep -E 'CapEff|NoNewPrivs' /proc/self/status; touch /opt/x /home/x; touch /tmp/x && echo tmp"
     shown = store.run("-c", script, options=("--entrypoint", "/bin/sh")).stdout.split()
     assert shown == ["10001", "CapEff:", "0000000000000000", "NoNewPrivs:", "1", "tmp"]
+
+
+def test_it_knows_its_memory_limit(store: ImageStore) -> None:
+    script = "from distributed_adaround.memory import free_bytes; print(free_bytes())"
+    ended = store.run("-c", script, options=("--memory", "256m", "--entrypoint", "python"))
+    assert 0 < int(ended.stdout) < 256 * 2**20, ended.stderr
 
 
 def test_two_ranks_give_the_bytes_of_a_run_outside(store: ImageStore, folder: Path, tmp_path: Path) -> None:

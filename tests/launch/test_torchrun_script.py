@@ -92,6 +92,11 @@ def test_a_record_of_an_earlier_start_is_not_believed(tmp_path: Path) -> None:
     assert (ended, len(starts)) == (65, 1)
 
 
+def test_a_record_that_cannot_be_read_is_not_believed(tmp_path: Path) -> None:
+    ended, starts, _ = play(tmp_path, ["1 75 65:", "0 - 0:done"])
+    assert (ended, len(starts)) == (0, 2)
+
+
 def test_a_job_that_was_done_is_done_although_torchrun_failed(tmp_path: Path) -> None:
     assert play(tmp_path, ["1 - 0:done, 8 of 8 layers"])[0] == 0
 
@@ -115,6 +120,7 @@ def test_new_layers_count_as_a_new_beginning(tmp_path: Path) -> None:
     [
         ({"NPROC": "two"}, "NPROC=two"),
         ({"NPROC": "0"}, "NPROC=0"),
+        ({"NPROC": "08"}, "NPROC=08"),
         ({"NNODES": "a[$(touch made)]"}, "NNODES=a["),
         ({"RESTARTS": "-1"}, "RESTARTS=-1"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "RDZV_ENDPOINT="),

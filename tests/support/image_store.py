@@ -51,6 +51,12 @@ class ImageStore:
         dockerfile = ["--file", str(ROOT / "docker" / "Dockerfile"), "--tag", IMAGE, str(ROOT)]
         self._call([*self._buildah, "bud", *place, *options, *dockerfile])
 
+    def remove(self) -> None:
+        """Everything, also what images and containers have mounted."""
+        self._call([*self._buildah, "unmount", "--all"])
+        self._call([*self._podman, "rmi", "--all", "--force"])
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def inspect(self, template: str) -> str:
         """A field of the image, as a Go template."""
         return self._call([*self._podman, "image", "inspect", "--format", template, IMAGE]).stdout.strip()
