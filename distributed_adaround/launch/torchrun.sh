@@ -52,6 +52,7 @@ export ADAROUND_STATUS_FILE=$scratch/status.json
 say() { echo "torchrun.sh: $*" >&2; }
 
 # torchrun passes SIGTERM on to the ranks and kills those that are left after the grace period.
+# shellcheck disable=SC2329 # the trap calls it
 stop() {
   stopped=1
   if [[ -n $child ]]; then
