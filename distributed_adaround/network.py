@@ -8,7 +8,6 @@ Job files (`job.py`) and Python callers (`api.py`) meet here.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ from distributed_adaround.layer_setup import (
     solver_of,
     weighted_grid,
 )
+from distributed_adaround.memory import free_bytes
 from distributed_adaround.model.graph import capture, export_model, straight_line, without_cache
 from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.replay import ReplayWalker
@@ -74,7 +74,7 @@ class NetworkResult:
 
 def activation_store(runtime: RuntimeSpec, context: RankContext) -> ActivationStore:
     """Budgets of this rank: as the spec says, else half of what is free now, shared by the ranks of this machine."""
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * context.local_world_size)
+    host = free_bytes() // (2 * context.local_world_size)
     device = torch.cuda.mem_get_info(context.device)[0] // 2 if context.device.type == "cuda" else 0
     return ActivationStore(
         context.device,

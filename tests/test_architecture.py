@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / NAME
 
 # A file may import from its own layer and from lower ones. A folder stands for all files in it.
 LAYERS = [
-    {"errors", "logs", "storage", "uris", "retries", "integrity", "jsontext", "stopping", "parent"},
+    {"errors", "logs", "memory", "storage", "uris", "retries", "integrity", "jsontext", "stopping", "parent"},
     {"numerics", "spec", "spec_errors", "spec_format", "spec_load", "spec_quantize", "spec_reference", "spec_rounding"},
     {"distributed"},
     {"data", "model", "activations"},

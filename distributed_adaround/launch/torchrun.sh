@@ -52,6 +52,7 @@ export ADAROUND_STATUS_FILE=$scratch/status.json
 say() { echo "torchrun.sh: $*" >&2; }
 
 # torchrun passes SIGTERM on to the ranks and kills those that are left after the grace period.
+# shellcheck disable=SC2329 # the trap calls it
 stop() {
   stopped=1
   if [[ -n $child ]]; then
@@ -96,22 +97,23 @@ job_status() {
 }
 
 # What the ranks of this machine said. Where they only lost others, or could say nothing (killed, never started), the job's
-# own record counts, unless it was there before.
+# own record counts, unless it was there before or cannot be read.
 exit_code() {
-  local said=75 job
+  local said=75 job line
   if [[ -s $ADAROUND_STATUS_FILE ]]; then
     said=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["exit_code"])' "$ADAROUND_STATUS_FILE")
   fi
   job_status "$@"
   job=$?
-  if [[ $said == 75 ]] && [[ $job == 0 || $(<"$scratch/status") != "$before" ]]; then
+  line=$(<"$scratch/status")
+  if [[ $said == 75 ]] && [[ $job == 0 || ( -n $line && $line != "$before" ) ]]; then
     said=$job
   fi
   echo "$said"
 }
 
 check_number() { # name, least value
-  [[ ${!1} =~ ^[0-9]{1,6}$ ]] && ((10#${!1} >= $2)) && return
+  [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] && ((${!1} >= $2)) && return
   say "$1=${!1}: must be a whole number, $2 or more; correct it"
   exit 64
 }
@@ -135,13 +137,13 @@ job_status "$@"
 before=$(<"$scratch/status")
 failures=0
 progress=
-while true; do
+while [[ -z $stopped ]]; do
   attempt "$@" && exit 0
   code=$(exit_code "$@")
   case $code in
     0 | 64 | 65 | 70 | 73 | 130) exit "$code" ;;
   esac
-  [[ -z $stopped ]] || exit 75
+  [[ -z $stopped ]] || break
   # Only finished layers count: the rest of the line differs from failure to failure.
   layers=$(grep -oE '[0-9]+ of [0-9]+ layers' "$scratch/status")
   if [[ $layers != "$progress" ]]; then
@@ -154,5 +156,5 @@ while true; do
   fi
   say "the job ended before it was done; it starts again in $failures s ($failures of $RESTARTS without a new layer)"
   run sleep "$failures"
-  [[ -z $stopped ]] || exit 75
 done
+exit 75

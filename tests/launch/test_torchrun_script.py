@@ -56,24 +56,11 @@ def test_arguments_reach_torchrun_as_they_are(tmp_path: Path) -> None:
 
 
 def test_several_machines_meet_at_the_first(tmp_path: Path) -> None:
-    where = {
-        "NNODES": "3",
-        "RDZV_ENDPOINT": "n0:29400",
-        "RDZV_ID": "j.1",
-        "LOCAL_ADDR": "10.0.0.2",
-        "JOIN_SECONDS": "9",
-    }
-    code, (arguments,), _ = play(tmp_path, ["0 - 0:done"], NODE_RANK="1", **where)
+    where = {"NNODES": "3", "RDZV_ENDPOINT": "n0:29400", "RDZV_ID": "j.1", "LOCAL_ADDR": "10.0.0.2"}
+    code, (arguments,), _ = play(tmp_path, ["0 - 0:done"], NODE_RANK="1", JOIN_SECONDS="9", **where)
     assert code == 0
-    for option in (
-        "--nnodes=3",
-        "--rdzv-endpoint=n0:29400",
-        "--rdzv-id=j.1",
-        "--local-addr=10.0.0.2",
-        "--rdzv-backend=c10d",
-    ):
-        assert f" {option} " in arguments
-    assert "--rdzv-backend=c10d " in arguments
+    meeting = "--nnodes=3 --rdzv-backend=c10d --rdzv-endpoint=n0:29400 --rdzv-id=j.1"
+    assert f" {meeting} --rdzv-conf=join_timeout=9,is_host=0 --local-addr=10.0.0.2 -m " in arguments
     for variable in ("JOB_COMPLETION_INDEX", "SLURM_NODEID"):
         folder = tmp_path / variable
         folder.mkdir()
@@ -105,6 +92,11 @@ def test_a_record_of_an_earlier_start_is_not_believed(tmp_path: Path) -> None:
     assert (ended, len(starts)) == (65, 1)
 
 
+def test_a_record_that_cannot_be_read_is_not_believed(tmp_path: Path) -> None:
+    ended, starts, _ = play(tmp_path, ["1 75 65:", "0 - 0:done"])
+    assert (ended, len(starts)) == (0, 2)
+
+
 def test_a_job_that_was_done_is_done_although_torchrun_failed(tmp_path: Path) -> None:
     assert play(tmp_path, ["1 - 0:done, 8 of 8 layers"])[0] == 0
 
@@ -128,6 +120,7 @@ def test_new_layers_count_as_a_new_beginning(tmp_path: Path) -> None:
     [
         ({"NPROC": "two"}, "NPROC=two"),
         ({"NPROC": "0"}, "NPROC=0"),
+        ({"NPROC": "08"}, "NPROC=08"),
         ({"NNODES": "a[$(touch made)]"}, "NNODES=a["),
         ({"RESTARTS": "-1"}, "RESTARTS=-1"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "RDZV_ENDPOINT="),
