@@ -58,7 +58,7 @@ def _solver(name: SolverName, rounding: RoundingSpec) -> Solver:
     if name == "gptq":
         return partial(solve_gptq, damping=rounding.damping)
     if name == "gram":
-        return partial(solve_gram, settings=GramSettings(rounding.sweeps, rounding.damping))
+        return partial(solve_gram, settings=GramSettings(rounding.sweeps, rounding.damping, rounding.starts))
     schedule = RoundingSchedule(rounding.max_iter, rounding.warm_start, *rounding.beta, rounding.regularization)
     settings = MinibatchSettings(
         schedule,

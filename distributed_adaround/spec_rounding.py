@@ -33,6 +33,11 @@ class RoundingSpec(Section):
         description="With gram: how often all inputs of a layer are visited, each time for the cost of one and a half "
         "steps on all calibration data.",
     )
+    starts: PositiveInt = Field(
+        3,
+        description="With gram: from how many scales each channel starts; the best result is kept. Where layers are "
+        "large the time grows with it, and so does what it saves in error: 3 to 5 % with 3.",
+    )
     polish: bool | None = Field(
         None,
         description="After the solver, move single codes to better grid values and refit scales while that lowers the "

@@ -77,11 +77,11 @@ class Descent:
         largest = torch.tensor([one.lipschitz for one in blocks for _ in range(one.start, one.stop)])
         self._curvature = (self._diagonal * largest.to(self._diagonal))[:, :, None]
 
-    def sweep(self, mu: float) -> None:
-        """Visit all inputs once; before the inputs of a scale, refit it."""
+    def sweep(self, mu: float, *, refit: bool = True) -> None:
+        """Visit all inputs once; if refit, find the best scale of a run of inputs before they are visited."""
         gradient = self._gradient()
         for index, (start, stop, run) in enumerate(self._each_run()):
-            if self.lattice.per_row:
+            if refit and self.lattice.per_row:
                 run = self._refit(index, start, stop, gradient)
             curvature = self._curvature[:, start:stop]
             # Step in levels per unit of slope. An input that is always 0 has no slope and no curvature: it stays.

@@ -13,6 +13,7 @@ weight m. S_0 leaves c as it is, S_1 is rounding to the nearest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,12 @@ class Lattice:
         if not self.per_row:
             return self
         return replace(self, scale=self.scale[groups, :, rows], zero_point=self.zero_point[groups, :, rows])
+
+    def at_shares(self, shares: Sequence[float]) -> Lattice:
+        """Copies of the rows as in Quadratic.repeated, each with one share of the scales, as the format can hold it."""
+        scales = [self.scale * share for share in shares]
+        held = [torch.where(found.isnan(), self.scale, found) for found in map(self.representable, scales)]
+        return replace(self, scale=torch.cat(held, dim=2), zero_point=self.zero_point.repeat(1, 1, len(shares)))
 
     def run(self, index: int) -> LatticeRun:
         """The run of inputs that share scale number `index`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.model.sites import row_mask
 from distributed_adaround.numerics.layers import LayerGeometry
-from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic
+from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic, SymmetricSum
 from distributed_adaround.numerics.patches import unfolded_pieces
 from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
@@ -79,25 +79,24 @@ def _measure(problem: LayerProblem, comm: Comm) -> Moments:
         raise non_finite_error(problem, comm)
     groups, inputs = problem.geometry.groups, problem.geometry.inputs_per_output
     total, device = problem.total_microbatches, problem.device
-    square = (groups, inputs, inputs)
     # By Cauchy and Schwarz, per microbatch; a little room for the rounding of float32.
     both = math.sqrt(size.inputs * size.change)
     differs = size.change > 0
-    second = ExactSum(square, 1.01 * total * size.inputs, device)
+    second = SymmetricSum(groups, inputs, 1.01 * total * size.inputs, device)
     mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.inputs * size.rows), device)
-    cross = ExactSum(square, 1.01 * total * both, device) if differs else None
+    cross = ExactSum((groups, inputs, inputs), 1.01 * total * both, device) if differs else None
     cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     for x_hat, change in _pieces(problem, differs, _row_step(problem, size.all_rows)):
-        second.add(x_hat.transpose(1, 2) @ x_hat)
+        second.add(x_hat)
         mean.add(x_hat.sum(dim=1))
         count += x_hat.shape[1]
         if cross is not None:
             assert change is not None
             cross.add(change.transpose(1, 2) @ x_hat)
             cross_mean.add(change.sum(dim=1))
-    sums = [second, mean, *([] if cross is None else [cross, cross_mean])]
-    _reduce([*(one.total for one in sums), count], comm)
+    sums = [mean, *([] if cross is None else [cross, cross_mean])]
+    _reduce([*second.totals, *(one.total for one in sums), count], comm)
     rows = max(1, int(count))
     return Moments(
         second=second.mean(rows),

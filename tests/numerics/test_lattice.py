@@ -100,6 +100,21 @@ def test_rows_are_parts_of_the_whole(kind: str, strategy: str, groups: int) -> N
             assert torch.equal(part.of_inputs(index).round(levels), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("strategy", ["channel", "group"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_at_shares_of_the_scale_are_those_of_the_grid(kind: str, strategy: str, groups: int) -> None:
+    grid = make_grid(kind, strategy)
+    codes = random_codes(grid)
+    copies = Lattice.of_grid(grid, groups).at_shares([1.0, 0.4])
+    found = copies.dequantize(split(codes, groups).repeat(1, 2, 1))
+    smaller = grid.with_scale(grid.scale * 0.4)
+    for copy, expected in enumerate((grid.with_scale(grid.scale), smaller)):
+        rows = slice(copy * OUT // groups, (copy + 1) * OUT // groups)
+        # with_scale rounds to float32.
+        torch.testing.assert_close(found[:, rows], split(expected.dequantize(codes), groups), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", SHAPES)
 def test_weights_are_rounded_to_the_codes_of_the_grid(kind: str, strategy: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_adaround.numerics.moments import ExactSum, Moments
+from distributed_adaround.numerics.moments import ExactSum, Moments, SymmetricSum
 
 CPU = torch.device("cpu")
 GROUPS, ROWS, OUT, INPUTS = 2, 50, 3, 4
@@ -158,6 +158,16 @@ def test_rows_of_a_quadratic_are_parts_of_it(streams: int) -> None:
             torch.testing.assert_close(part.loss(rounded[groups, rows]), whole.loss(rounded)[groups, rows])
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_copies_of_the_rows_have_their_losses(streams: int) -> None:
+    x, x_hat = make_rows()
+    weight, rounded = torch.randn(2, GROUPS, OUT, INPUTS).double()
+    whole = moments_of(x if streams == 2 else x_hat, x_hat).quadratic(weight, 1.0, False)
+    copies = torch.cat([rounded, 2 * rounded], dim=1)
+    expected = torch.cat([whole.loss(rounded), whole.loss(2 * rounded)], dim=1)
+    torch.testing.assert_close(whole.repeated(2).loss(copies), expected)
+
+
 def test_quadratic_has_the_dtype_of_the_weight() -> None:
     quadratic = moments_of(*make_rows()).quadratic(torch.randn(GROUPS, OUT, INPUTS), 1.0, True)
     assert quadratic.pull is not None
@@ -185,3 +195,22 @@ def test_inputs_that_never_change_have_no_spread(constant: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     # Not centred it is an input like others.
     assert bool(moments.quadratic(weight, 1.0, False).second[0, 3].any()) == (constant != 0)
+
+
+@pytest.mark.parametrize("size", [1, 192, 193, 400])
+def test_products_are_summed_in_panels_of_their_upper_triangle(size: int) -> None:
+    parts = [torch.randn(2, rows, size) for rows in (30, 1, 7)]
+    bound = 1.01 * 3 * max(float(part.square().sum(dim=1).max()) for part in parts)
+    first, second = (SymmetricSum(2, size, bound, CPU) for _ in range(2))
+    first.add(parts[0])
+    for part in parts[1:]:
+        second.add(part)
+    # As ranks do.
+    for ours, theirs in zip(first.totals, second.totals, strict=True):
+        ours += theirs
+    found = first.mean(38)
+    exact = sum(part.double().transpose(1, 2) @ part.double() for part in parts) / 38
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    if size == 400:
+        assert sum(total.numel() for total in first.totals) < 0.75 * found.numel()
+        assert torch.equal(found[:, :192, 192:], found[:, 192:, :192].transpose(1, 2))

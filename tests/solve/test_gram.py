@@ -23,8 +23,8 @@ from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 NO_PROGRESS = Monitor()
 
 
-def solver(num_sweeps: int = 30, damping: float = 0.01) -> Any:
-    return partial(solve_gram, settings=GramSettings(num_sweeps, damping))
+def solver(num_sweeps: int = 30, damping: float = 0.01, starts: int = 3) -> Any:
+    return partial(solve_gram, settings=GramSettings(num_sweeps, damping, starts))
 
 
 def mixed(samples: int, channels: int, *size: int) -> Tensor:
@@ -169,7 +169,7 @@ def test_soft_values_that_are_open_at_the_end_are_counted(make_problem: Any, mon
     problem = linear_problem(make_problem)
     monkeypatch.setattr(gram, "regularizer_weight", lambda sweep, num_sweeps: 0.0)
     monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 5})
-    solution = solver(20)(problem, None, SoloComm(), NO_PROGRESS)
+    solution = solver(20, starts=1)(problem, None, SoloComm(), NO_PROGRESS)
     # All that are not clipped.
     assert 0.85 < solution.unsettled <= 1
     check_on_grid(problem, solution)
@@ -187,7 +187,7 @@ def test_the_regularizer_rises_to_1_in_any_number_of_sweeps(num_sweeps: int) -> 
 
 def test_rows_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = linear_problem(make_problem, outputs=6)
-    quick = solver(1)(problem, None, SoloComm(), NO_PROGRESS)
+    quick = solver(1, starts=1)(problem, None, SoloComm(), NO_PROGRESS)
     best = solver(60)(problem, None, SoloComm(), NO_PROGRESS)
     # The scales of GPTQ are those of the grid: give the problem those that its codes were found with.
     problem = replace(problem, grid=best.grid)
@@ -199,7 +199,7 @@ def test_rows_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypa
         return torch.where(even[:, None], best.codes, -4.0)[None]
 
     monkeypatch.setattr(gram, "gptq_codes", gptq)
-    found = solver(1, damping=0.25)(problem, None, SoloComm(), NO_PROGRESS)
+    found = solver(1, damping=0.25, starts=1)(problem, None, SoloComm(), NO_PROGRESS)
     assert found.grid is not None
     assert best.grid is not None
     assert quick.grid is not None
@@ -208,6 +208,30 @@ def test_rows_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypa
     # The other rows are the descent's own, with the scales that it refitted.
     assert not (found.codes[~even] == -4).all(dim=1).any()
     assert not torch.equal(found.grid.scale[~even], problem.grid.scale[~even])
+
+
+@pytest.mark.parametrize("grid_name", ["per channel", "per group", "affine", "nvfp4"])
+def test_each_row_keeps_the_best_of_its_starts(grid_name: str, make_problem: Any, with_grid: Any) -> None:
+    """The first start is the observer's scale: more of them are never worse, row by row."""
+    problem = with_grid(linear_problem(make_problem), grid_name)
+    results = [solver(starts=starts)(problem, None, SoloComm(), NO_PROGRESS) for starts in (1, 2, 4)]
+    one, two, four = (errors(problem, solved(problem, result))[0] for result in results)
+    assert (two <= one * (1 + 1e-9)).all()
+    assert (four <= one * (1 + 1e-9)).all()
+    assert two.sum() < one.sum()
+    assert four.sum() < 0.99 * one.sum()
+    for result in results:
+        check_on_grid(problem, result)
+
+
+@pytest.mark.parametrize("grid_name", ["per tensor", "mxfp4"])
+def test_scales_that_cannot_be_a_little_smaller_have_one_start(
+    grid_name: str, make_problem: Any, with_grid: Any
+) -> None:
+    problem = with_grid(linear_problem(make_problem), grid_name)
+    one, many = (solver(starts=starts)(problem, None, SoloComm(), NO_PROGRESS) for starts in (1, 5))
+    assert torch.equal(one.codes, many.codes)
+    assert one.unsettled == many.unsettled
 
 
 def test_inputs_that_are_always_zero_or_all_alike(make_problem: Any) -> None:
