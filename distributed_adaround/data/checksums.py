@@ -10,11 +10,11 @@ files. Names are compared as text and never opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from distributed_adaround import storage
+from distributed_adaround import storage, uris
 from distributed_adaround.errors import InputError
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](\S.*)")
@@ -49,8 +49,7 @@ class Checksums:
 
     def check(self, uri: str, sha256: str) -> None:
         """Compare a file with the list. Raises InputError when it differs or is not listed."""
-        path = uri.split("::")[0] if "://" in uri.split("::")[0] else uri.split("::")[-1]
-        names = [name for name in self.by_name if path == name or path.endswith(f"/{name.lstrip('/')}")]
+        names = self._names(uri)
         if not names:
             raise InputError(
                 f"{storage.redact(uri)}: is not in the list {storage.redact(self.uri)}; add it by sha256sum, or leave "
@@ -61,3 +60,14 @@ class Checksums:
                 f"{storage.redact(uri)}: its SHA-256 is not that of {storage.redact(self.uri)}: it is damaged "
                 "or another file; get it again, or correct the list"
             )
+
+    def unused(self, files: Iterable[str]) -> list[str]:
+        """Names that are none of these files: of other data, or of files that have gone."""
+        used = {name for uri in files for name in self._names(uri)}
+        return [name for name in self.by_name if name not in used]
+
+    def _names(self, uri: str) -> list[str]:
+        """All names that a file's path ends in."""
+        start, end = uris.path_span(uri)
+        path = uri[start:end]
+        return [name for name in self.by_name if path == name or path.endswith(f"/{name.lstrip('/')}")]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,8 @@ from typing import Any
 from distributed_adaround import jsontext, storage
 from distributed_adaround.data.checksums import Checksums
 from distributed_adaround.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,10 @@ def build_manifest(
     usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri)
     expected = None if checksums is None else Checksums.read(checksums)
     files = tuple(_data_file(found, fields, one_sample_per_file, expected) for found in usable)
+    unused = [] if expected is None else expected.unused(usable)
+    if unused:
+        message = "data.checksums lists %d files that data.uri does not name, the first is %s"
+        logger.warning(message, len(unused), unused[0])
     num_available = sum(file.num_samples for file in files)
     manifest = Manifest(
         files=files,

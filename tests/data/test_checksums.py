@@ -63,6 +63,8 @@ def test_a_list_that_is_no_text(tmp_path: Path) -> None:
 def test_a_name_is_the_end_of_a_path(uri: str, tmp_path: Path) -> None:
     sums = listed(tmp_path, f"{A}  a.npy\n")
     sums.check(uri, A)
+    assert sums.unused([uri]) == []
+    assert sums.unused([]) == ["a.npy"]
     with pytest.raises(InputError, match="it is damaged or another file"):
         sums.check(uri, B)
     with pytest.raises(InputError, match="is not in the list"):
@@ -130,6 +132,14 @@ def test_changed_data_is_found_before_it_is_read(
     change(folder)
     with pytest.raises(InputError, match=rf"^{folder}/data/b.npy: its SHA-256 is not that of {folder}/data/SHA256SUMS"):
         manifest(folder)
+
+
+def test_listed_data_that_is_gone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest(folder)
+    assert caplog.messages == []
+    (folder / "data" / "b.npy").unlink()
+    assert manifest(folder).num_samples == 3
+    assert caplog.messages == ["data.checksums lists 1 files that data.uri does not name, the first is b.npy"]
 
 
 def test_unlisted_data(folder: Path) -> None:

@@ -51,13 +51,13 @@ class Trial:
 
 
 def _job_texts() -> st.SearchStrategy[Any]:
-    return st.tuples(job_files.job_texts(job_checks.SCHEMA), job_files.overrides())
+    return st.tuples(job_files.job_texts(), job_files.overrides())
 
 
 TRIALS: dict[str, Trial] = {
     "job files": Trial(_job_texts, job_checks.check_text, 1),
-    "jobs": Trial(lambda: job_files.likely_jobs(job_checks.SCHEMA), lambda _: job_checks.check_value, 0.3),
-    "spoiled jobs": Trial(lambda: job_files.spoiled_jobs(job_checks.SCHEMA), lambda _: job_checks.check_value, 0.7),
+    "jobs": Trial(job_files.likely_jobs, lambda _: job_checks.check_value, 0.3),
+    "spoiled jobs": Trial(job_files.spoiled_jobs, lambda _: job_checks.check_value, 0.7),
     **{name: Trial(changes, partial(damaged_files.check_of, kind)) for name, kind in damaged_files.KINDS.items()},
     **{
         f"forged {name}": Trial(
