@@ -196,9 +196,9 @@ def test_a_lost_peer_is_named_by_the_one_that_is_left(pool: RankPool, gone: int)
 
 
 def test_where_nobody_knows_who_is_gone_every_rank_tells(pool: RankPool) -> None:
-    for rank, (message, told_by) in list(enumerate(pool.run(peer_is_gone, 3, 0, None)))[1:]:
-        assert told_by == rank
-        assert message.startswith("another rank failed or does not answer (")
+    message, told_by = pool.run(peer_is_gone, 2, 0, None)[1]
+    assert told_by == 1
+    assert message.startswith("another rank failed or does not answer (")
 
 
 def test_a_collective_that_this_rank_got_wrong_is_no_peer_error(pool: RankPool) -> None:
