@@ -122,7 +122,10 @@ class GroupComm:
             reason = str(error).strip().partition("\n")[0][:300]
             missing = None if self._roll_call is None else self._roll_call.missing()
             who = "another rank" if not missing else f"rank {', '.join(map(str, missing))}"
-            raise agreed(PeerError(f"{who} failed or does not answer ({reason}); see its own error")) from error
+            lost = PeerError(f"{who} failed or does not answer ({reason}); see its own error")
+            # The first survivor tells the user, and where nobody knows who that is, every rank does.
+            lost.told_by = self.rank if missing is None else min({*range(self.world_size)} - {*missing})
+            raise lost from error
 
 
 class RollCall:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from distributed_adaround.distributed.comm import Comm, GroupComm, RollCall, SoloComm, agreed
+from distributed_adaround.distributed.comm import Comm, GroupComm, RollCall, SoloComm
 from distributed_adaround.errors import PeerError, SpecError
 
 
@@ -96,7 +96,10 @@ def process_group(context: RankContext, timeout_minutes: float, *, join_only: bo
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
-        raise agreed(PeerError(f"the {context.world_size} ranks did not find each other: {reason}")) from error
+        alone = PeerError(f"the {context.world_size} ranks did not find each other: {reason}")
+        # Nobody knows which ranks are there to tell.
+        alone.told_by = context.rank
+        raise alone from error
     try:
         session = GroupComm(_collective_device(context)).broadcast_object(uuid.uuid4().hex)
         yield GroupComm(_collective_device(context), RollCall(store, session))

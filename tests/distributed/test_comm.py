@@ -8,7 +8,7 @@ import torch.distributed as dist
 from rank_pool import RankPool
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm, GroupComm, SoloComm, agreed, phase, same_everywhere
+from distributed_adaround.distributed.comm import Comm, GroupComm, RollCall, SoloComm, agreed, phase, same_everywhere
 from distributed_adaround.errors import AdaRoundError, InputError, PeerError, SpecError
 
 WORLD_SIZES = [1, 2, 3, 5]
@@ -91,16 +91,17 @@ def differs_on(ranks: list[int]) -> tuple[str, int | None] | None:
     return None
 
 
-def peer_is_gone() -> tuple[str, int | None]:
-    """Rank 0 leaves the group; the others say so instead of blaming themselves."""
-    comm = group()
-    if comm.rank == 0:
+def peer_is_gone(gone: int, port: int | None) -> tuple[str, int | None]:
+    """A rank leaves the group; the others say so instead of blaming themselves. port: of a store for a roll call."""
+    roll_call = None if port is None else RollCall(dist.TCPStore("127.0.0.1", port, is_master=False), "now")
+    comm = GroupComm(torch.device("cpu"), roll_call)
+    if comm.rank == gone:
         return "", None
     try:
         comm.all_reduce(torch.ones(3))
     except PeerError as error:
         return str(error), error.told_by
-    return "the collective worked without rank 0", None
+    return f"the collective worked without rank {gone}", None
 
 
 def bad_collective() -> str:
@@ -185,11 +186,19 @@ def test_equal_tensors_are_the_same_everywhere(pool: RankPool, ranks: list[int])
     assert pool.run(differs_on, 3, ranks) == [None] * 3
 
 
-def test_a_lost_peer_is_a_peer_error(pool: RankPool) -> None:
-    for message, told_by in pool.run(peer_is_gone, 3)[1:]:
-        assert told_by == 0
-        assert message.startswith("another rank failed or does not answer (")
-        assert "\n" not in message
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_lost_peer_is_named_by_the_one_that_is_left(pool: RankPool, gone: int) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    message, told_by = pool.run(peer_is_gone, 2, gone, server.port)[1 - gone]
+    assert told_by == 1 - gone
+    assert message.startswith(f"rank {gone} failed or does not answer (")
+    assert "\n" not in message
+
+
+def test_where_nobody_knows_who_is_gone_every_rank_tells(pool: RankPool) -> None:
+    message, told_by = pool.run(peer_is_gone, 2, 0, None)[1]
+    assert told_by == 1
+    assert message.startswith("another rank failed or does not answer (")
 
 
 def test_a_collective_that_this_rank_got_wrong_is_no_peer_error(pool: RankPool) -> None:

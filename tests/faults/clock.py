@@ -1,4 +1,8 @@
-"""The clock jumps between two starts of a job, or in the middle of one. Needs the program faketime."""
+"""The clock is another one when a job starts again: 400 days ahead, or a day behind. Needs the program faketime.
+
+A jump in mid-job is not tried: faketime also moves the clock by which torch and Python wait, which no date can move on a
+real machine. Told to leave that one alone, it breaks Python's sleep.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,18 @@ from itertools import repeat
 from tests.faults import jobs, launch
 from tests.faults.injected import Fault
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, exit_code, finish
+from tests.faults.trial import Bench, Record, Verdict, events, finish
 
 SHIFTS = ("+400d", "-1d")
-# Real machines have a clock that no date can move, for durations.
-_ENVIRONMENT = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def run(bench: Bench, options: Namespace) -> Iterator[Record]:
-    """options.count: rounds of both shifts, between starts and in mid-job."""
+    """options.count: rounds of both shifts."""
     if shutil.which("faketime") is None:
         raise SystemExit("this trial needs the program faketime (apt-get install faketime)")
     for _ in range(options.count):
         for shift in SHIFTS:
             yield between_starts(bench, bench.job(bench.draw.choice(bench.names)), shift)
-            yield in_mid_job(bench, bench.job(bench.draw.choice(bench.names)), shift)
 
 
 def between_starts(bench: Bench, job: Job, shift: str) -> Record:
@@ -33,30 +34,8 @@ def between_starts(bench: Bench, job: Job, shift: str) -> Record:
     attempt = launch.start(job, output, 2, fault=str(Fault("kill", "renamed", "commits/manifest.json", layer, 0)))
     attempt.wait()
     verdict.ended(attempt)
-    finish(job, output, repeat(2), verdict, prefix=("faketime", "-f", shift), extra_environment=_ENVIRONMENT)
+    finish(job, output, repeat(2), verdict, prefix=("faketime", "-f", shift))
     verdict.same_bytes(output, reference)
+    found = events(output)
+    verdict.expect(found[0]["time"][:10] != found[-1]["time"][:10], "the clock was not another one")
     return verdict.record("clock", job, f"{shift} between two starts")
-
-
-def in_mid_job(bench: Bench, job: Job, shift: str) -> Record:
-    reference, output, verdict = bench.reference(job), bench.output(), Verdict()
-    setting = bench.root / f"clock-{output.name}"
-    setting.write_text("+0d\n", encoding="ascii")
-    attempt = launch.start(
-        job,
-        output,
-        2,
-        prefix=("faketime", "-f", "+0d"),
-        extra_environment=_ENVIRONMENT | {"FAKETIME_TIMESTAMP_FILE": str(setting), "FAKETIME_NO_CACHE": "1"},
-    )
-    layers = bench.draw.randrange(1, jobs.committed(reference) - 1)
-    verdict.expect(attempt.wait_until(lambda: jobs.committed(output) >= layers), "it ended before the fault")
-    setting.write_text(f"{shift}\n", encoding="ascii")
-    code = exit_code(attempt, attempt.wait())
-    verdict.ended(attempt)
-    verdict.expect(code == 0, f"ended with {code}: {attempt.text()[-300:]}")
-    verdict.same_bytes(output, reference)
-    events = (output / "events" / "rank-0.jsonl").read_text(encoding="utf-8").splitlines()
-    days = {line[:21] for line in events}
-    verdict.expect(len(days) > 1, "the clock did not jump")
-    return verdict.record("clock", job, f"{shift} in mid-job")

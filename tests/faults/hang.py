@@ -17,7 +17,7 @@ KINDS = ("talk", "save", "start")
 TIMEOUT = 12.0
 # So much later than the timeout the others may be gone: torch looks now and then, the ranks ask each other who is
 # missing, let one of them speak, and end, on a machine with more to do than cores.
-_GRACE = 15.0
+_GRACE = 30.0
 # torchrun leaves a rank that does not answer SIGTERM that long before it is killed.
 _SHUTDOWN = 4
 
