@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launched import SHORT, committed, finish, killed_at_the_end, prepare, results, start, until
+from launched import SHORT, committed, prepare, results, until
 from pods import Network, PlayedJob
 
 from distributed_adaround import cli
@@ -22,16 +22,6 @@ pytestmark = pytest.mark.netns
 def network() -> Iterator[Network]:
     with Network(f"adaround-{os.getpid()}").up() as network:
         yield network
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The result of the same job on two ranks of one machine."""
-    job = prepare(tmp_path_factory.mktemp("reference"))
-    with killed_at_the_end(start(job, *SHORT)) as process:
-        ended = finish(process)
-    assert ended.returncode == 0, ended.stderr
-    return results(job.parent / "adaround")
 
 
 @pytest.fixture

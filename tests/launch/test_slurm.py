@@ -13,13 +13,10 @@ import pytest
 from launched import (
     SHORT,
     committed,
-    finish,
     kill_rank,
-    killed_at_the_end,
     prepare,
     rank_processes,
     results,
-    start,
     until,
 )
 from slurm_cluster import SlurmCluster
@@ -34,16 +31,6 @@ HOST = socket.gethostname().partition(".")[0]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     with SlurmCluster(tmp_path_factory.mktemp("slurm")).running() as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The result of the same job on two ranks of one machine, without Slurm."""
-    job = prepare(tmp_path_factory.mktemp("reference"))
-    with killed_at_the_end(start(job, *SHORT)) as process:
-        ended = finish(process)
-    assert ended.returncode == 0, ended.stderr
-    return results(job.parent / "adaround")
 
 
 @pytest.fixture
@@ -119,6 +106,16 @@ def test_a_requeued_job_goes_on(cluster: SlurmCluster, script: Path, reference: 
     assert results(script.parent / "adaround") == reference
     resumed = json.loads((script.parent / "adaround" / "report.json").read_text(encoding="utf-8"))["layers"]
     assert sum(layer["resumed"] for layer in resumed) >= 2
+
+
+def test_a_lost_node_is_waited_for(cluster: SlurmCluster, script: Path, reference: dict[str, str]) -> None:
+    job = running(cluster, script)
+    (of_second_node,) = [pid for pid in steps(cluster) if 1 in rank_processes(pid)]
+    cluster.cut_off("n2", [of_second_node])
+    until(lambda: cluster.field(job, "Restarts") == "1", "requeue by Slurm", pause=0.2)
+    cluster.bring_back("n2")
+    assert cluster.ended(job) == "COMPLETED", logs(script, job)
+    assert results(script.parent / "adaround") == reference
 
 
 def test_before_the_time_is_up_it_saves_and_queues_itself(

@@ -142,17 +142,7 @@ def test_help_shows_the_variables() -> None:
     assert subprocess.run([str(SCRIPT)], capture_output=True, check=False).returncode == 64
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output of a job that nothing disturbs."""
-    job = prepare(tmp_path_factory.mktemp("whole"))
-    with killed_at_the_end(start(job, *SHORT)) as process:
-        ended = finish(process)
-    assert ended.returncode == 0, ended.stderr
-    return job.parent / "adaround"
-
-
-def test_a_killed_rank_costs_one_start_and_no_byte(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_costs_one_start_and_no_byte(reference: dict[str, str], tmp_path: Path) -> None:
     job = prepare(tmp_path / "job")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -163,12 +153,12 @@ def test_a_killed_rank_costs_one_start_and_no_byte(whole: Path, tmp_path: Path) 
         ended = finish(process)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("torchrun.sh: the job ended before it was done; it starts again in 1 s") == 1
-    assert results(output) == results(whole)
+    assert results(output) == reference
     # Nothing is left behind but torch's own cache.
     assert {path.name.partition("_")[0] for path in scratch.iterdir()} <= {"torchinductor"}
 
 
-def test_sigterm_saves_and_ends_without_a_restart(whole: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_ends_without_a_restart(reference: dict[str, str], tmp_path: Path) -> None:
     job = prepare(tmp_path / "job")
     output = job.parent / "adaround"
     with killed_at_the_end(start(job, *SHORT, GRACE_SECONDS="60")) as process:
@@ -186,7 +176,7 @@ def test_sigterm_saves_and_ends_without_a_restart(whole: Path, tmp_path: Path) -
     assert ended.returncode == 0, ended.stderr
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert sum(layer["resumed"] for layer in report["layers"]) == layers
-    assert results(output) == results(whole)
+    assert results(output) == reference
 
 
 def test_a_bad_job_file_starts_nothing(tmp_path: Path) -> None:

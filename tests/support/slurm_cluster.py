@@ -13,11 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from launched import DEADLINE, until
+from launched import DEADLINE, tree, until
 
 NEEDED = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -63,7 +63,7 @@ class SlurmCluster:
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @contextmanager
     def running(self) -> Iterator["SlurmCluster"]:
@@ -77,24 +77,37 @@ class SlurmCluster:
         key.write_bytes(secrets.token_bytes(128))
         files = [f"--{name}={self.folder}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         try:
-            self._daemon("munged", "--foreground", "--force", f"--key-file={key}", *files)
+            self._daemon("munged", "munged", "--foreground", "--force", f"--key-file={key}", *files)
             until((self.folder / "munge.socket").exists, "munge")
-            self._daemon("slurmctld", "-D", "-c")
+            self._daemon("slurmctld", "slurmctld", "-D", "-c")
             for node in ("n1", "n2"):
-                self._daemon("slurmd", "-D", "-N", node)
-            until(lambda: self.call("sinfo", "-h", "-o", "%D %t").stdout.strip() == "2 idle", "idle cluster", pause=0.2)
+                self._daemon(node, "slurmd", "-D", "-N", node)
+            self._wait_until_idle()
             yield self
         finally:
             self.call("scancel", "--signal=KILL", "--full", "--user=root")
             self.call("scancel", "--user=root")
-            for daemon in reversed(self._daemons):
+            for daemon in reversed(self._daemons.values()):
                 daemon.send_signal(signal.SIGTERM)
                 daemon.wait(timeout=DEADLINE)
 
-    def _daemon(self, name: str, *arguments: str) -> None:
-        with (self.folder / f"{name}-{len(self._daemons)}.log").open("wb") as log:
-            command = [name, *arguments]
-            self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT))
+    def _daemon(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def _wait_until_idle(self) -> None:
+        until(lambda: self.call("sinfo", "-h", "-o", "%D %t").stdout.strip() == "2 idle", "idle cluster", pause=0.2)
+
+    def cut_off(self, node: str, steps: Sequence[int]) -> None:
+        """As when a node loses its power: its slurmd and the steps on it, given by process id, are gone."""
+        self._daemons[node].kill()
+        self._daemons[node].wait(timeout=DEADLINE)
+        for pid in [below for step in steps for below in tree(step)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def bring_back(self, node: str) -> None:
+        self._daemon(node, "slurmd", "-D", "-N", node)
 
     def call(self, *command: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, check=False)
@@ -129,6 +142,5 @@ def _free_ports(number: int) -> list[int]:
         free.bind(("127.0.0.1", 0))
     ports = [free.getsockname()[1] for free in sockets]
     for free in sockets:
-        with closing(free):
-            pass
+        free.close()
     return ports
