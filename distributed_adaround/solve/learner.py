@@ -37,9 +37,9 @@ Normalization = Literal["sum", "mean", "nearest"]
 # weight and can be told from noise; the other two have no known scale and keep torch's eps.
 ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
 
-# Steps between two looks at the regularizer's gradient; divides the steps between two saved states. Measured with 1 and
-# 5, three seeds, 3 bits, 2,000 steps: three layers of ResNet-20 0.4 to 2 % more error, seeds differ by 3 %; two of MiniLM
-# 0.0 and 0.7 % less.
+# Steps between two looks at the regularizer's gradient; divides the steps between two saved states. Measured with 1
+# and 5, three seeds, 3 bits, 2,000 steps: three layers of ResNet-20 0.4 to 2 % more error, seeds differ by 3 %; two of
+# MiniLM 0.0 and 0.7 % less.
 REGULARIZER_EVERY = 5
 
 

@@ -1,7 +1,7 @@
 """The clock is another one when a job starts again: 400 days ahead, or a day behind. Needs the program faketime.
 
-A jump in mid-job is not tried: faketime also moves the clock by which torch and Python wait, which no date can move on a
-real machine. Told to leave that one alone, it breaks Python's sleep.
+A jump in mid-job is not tried: faketime also moves the clock by which torch and Python wait, which no date can move on
+a real machine. Told to leave that one alone, it breaks Python's sleep.
 """
 
 from __future__ import annotations
