@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distributed_adaround import __version__
+
 TOOLS = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
@@ -47,6 +49,10 @@ def test_the_build_context_holds_what_the_dockerfile_copies_and_no_more() -> Non
     assert next(line for line in lines if line and line[0] != "#") == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_names_the_version_of_the_package() -> None:
+    assert f"\nARG VERSION={__version__}\n" in (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
 
 
 def test_the_image_runs_as_nobody_special() -> None:
