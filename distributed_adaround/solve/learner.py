@@ -37,11 +37,6 @@ Normalization = Literal["sum", "mean", "nearest"]
 # weight and can be told from noise; the other two have no known scale and keep torch's eps.
 ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
 
-# Steps between two looks at the regularizer's gradient; divides the steps between two saved states. Measured with 1
-# and 5, three seeds, 3 bits, 2,000 steps: three layers of ResNet-20 0.4 to 2 % more error, seeds differ by 3 %; two of
-# MiniLM 0.0 and 0.7 % less.
-REGULARIZER_EVERY = 5
-
 
 @dataclass(frozen=True)
 class MinibatchSettings:
@@ -89,18 +84,18 @@ class SampleLearner:
         self._problem, self._rows, self._plan, self._comm, self._settings = problem, rows, plan, comm, settings
         self._channel_weight = channel_weight
         self._soft = SoftRounding(*soft_start(problem))
-        self._regularizer = Regularizer(self._soft, settings.schedule, comm.rank, comm.world_size)
         num_weights = self._soft.alpha.numel()
         self._flat = torch.zeros(num_weights + 5, dtype=problem.dtype, device=problem.device)
         self._bucket, self._wishes = self._flat[:-2], self._flat[-2:]
         self._bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
 
     def step(self, step: int, look: bool = False) -> None:
-        comm, bucket = self._comm, self._bucket
+        schedule, comm, bucket = self._settings.schedule, self._comm, self._bucket
         local, batch_rows = self._plan.batch(step)
         weights = self._channel_weight / max(1, batch_rows)
         fill_bucket(bucket, self._soft, *self._rows.gather(local), self._rows.transform, weights)
-        self._regularizer.add(bucket, step, with_value=look)
+        share = (comm.rank, comm.world_size)
+        add_regularizer(bucket, self._soft, schedule.weight(step), schedule.beta(step), *share, with_value=look)
         comm.all_reduce(self._flat)
         gradient = bucket[:-3].view_as(self._soft.alpha)
         self._soft.descend(gradient, self._settings.lr, ADAM_EPS[self._settings.normalization])
@@ -169,30 +164,23 @@ def fill_bucket(
     torch.ne(loss * 0, 0, out=bucket[-1])
 
 
-class Regularizer:
-    """The regularizer of one rank's share of the weights.
-
-    Its gradient is found anew every few steps and used in all of them: soft values move by about lr in a step, beta by
-    less, and on a CPU a look costs a fifth of the data term's products.
-    """
-
-    def __init__(self, soft: SoftRounding, schedule: RoundingSchedule, rank: int, world_size: int) -> None:
-        size = soft.sigmoid.numel()
-        self._share = slice(size * rank // world_size, size * (rank + 1) // world_size)
-        self._sigmoid = soft.sigmoid.view(-1)[self._share]
-        self._schedule = schedule
-        self._kept: Tensor | None = None
-
-    def add(self, bucket: Tensor, step: int, *, with_value: bool = False) -> None:
-        """Add its gradient to the bucket; write its value there if wanted."""
-        weight, beta = self._schedule.weight(step), self._schedule.beta(step)
-        if weight == 0:
-            return
-        # A job that goes on from a saved state begins at a step that finds it anew, so its bytes are the same.
-        if self._kept is None or step % REGULARIZER_EVERY == 0:
-            self._kept = torch.zeros_like(self._sigmoid) if self._kept is None else self._kept.zero_()
-            for sigmoid, derivative in zip(pieces(self._sigmoid), pieces(self._kept), strict=True):
-                add_regularizer_gradient(derivative, sigmoid, beta, weight)
-        bucket[:-3][self._share].add_(self._kept)
-        if with_value:
-            bucket[-2] = weight * regularizer(self._sigmoid, beta)
+def add_regularizer(
+    bucket: Tensor,
+    soft: SoftRounding,
+    reg_param: float,
+    beta: float,
+    rank: int,
+    world_size: int,
+    *,
+    with_value: bool = True,
+) -> None:
+    """Add the regularizer of this rank's share of the weights to the bucket: its gradient; its value if wanted."""
+    if reg_param == 0:
+        return
+    size = soft.sigmoid.numel()
+    share = slice(size * rank // world_size, size * (rank + 1) // world_size)
+    sigmoid, gradient = soft.sigmoid.view(-1)[share], bucket[:-3][share]
+    for piece, derivative in zip(pieces(sigmoid), pieces(gradient), strict=True):
+        add_regularizer_gradient(derivative, piece, beta, reg_param)
+    if with_value:
+        bucket[-2] = reg_param * regularizer(sigmoid, beta)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
-from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding
+from distributed_adaround.numerics.rounding import OutputTransform, SoftRounding
 from distributed_adaround.solve.by_rows import row_blocks
 from distributed_adaround.solve.learner import (
     ADAM_EPS,
     MinibatchSettings,
-    Regularizer,
+    add_regularizer,
     fill_bucket,
     rounded,
     soft_start,
@@ -40,7 +40,6 @@ class _Block:
 
     place: tuple[slice, slice]
     soft: SoftRounding
-    regularizer: Regularizer
     bucket: Tensor
     channels: slice | Tensor
     channel_weight: Tensor
@@ -66,12 +65,13 @@ class RowLearner:
         groups, channels, _ = self._shape
         size = min(_MOST, max(_FEWEST, -(-channels * groups // _BLOCKS)))
         places = list(row_blocks(groups, channels, size))[comm.rank :: comm.world_size]
-        self._blocks = [_block(place, start, channel_weight, rows.transform, settings.schedule) for place in places]
+        self._blocks = [_block(place, start, channel_weight, rows.transform) for place in places]
         self._bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
 
     def step(self, step: int, look: bool = False) -> None:
-        settings = self._settings
+        schedule, settings = self._settings.schedule, self._settings
         inputs, base, targets = self._batches.take(step)
+        weight, beta = schedule.weight(step), schedule.beta(step)
         for block in self._blocks:
             soft, bucket = block.soft, block.bucket
             own_base = None if base is None else base[:, block.channels]
@@ -79,7 +79,7 @@ class RowLearner:
             fill_bucket(
                 bucket, soft, inputs[block.place[0]], own_base, targets[:, block.channels], block.transform, share
             )
-            block.regularizer.add(bucket, step, with_value=look)
+            add_regularizer(bucket, soft, weight, beta, 0, 1, with_value=look)
             soft.descend(bucket[:-3].view_as(soft.alpha), settings.lr, ADAM_EPS[settings.normalization])
             self._bad += bucket[-1]
 
@@ -123,7 +123,6 @@ def _block(
     start: tuple[Tensor, Tensor, Tensor],
     channel_weight: Tensor,
     transform: OutputTransform,
-    schedule: RoundingSchedule,
 ) -> _Block:
     soft = SoftRounding(*(part[place].contiguous() for part in start))
     groups, channels, _ = start[0].shape
@@ -134,7 +133,6 @@ def _block(
     return _Block(
         place,
         soft,
-        Regularizer(soft, schedule, 0, 1),
         torch.zeros(soft.alpha.numel() + 3, dtype=soft.alpha.dtype, device=soft.alpha.device),
         own,
         channel_weight[own],

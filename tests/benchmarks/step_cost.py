@@ -1,10 +1,9 @@
 """Cost of one step of solver `minibatch` over its two bare matrix products: python tests/benchmarks/step_cost.py
 
 On the CPU a solver runs whose communicator keeps time: between two steps it runs the bare products, so both see the
-same machine. The table shows medians of the thread's CPU time, which other processes disturb least; of steps those of
-a whole round of the regularizer, whose gradient is found anew every few steps. On a GPU steps are not looked at one by
-one: solver and products are timed as whole loops between two waits for the device. Every step has the regularizer, as
-the last 80 % of a default job.
+same machine. The table shows medians of the thread's CPU time, which other processes disturb least. On a GPU steps are
+not looked at one by one: solver and products are timed as whole loops between two waits for the device. Every step has
+the regularizer, as the last 80 % of a default job.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from distributed_adaround.model.sites import SiteActivations
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.learner import REGULARIZER_EVERY, MinibatchSettings
+from distributed_adaround.solve.learner import MinibatchSettings
 from distributed_adaround.solve.minibatch import solve_minibatch
 from distributed_adaround.solve.problem import LayerProblem, Monitor
 
@@ -124,8 +123,7 @@ def time_on_cpu(problem: LayerProblem, rows: int, steps: int) -> tuple[float, fl
     """Seconds of one step and of its products."""
     comm = TimingComm(bare_products(problem, rows))
     solve(problem, rows, steps, comm, Monitor())
-    rounds = [sum(comm.step_times[k : k + REGULARIZER_EVERY]) for k in range(0, steps - 1, REGULARIZER_EVERY)]
-    return median(rounds[:-1]) / REGULARIZER_EVERY, median(comm.product_times)
+    return median(comm.step_times), median(comm.product_times)
 
 
 def time_on_gpu(problem: LayerProblem, rows: int, steps: int) -> tuple[float, float]:

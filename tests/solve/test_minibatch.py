@@ -20,7 +20,7 @@ from distributed_adaround.numerics.patches import from_patch_layout, to_patch_la
 from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule, SoftRounding
 from distributed_adaround.solve import round_layer
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.learner import REGULARIZER_EVERY, MinibatchSettings, Regularizer, fill_bucket
+from distributed_adaround.solve.learner import MinibatchSettings, add_regularizer, fill_bucket
 from distributed_adaround.solve.minibatch import channel_weights, solve_minibatch
 from distributed_adaround.solve.problem import Monitor, OutputErrors
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
@@ -68,15 +68,12 @@ class Reference:
         return torch.logit((h + 0.1) / 1.2)
 
     def soft_weight(self, alpha: Tensor) -> Tensor:
-        return self.lo + self.h(alpha) * (self.hi - self.lo)
-
-    def h(self, alpha: Tensor) -> Tensor:
-        return (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
+        return self.lo + (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1) * (self.hi - self.lo)
 
     def losses(
         self, alpha: Tensor, rows: Tensor, channel_weight: Tensor, reg: float, beta: float
     ) -> tuple[Tensor, Tensor]:
-        h = self.h(alpha)
+        h = (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
         weight = self.lo + h * (self.hi - self.lo)
         outputs = self._through([torch.func.functional_call(self.layer, {"weight": weight}, x) for x in self.inputs])
         data = ((outputs[rows] - self.targets[rows]).square() * channel_weight).sum() / rows.numel()
@@ -133,8 +130,7 @@ def test_bucket_is_the_gradient_of_the_loss(
         fill_bucket(bucket, soft, *rows.gather(ids), as_solved(local), channel_weight / total)
         if not ids.numel():
             assert not bucket.any(), "a rank without rows adds nothing"
-        schedule = RoundingSchedule(1, 0.0, 5.5, 5.5, 0.3)
-        Regularizer(soft, schedule, comm.rank, comm.world_size).add(bucket, 0, with_value=True)
+        add_regularizer(bucket, soft, 0.3, 5.5, comm.rank, comm.world_size)
         comm.all_reduce(bucket)
         gradient = soft.gradient_by_alpha(bucket[:-3].view_as(soft.alpha))
         return geometry.from_matrix(from_patch_layout(gradient, geometry)), bucket[-3:]
@@ -150,32 +146,8 @@ def test_bucket_is_the_gradient_of_the_loss(
 def test_bucket_without_regularizer_during_the_warm_up() -> None:
     soft = SoftRounding(torch.full((1, 2, 3), 0.4), torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
     bucket = torch.zeros(9)
-    regularizer = Regularizer(soft, RoundingSchedule(10, 0.5, 20.0, 2.0, 0.3), 0, 1)
-    regularizer.add(bucket, 4, with_value=True)
+    add_regularizer(bucket, soft, 0.0, 20.0, 0, 1)
     assert not bucket.any()
-    regularizer.add(bucket, 5, with_value=True)
-    assert bucket[:-3].all()
-    assert bucket[-2] > 0
-
-
-def test_gradient_of_the_regularizer_is_found_anew_every_few_steps() -> None:
-    """Also by a job that goes on from a saved state, which knows nothing of the steps before."""
-    weight = torch.rand(1, 2, 3).double()
-    soft = SoftRounding(weight, torch.zeros_like(weight), torch.ones_like(weight))
-    schedule = RoundingSchedule(1000, 0.0, 20.0, 2.0, 0.3)
-    regularizer, found, fresh = Regularizer(soft, schedule, 0, 1), [], []
-    for step in range(1, 2 * REGULARIZER_EVERY + 1):
-        for one, results in ((regularizer, found), (Regularizer(soft, schedule, 0, 1), fresh)):
-            bucket = torch.zeros(9).double()
-            one.add(bucket, step)
-            results.append(bucket)
-        soft.alpha += 0.1
-        soft.refresh()
-    steps = [1] * (REGULARIZER_EVERY - 1) + [REGULARIZER_EVERY] * REGULARIZER_EVERY + [2 * REGULARIZER_EVERY]
-    for bucket, step in zip(found, steps, strict=True):
-        assert torch.equal(bucket, fresh[step - 1])
-    assert not torch.equal(found[0], found[-2])
-    assert not torch.equal(found[-2], found[-1])
 
 
 def test_a_loss_that_is_not_finite_is_flagged() -> None:
@@ -238,11 +210,8 @@ def test_the_whole_solver_is_plain_adam_on_the_loss(
         beta = 2 + 9 * (1 + math.cos(math.pi * progress))
         data, reg = reference.losses(alpha, plan.batch(step)[0], weights, 0.02 if step >= 8 else 0.0, beta)
         loss = data + reg
-        if step == 8 or step % REGULARIZER_EVERY == 0:
-            h = reference.h(alpha.detach()).requires_grad_()
-            (kept,) = torch.autograd.grad(0.02 * (1 - (2 * h - 1).abs().pow(beta)).sum(), h)
         adam.zero_grad()
-        (data if step < 8 else data + (kept * reference.h(alpha)).sum()).backward()
+        loss.backward()
         adam.step()
 
     seen = []
