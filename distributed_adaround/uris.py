@@ -16,6 +16,9 @@ _QUERY = re.compile(r"(?<=://)([^?\s'\"]*)\?([^\s?'\"]*=[^\s'\"]*)")
 _HTTP_QUERY = re.compile(r"(https?://[^?#\s'\"]*)[?#]([^\s'\"]*)")
 # Shorter parts of credentials ("me", a version "v=1") are words of ordinary messages too.
 _MIN_SECRET = 5
+# Values of a query that open doors, as opposed to "format=parquet".
+_SECRET_KEY = re.compile(r"auth|cred|key|pass|pwd|secret|sig|token", re.IGNORECASE)
+_LONG = 16
 
 # Of all URIs that this process has opened: what a store answers need not have the form of a URI.
 _secrets: set[str] = set()
@@ -25,7 +28,12 @@ def redact(text: str) -> str:
     """The URI, or any text with URIs in it, without user names, passwords, tokens and query strings."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    links = (_CREDENTIALS.sub("", link) for link in text.split("::"))
+    return _stripped(text)
+
+
+def _stripped(uri: str) -> str:
+    """What `redact` makes of a URI, whatever was opened before."""
+    links = (_CREDENTIALS.sub("", link) for link in uri.split("::"))
     return "::".join(_QUERY.sub(r"\1", _HTTP_QUERY.sub(r"\1", link)) for link in links)
 
 
@@ -34,11 +42,12 @@ def remember_secrets(uri: str) -> None:
     for link in uri.split("::"):
         found = [match.removesuffix("@") for match in _CREDENTIALS.findall(link)]
         bare = _CREDENTIALS.sub("", link)
-        found += [query for pattern in (_HTTP_QUERY, _QUERY) for _, query in pattern.findall(bare)]
-        for secret in found:
-            parts = (secret, *secret.split(":", 1), *(pair.partition("=")[2] for pair in re.split("[&;]", secret)))
-            forms = (form for part in parts for form in (part, unquote(part), quote(part, safe="")))
-            _secrets.update(form for form in forms if len(form) >= _MIN_SECRET)
+        found += [part for secret in found for part in secret.split(":", 1)]
+        for query in (query for pattern in (_HTTP_QUERY, _QUERY) for _, query in pattern.findall(bare)):
+            pairs = (pair.partition("=") for pair in re.split("[&;]", query))
+            found += [query, *(value for key, _, value in pairs if _SECRET_KEY.search(key) or len(value) >= _LONG)]
+        forms = (form for part in found for form in (part, unquote(part), quote(part, safe="")))
+        _secrets.update(form for form in forms if len(form) >= _MIN_SECRET)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -50,7 +59,7 @@ def join(uri: str, *parts: str) -> str:
 
 def file_name(uri: str) -> str:
     """Last part of the path, without folder, credentials and query string."""
-    links = redact(uri).split("::")
+    links = _stripped(uri).split("::")
     return links[_path_link(links)].rstrip("/").rsplit("/", 1)[-1]
 
 

@@ -28,6 +28,9 @@ def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://token77@host/x", "token77", "***"),
         # Short parts are ordinary words.
         ("sftp://me:key@host/x", "me and my key, me:key", "me and my key, ***"),
+        ("https://host/a.parquet?format=parquet", "parquet files need pyarrow", "parquet files need pyarrow"),
+        ("https://host/x?X-Amz-Signature=0af1&v=1", "0af1 a0af1b", "0af1 a0af1b"),
+        ("https://host/x?k=0123456789abcdef", "0123456789abcdef", "***"),
         ("s3://bucket/img-??.npy", "img-??.npy in bucket", "img-??.npy in bucket"),
         ("data/a.npy", "data/a.npy", "data/a.npy"),
     ],
@@ -35,6 +38,13 @@ def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_secrets_of_opened_uris_are_removed_from_any_text(uri: str, text: str, shown: str) -> None:
     uris.remember_secrets(uri)
     assert uris.redact(text) == shown
+
+
+def test_a_file_has_the_same_name_whatever_was_opened_before() -> None:
+    uri = "https://parquet:secret@host/parquet/a.parquet?sig=a.parquet"
+    assert uris.file_name(uri) == "a.parquet"
+    uris.remember_secrets(uri)
+    assert uris.file_name(uri) == "a.parquet"
 
 
 @pytest.mark.parametrize(
