@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -55,9 +56,10 @@ def _run(bench: Bench, options: argparse.Namespace) -> int:
     trial: Trial = import_module(f"tests.faults.{options.trial}").run
     bad = 0
     started = time.monotonic()
+    run = {"run": datetime.now(UTC).isoformat(), "seed": options.seed, "command": _command(options)}
     for record in trial(bench, options):
         bad += not record["ok"]
-        records.append(options.out, {**record, "seed": options.seed, "command": _command(options)})
+        records.append(options.out, {**record, **run})
         mark = "ok  " if record["ok"] else "BAD "
         print(f"{mark} {record['job']}: {record['case']} ({record['seconds']} s)", flush=True)
         for problem in record["problems"]:

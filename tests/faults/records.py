@@ -19,17 +19,16 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def table(folder: Path) -> str:
-    """Of each trial the records of the command that ran last, in Markdown."""
+    """Of each trial the records of its last run, in Markdown."""
     lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
-    latest: dict[str, dict[str, Record]] = {}
-    for line in lines:
-        record = json.loads(line)
-        cases = latest.setdefault(record["trial"], {})
-        if any(case["command"] != record["command"] for case in cases.values()):
-            cases.clear()
-        cases[f"{record['job']}: {record['case']}"] = record
+    latest: dict[str, list[Record]] = {}
+    for record in map(json.loads, lines):
+        known = latest.setdefault(record["trial"], [])
+        if known and known[0]["run"] != record["run"]:
+            known.clear()
+        known.append(record)
     head = ["| trial | went well | figures | command |", "|---|---|---|---|"]
-    return "\n".join(head + [_row(trial, list(cases.values())) for trial, cases in latest.items()])
+    return "\n".join(head + [_row(trial, found) for trial, found in latest.items()])
 
 
 def _row(trial: str, records: list[Record]) -> str:

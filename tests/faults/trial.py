@@ -28,6 +28,8 @@ class Bench:
     seed: int = 0
     names: Sequence[str] = jobs.NAMES
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # How often a job is struck at any time from its start, which may come too late, and not while layers are solved.
+    anytime: float = 0.25
     draw: random.Random = field(init=False)
     _jobs: dict[str, Job] = field(default_factory=dict)
     _references: dict[str, Path] = field(default_factory=dict)
@@ -149,10 +151,10 @@ def finish(job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **opt
 
 
 def moment(bench: Bench, job: Job, output: Path, ranks: int, attempt: launch.Attempt) -> Callable[[], bool]:
-    """When to strike: in one of four cases at any time, else in one of the next layers, or in the export."""
+    """When to strike: at any time (`Bench.anytime`), else in one of the next layers, or in the export."""
     # Two cores: several ranks take longer than one.
     slower = 1.6 if ranks > 1 else 1.0
-    if bench.draw.random() < 0.25:
+    if bench.draw.random() < bench.anytime:
         after = bench.draw.uniform(0.2, slower * bench.seconds(job))
         return lambda: attempt.seconds > after
     of = jobs.committed(bench.reference(job))
