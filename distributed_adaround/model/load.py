@@ -320,8 +320,8 @@ def _refuse_expanded(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise InputError(f"{str(path)!r}: {shorten(name)!r} is a sparse tensor; weights must be dense")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise InputError(
-                f"{str(path)!r}: {shorten(name)!r} of shape {tuple(tensor.shape)} has fewer bytes in the file than elements; "
-                "save it with .contiguous()"
+                f"{str(path)!r}: {shorten(name)!r} of shape {tuple(tensor.shape)} has fewer bytes in the file than "
+                "elements; save it with .contiguous()"
             )
 
 
