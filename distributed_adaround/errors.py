@@ -75,3 +75,10 @@ class UnreachableError(AdaRoundError, OSError):
     """A store of files is busy or away, also after several tries. Nothing is wrong with the job."""
 
     exit_code = 75
+
+
+def shorten(text: str, length: int = 400) -> str:
+    """At most so many printable characters of what a file or a library says: the middle is left out."""
+    half = (length - 3) // 2
+    text = text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+    return "".join(character if character.isprintable() else " " for character in text)

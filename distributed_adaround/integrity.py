@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, shorten
 
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_SAFETENSORS_HEADER = 32 << 20  # bytes, enough for 200,000 tensors
@@ -50,25 +50,25 @@ def check_zip(path: Path, *, compressed: bool) -> None:
             raise
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, OSError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
-            raise InputError(f"is damaged: {lines[0]}; get it again from where it came") from error
+            raise InputError(f"is damaged: {shorten(lines[0])}; get it again from where it came") from error
 
 
 def _check_members(members: list[zipfile.ZipInfo], file_size: int, compressed: bool) -> None:
     names = [member.filename for member in members]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"holds {twice!r} twice, and readers differ in which they take; write it anew")
+        raise InputError(f"holds {shorten(twice)!r} twice, and readers differ in which they take; write it anew")
     allowed = (zipfile.ZIP_STORED, *((zipfile.ZIP_DEFLATED,) if compressed else ()))
     for member in members:
         # orig_filename: zipfile cuts names at a NUL.
         name = PurePosixPath(member.orig_filename.replace("\\", "/"))
         if name.is_absolute() or ".." in name.parts or "\0" in member.orig_filename:
-            raise InputError(f"holds {member.orig_filename!r}, a name that leaves its folder; it is not used")
+            raise InputError(f"holds {shorten(member.orig_filename)!r}, a name that leaves its folder; it is not used")
         if member.flag_bits & _ENCRYPTED:
-            raise InputError(f"holds {member.filename!r} encrypted; write it without a password")
+            raise InputError(f"holds {shorten(member.filename)!r} encrypted; write it without a password")
         if member.compress_type not in allowed:
             raise InputError(
-                f"holds {member.filename!r} compressed by a method that its writer never uses; write it anew"
+                f"holds {shorten(member.filename)!r} compressed by a method that its writer never uses; write it anew"
             )
     check_expansion(sum(member.file_size for member in members), file_size)
 

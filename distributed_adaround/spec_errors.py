@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic.fields import FieldInfo
 
+from distributed_adaround import errors
 from distributed_adaround.errors import SpecError
 from distributed_adaround.storage import redact
 
@@ -122,9 +123,7 @@ def shown(value: object) -> str:
 
 def shorten(text: str) -> str:
     """At most 80 printable characters: the middle is left out."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    half = (_MAX_SHOWN - 3) // 2
-    return text if len(text) <= _MAX_SHOWN else f"{text[:half]}...{text[-half:]}"
+    return errors.shorten(text, _MAX_SHOWN)
 
 
 def explain(error: ValidationError, cls: type) -> SpecError:

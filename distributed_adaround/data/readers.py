@@ -25,7 +25,7 @@ from distributed_adaround.data.arrays import read_npy, read_npz, read_safetensor
 from distributed_adaround.data.columns import NOT_NUMERIC, Column
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.tables import read_jsonl, read_parquet
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, shorten
 
 _READERS: dict[str, Callable[[Path], dict[str, Column]]] = {
     ".npy": read_npy,
@@ -150,7 +150,7 @@ def _explained(shown: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{shown}: {error}") from error
+        raise InputError(f"{shown}: {shorten(str(error))}") from error
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{shown}: cannot be read, damaged or not of this type: {lines[0]}") from error
+        raise InputError(f"{shown}: cannot be read, damaged or not of this type: {shorten(lines[0])}") from error

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, shorten
 from distributed_adaround.integrity import check_safetensors, check_zip, is_zip
 from distributed_adaround.model.archive import unsafe_content
 from distributed_adaround.model.sites import ModelInputs
@@ -83,7 +83,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         with _silent("torch.export"):  # which logs a traceback of what it then raises
             program = torch.export.load(path)
     except InputError as error:
-        raise InputError(f"model.program {str(path)!r} {error}") from error
+        raise InputError(f"model.program {str(path)!r} {shorten(str(error))}") from error
     except OSError as error:
         raise InputError(f"model.program {str(path)!r} cannot be read: {error.strerror or error}") from error
     except Exception as error:
@@ -260,7 +260,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         else:
             raise InputError(f"ends in {path.suffix!r}; use .safetensors, .pt or .pth")
     except InputError as error:
-        raise InputError(f"model.weights {str(path)!r} {error}") from error
+        raise InputError(f"model.weights {str(path)!r} {shorten(str(error))}") from error
     except OSError as error:
         raise InputError(f"model.weights {str(path)!r} cannot be read: {error.strerror or error}") from error
     except Exception as error:
@@ -274,7 +274,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"model.weights {str(path)!r} holds a {type(state).__name__}; it must hold a state dict")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"model.weights {str(path)!r}: {name!r} is a {type(tensor).__name__}, not a tensor")
+            raise InputError(
+                f"model.weights {str(path)!r}: {shorten(repr(name))} is a {type(tensor).__name__}, not a tensor"
+            )
     _refuse_expanded(state, path)
     return dict(state)
 
@@ -315,11 +317,11 @@ def _refuse_expanded(tensors: Mapping[str, Tensor], path: Path) -> None:
     """A few bytes can claim to be a tensor of terabytes by stride 0; copying it would end the job without a word."""
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
-            raise InputError(f"{str(path)!r}: {name!r} is a sparse tensor; weights must be dense")
+            raise InputError(f"{str(path)!r}: {shorten(name)!r} is a sparse tensor; weights must be dense")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise InputError(
-                f"{str(path)!r}: {name!r} of shape {tuple(tensor.shape)} has fewer bytes in the file than elements; "
-                "save it with .contiguous()"
+                f"{str(path)!r}: {shorten(name)!r} of shape {tuple(tensor.shape)} has fewer bytes in the file than "
+                "elements; save it with .contiguous()"
             )
 
 
@@ -345,9 +347,10 @@ def _widened(tensor: Tensor) -> Tensor:
 def _counted(label: str, names: Sequence[str]) -> str:
     """ "missing a, b, c and 7 more (10)" """
     more = len(names) - _NUM_NAMED
-    return f"{label} {', '.join(names[:_NUM_NAMED])}" + (f" and {more} more ({len(names)} in all)" if more > 0 else "")
+    named = ", ".join(shorten(name, 120) for name in names[:_NUM_NAMED])
+    return f"{label} {named}" + (f" and {more} more ({len(names)} in all)" if more > 0 else "")
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {shorten(lines[0])}" if lines else type(error).__name__

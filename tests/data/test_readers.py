@@ -307,6 +307,14 @@ def test_an_npz_with_other_things_in_it(tmp_path: Path) -> None:
         opened(tmp_path / "a.npz")
 
 
+def test_what_a_file_says_is_shown_short_and_printable(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"x": 1}, {"y\x1b[2J" * 5000: 1})
+    with pytest.raises(InputError, match=r"^shown/a.jsonl: sample 1 has other fields than the first: y ") as caught:
+        opened(path)
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
 def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A million equal numbers take a few hundred bytes."""
     path = parquet(tmp_path / "a.parquet", {"x": np.zeros(10**6, np.int64)})
