@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 COMMANDS = ("run", "plan", "validate", "status", "schema", "launch")
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141
 # torchrun ends all ranks as soon as one exits, and names that one: let it be the one that tells the user.
 _LET_OTHERS_SPEAK_SECONDS = 3.0
 
@@ -47,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options) or 0)
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (| head); the interpreter must not try to write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except Exception as error:
         code = error.exit_code if isinstance(error, AdaRoundError) else _INTERNAL_ERROR
         _report(error, code, options, rank, world_size)

@@ -404,3 +404,9 @@ def test_relative_paths_are_those_of_the_working_folder(
     assert cli.main([str(path), "--set", "rounding.solver=nearest"]) == 0
     assert (tmp_path / "out" / "report.json").exists()
     assert capsys.readouterr().out.rstrip().endswith("Results are in out")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"'{sys.executable}' -m distributed_adaround schema | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.stdout.strip() in ("0", "141"), ended.stderr) == (True, ""), ended
