@@ -1,5 +1,6 @@
 """Every test starts from the same state and leaves none behind. What several tests share lies in tests/support/."""
 
+import logging
 import os
 import random
 import sys
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+
+from distributed_adaround import uris
 
 # Ranks, workers and tests share few cores; more threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Fixed seeds; environment, working folder, torch's global settings and process group as they were."""
+    """Fixed seeds; environment, working folder, the program's logger, the credentials it has seen, torch's global
+    settings and process group as they were."""
+    logger = logging.getLogger("distributed_adaround")
+    logging_before = (list(logger.handlers), logger.level, logger.propagate)
+    secrets_before = set(uris._secrets)
     environment, folder = dict(os.environ), os.getcwd()
     num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -35,6 +42,9 @@ def _clean_state() -> Iterator[None]:
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    logger.handlers[:], logger.level, logger.propagate = logging_before
+    uris._secrets.clear()
+    uris._secrets.update(secrets_before)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(num_threads)

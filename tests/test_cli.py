@@ -1,12 +1,11 @@
 """The command line: what it prints, and how each kind of bad input ends."""
 
 import json
-import logging
 import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,10 @@ PYTHON = [sys.executable, "-m", "distributed_adaround"]
 
 
 @pytest.fixture(autouse=True)
-def _own_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line configures the program's logger, and reads torchrun's variables."""
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line reads torchrun's variables."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
-    logger = logging.getLogger("distributed_adaround")
-    before = (list(logger.handlers), logger.level, logger.propagate)
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def results_and_leftovers(folder: Path) -> set[str]:

@@ -3,7 +3,6 @@ bad, also in tracebacks of libraries that know nothing of it."""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from flaky_server import FlakyServer, flaky_server
 from fsspec.implementations.memory import MemoryFileSystem
 from sample_jobs import write_job
 
-from distributed_adaround import cli, uris
+from distributed_adaround import cli
 
 pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp")
 
@@ -32,12 +31,8 @@ OUTPUT = f"memory://{USER}:{PASSWORD}@bucket/out"
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(uris, "_secrets", set())
     monkeypatch.setattr("distributed_adaround.retries._WAIT", lambda state: 0)
-    logger = logging.getLogger("distributed_adaround")
-    before = (list(logger.handlers), logger.level, logger.propagate)
     yield
-    logger.handlers[:], logger.level, logger.propagate = before
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 

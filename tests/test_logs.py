@@ -1,17 +1,8 @@
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from distributed_adaround import logs
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    logger = logging.getLogger(logs.LOGGER_NAME)
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
 
 
 def _speak() -> None:

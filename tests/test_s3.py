@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import toy_models
 from flaky_server import Fault, FlakyServer, flaky_server
 from sample_jobs import write_job
 
-from distributed_adaround import cli, retries, storage, uris
+from distributed_adaround import cli, retries, storage
 from distributed_adaround.errors import InputError, OutputError, UnreachableError
 
 s3fs = pytest.importorskip("s3fs", reason="pip install 'distributed_adaround[faults]'")
@@ -53,9 +52,6 @@ def store(upstream: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(retries, "_WAIT", lambda state: 0)
-    monkeypatch.setattr(uris, "_secrets", set())
-    logger = logging.getLogger("distributed_adaround")
-    before = (list(logger.handlers), logger.level, logger.propagate)
     with flaky_server(tmp_path, upstream) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         s3fs.S3FileSystem.clear_instance_cache()
@@ -66,7 +62,6 @@ def store(upstream: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyP
         yield server
         server.faults, server.then = [], "ok"
         fs.rm("bucket", recursive=True)
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def test_write_read_list_remove(store: FlakyServer) -> None:

@@ -166,6 +166,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "correct_bias": False,
             "damping": 0.01,
             "rows_per_input": 512,
+            "starts": 3,
             "reproducible": False,
         },
         "seed": 3,
