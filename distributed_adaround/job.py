@@ -298,5 +298,5 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
         "peak_activation_bytes": job.store.peak,
         "seconds": seconds,
     }
-    text = jsontext.dumps(jsontext.json_safe(report), indent=1) + "\n"
+    text = jsontext.dumps(report, indent=1) + "\n"
     storage.write_bytes(storage.join(uri, "report.json"), text.encode())

@@ -34,6 +34,9 @@ def _clean_state() -> Iterator[None]:
     logging_before = (list(logger.handlers), logger.level, logger.propagate)
     secrets_before = set(uris._secrets)
     environment, folder = dict(os.environ), os.getcwd()
+    # No test is a rank of some torchrun above it.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
+        os.environ.pop(name, None)
     num_threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     random.seed(0)

@@ -23,13 +23,6 @@ RESULTS = {"quantized.safetensors", "quantized.json", "dequantized.safetensors",
 PYTHON = [sys.executable, "-m", "distributed_adaround"]
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line reads torchrun's variables."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def results_and_leftovers(folder: Path) -> set[str]:
     """Result files and temporary files anywhere below the folder."""
     return {p.name for p in folder.rglob("*") if p.name in RESULTS or p.suffix in (".tmp", ".spill")}

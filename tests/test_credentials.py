@@ -29,8 +29,6 @@ OUTPUT = f"memory://{USER}:{PASSWORD}@bucket/out"
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("distributed_adaround.retries._WAIT", lambda state: 0)
     yield
     MemoryFileSystem.store.clear()

@@ -48,8 +48,7 @@ def store(upstream: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyP
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(retries, "_WAIT", lambda state: 0)
     with flaky_server(tmp_path, upstream) as server:

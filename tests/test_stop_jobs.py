@@ -18,10 +18,10 @@ from distributed_adaround import cli
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PROGRAM = ["-m", "distributed_adaround"]
-# The second layer alone would take hours.
+# The first layer alone would take hours.
 ENDLESS = {"max_iter": 2_000_000, "reproducible": True, "batch_size": 24, "lr": 0.02}
 DEADLINE = 120
-# From the second layer on, the number of steps is another one: the endless job needs an end to be compared with.
+# Ends, so that what it publishes can be compared; long enough to be stopped in its first layers.
 SHORT = {**ENDLESS, "max_iter": 400}
 
 

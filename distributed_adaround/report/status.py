@@ -52,7 +52,7 @@ class Status:
 def write_status(uri: str, status: Status) -> None:
     """Replace the status of a job. uri: its output folder. Raises OutputError."""
     fields = asdict(status) | {"version": __version__, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    text = jsontext.dumps(jsontext.json_safe(fields), indent=1) + "\n"
+    text = jsontext.dumps(fields, indent=1) + "\n"
     storage.write_bytes(storage.join(uri, "status.json"), text.encode())
 
 

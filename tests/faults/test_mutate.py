@@ -17,12 +17,6 @@ from tests.faults.byte_changes import Change
 from tests.faults.damaged_files import Kind, check_of, same
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 # pyarrow and torch warn about some damaged files before they refuse them.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list(mutate.TRIALS))
