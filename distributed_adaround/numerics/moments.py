@@ -102,6 +102,18 @@ class Moments:
     cross_mean: Tensor | None
     num_rows: int
 
+    def reordered(self, index: Tensor) -> Moments:
+        """The same with the inputs in another order. index: int64 `(J,)`."""
+
+        def of(means: Tensor | None) -> Tensor | None:
+            if means is None:
+                return None
+            return means[:, index] if means.dim() == 2 else means[:, index[:, None], index]
+
+        second, mean = of(self.second), of(self.mean)
+        assert second is not None and mean is not None
+        return Moments(second, mean, of(self.cross), of(self.cross_mean), self.num_rows)
+
     def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> Quadratic:
         """The quadratic of a layer. weight: `(G, R, J)`, whose dtype the result has. centred: the bias is corrected."""
         second, cross = self.second, self.cross

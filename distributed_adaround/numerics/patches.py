@@ -63,52 +63,30 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def unfolded_pieces(x: Tensor, geometry: LayerGeometry, first: int = 0, every: int = 1) -> Iterator[Tensor]:
-    """Inputs of all rows of a layer, `(G, rows, J)` in the weight's own order (C/G, *kernel), a piece at a time.
+    """Inputs of all rows of a layer, `(G, rows, J)` in the order of `gather_rows`, a piece at a time.
 
     x: `(N, C, *L)` of a convolution, `(..., I)` of a Linear layer. first, every: only the rows first, first + every and
-    so on. Only one piece is ever copied out of x.
+    so on. Besides one piece only the padded input is ever copied.
     """
-    groups, inputs = geometry.groups, geometry.inputs_per_output
+    inputs = geometry.inputs_per_output
     if not geometry.num_spatial_dims:
         yield from torch.split(x.reshape(1, -1, inputs)[:, first::every], max(1, _PIECE // inputs), dim=1)
         return
-    view = _windows(x, geometry)
-    if first or every > 1:
-        leading = view.shape[: 1 + geometry.num_spatial_dims]
-        chosen = torch.arange(first, math.prod(leading), every, device=x.device)
-        for rows in torch.split(chosen, max(1, _PIECE // (groups * inputs))):
-            yield view[torch.unravel_index(rows, leading)].reshape(-1, groups, inputs).transpose(0, 1)
-        return
-    row = math.prod(view.shape[2 : 1 + geometry.num_spatial_dims]) * groups * inputs
-    lines = max(1, _PIECE // row)
-    samples = max(1, lines // view.shape[1])
-    for part in torch.split(view, samples):
-        for piece in torch.split(part, lines, dim=1):
-            yield piece.reshape(-1, groups, inputs).transpose(0, 1)
+    features = channels_last_padded(x, geometry)
+    size, channels = tuple(features.shape[1:-1]), features.shape[-1]
+    starts = row_positions(size, _output_size(size, geometry), geometry)
+    offsets = kernel_offsets(size, geometry)
+    chosen = torch.arange(first, x.shape[0] * len(starts), every)
+    for rows in torch.split(chosen, max(1, _PIECE // (geometry.groups * inputs))):
+        sample, place = rows // len(starts), rows % len(starts)
+        positions = (sample * math.prod(size) + starts[place])[:, None] + offsets
+        yield gather_rows(features.view(-1, channels), positions.to(x.device), geometry)
 
 
-def _windows(x: Tensor, geometry: LayerGeometry) -> Tensor:
-    """What each output pixel of a convolution sees, `(N, *output L, G, C/G, *kernel)`: a view of the padded input."""
-    if geometry.transposed:
-        x = _spread(x, geometry.stride)
-    x = pad(x, _padding(geometry)).contiguous()
-    dims = geometry.num_spatial_dims
-    stride = (1,) * dims if geometry.transposed else geometry.stride
+def _output_size(padded_size: tuple[int, ...], geometry: LayerGeometry) -> tuple[int, ...]:
+    stride = (1,) * len(padded_size) if geometry.transposed else geometry.stride
     reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
-    outputs = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
-    per_group = geometry.in_channels // geometry.groups
-    sample, channel, *pitches = x.stride()
-    view = x.as_strided(
-        (x.shape[0], *outputs, geometry.groups, per_group, *geometry.kernel_size),
-        (
-            sample,
-            *(s * p for s, p in zip(stride, pitches, strict=True)),
-            per_group * channel,
-            channel,
-            *(d * p for d, p in zip(geometry.dilation, pitches, strict=True)),
-        ),
-    )
-    return view.flip(tuple(range(-dims, 0))) if geometry.transposed else view
+    return tuple((length - r - 1) // s + 1 for length, r, s in zip(padded_size, reach, stride, strict=True))
 
 
 def row_positions(padded_size: tuple[int, ...], output_size: tuple[int, ...], geometry: LayerGeometry) -> Tensor:
@@ -157,3 +135,9 @@ def from_patch_layout(patches: Tensor, geometry: LayerGeometry) -> Tensor:
     kernel = math.prod(geometry.kernel_size)
     split = patches.reshape(*patches.shape[:2], kernel, -1)
     return split.transpose(2, 3).reshape(geometry.out_channels, -1)
+
+
+def weight_order(geometry: LayerGeometry) -> Tensor:
+    """Where the inputs of an output, in the order of its weights (C/G, K), lie in a row; int64 `(J,)`."""
+    kernel = math.prod(geometry.kernel_size)
+    return torch.arange(geometry.inputs_per_output).view(kernel, -1).t().flatten()

@@ -17,7 +17,7 @@ from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.model.sites import row_mask
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic, SymmetricSum
-from distributed_adaround.numerics.patches import unfolded_pieces
+from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
 from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
@@ -98,12 +98,15 @@ def _measure(problem: LayerProblem, comm: Comm) -> Moments:
     sums = [mean, *([] if cross is None else [cross, cross_mean])]
     _reduce([*second.totals, *(one.total for one in sums), count], comm)
     rows = max(1, int(count))
-    return Moments(
+    moments = Moments(
         second=second.mean(rows),
         mean=mean.mean(rows),
         cross=None if cross is None else cross.mean(rows),
         cross_mean=None if cross is None else cross_mean.mean(rows),
         num_rows=rows,
+    )
+    return (
+        moments.reordered(weight_order(problem.geometry).to(device)) if problem.geometry.num_spatial_dims else moments
     )
 
 

@@ -98,6 +98,23 @@ def moments_of(x: Tensor, x_hat: Tensor) -> Moments:
     return Moments(second, mean, cross, cross_mean, ROWS)
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_reordered_are_the_moments_of_reordered_inputs(streams: int) -> None:
+    x, x_hat = make_rows()
+    if streams == 1:
+        x = x_hat
+    order = torch.tensor([2, 0, 3, 1])
+    found = moments_of(x, x_hat).reordered(order)
+    x_hat = x_hat[:, :, order]
+    expected = moments_of(x_hat if streams == 1 else x[:, :, order], x_hat)
+    assert (found.cross is None) == (streams == 1)
+    for name, value in vars(expected).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(vars(found)[name], value)
+        else:
+            assert vars(found)[name] == value
+
+
 def output_errors(x: Tensor, x_hat: Tensor, weight: Tensor, rounded: Tensor, asymmetry: float) -> Tensor:
     """Target `W (x̂ + α (x - x̂))` less output `Ŵ x̂`, `(G, R, N)`."""
     return weight @ (x_hat + asymmetry * (x - x_hat)).transpose(1, 2) - rounded @ x_hat.transpose(1, 2)

@@ -80,11 +80,6 @@ def joined(x: Tensor, geometry: LayerGeometry) -> Tensor:
     return torch.cat(list(patches.unfolded_pieces(x, geometry)), dim=1)
 
 
-def by_group(layer: nn.Module, geometry: LayerGeometry) -> Tensor:
-    """Weight `(G, O/G, J)` in its own order."""
-    return geometry.to_matrix(layer.weight).reshape(geometry.groups, -1, geometry.inputs_per_output)
-
-
 @pytest.mark.parametrize("piece", [1, 40, 10**6])
 def test_unfolded_pieces_times_weights_are_the_layer(
     layer_case: LayerCase, piece: int, monkeypatch: pytest.MonkeyPatch
@@ -93,23 +88,21 @@ def test_unfolded_pieces_times_weights_are_the_layer(
     monkeypatch.setattr(patches, "_PIECE", piece)
     expected = layer(x).movedim(1, -1)
     pieces = list(patches.unfolded_pieces(x, geometry))
-    product = torch.einsum("grj,goj->rgo", torch.cat(pieces, dim=1), by_group(layer, geometry)).reshape(expected.shape)
+    weight = patches.to_patch_layout(geometry.to_matrix(layer.weight), geometry)
+    product = torch.einsum("grj,goj->rgo", torch.cat(pieces, dim=1), weight).reshape(expected.shape)
     if layer.bias is not None:
         product = product + layer.bias
     torch.testing.assert_close(product, expected, rtol=1e-11, atol=1e-11)
-    # A piece is at least one line of output pixels, and else no larger than it may be.
-    line = math.prod(expected.shape[2:-1]) * geometry.groups * geometry.inputs_per_output
-    assert all(part.numel() <= max(piece, line) for part in pieces)
+    # A piece is at least one row, and else no larger than it may be.
+    row = geometry.groups * geometry.inputs_per_output
+    assert all(part.numel() <= max(piece, row) for part in pieces)
     total = sum(part.numel() for part in pieces)
-    assert (len(pieces) == 1) == (total <= max(piece, line))
+    assert (len(pieces) == 1) == (total <= max(piece, row))
 
 
 def test_unfolded_pieces_hold_what_gather_rows_does(layer_case: LayerCase) -> None:
     layer, geometry, x = layer_case
-    rows = all_rows(x, tuple(layer(x).shape[2:]), geometry)
-    kernel = math.prod(geometry.kernel_size)
-    channels_first = rows.reshape(*rows.shape[:2], kernel, -1).transpose(2, 3).reshape(rows.shape)
-    assert torch.equal(joined(x, geometry), channels_first)
+    assert torch.equal(joined(x, geometry), all_rows(x, tuple(layer(x).shape[2:]), geometry))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -119,14 +112,13 @@ def test_unfolded_pieces_equal_unfold(groups: int, monkeypatch: pytest.MonkeyPat
     x = torch.randn(5, 6, 7, 5)
     columns = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
     expected = columns.reshape(-1, groups, 6 // groups * math.prod(kernel)).transpose(0, 1)
-    # One line; three of four lines; two samples; all.
-    lines = 4
-    line = expected.numel() // (5 * lines)
-    for allowed, count in ((1, 20), (3 * line, 10), (2 * lines * line, 3), (5 * lines * line, 1)):
+    row = groups * expected.shape[2]
+    # 28 rows of each of 5 samples: one row at a time; three; a sample; all.
+    for allowed, count in ((1, 140), (3 * row, 47), (28 * row, 5), (140 * row, 1)):
         monkeypatch.setattr(patches, "_PIECE", allowed)
         pieces = list(patches.unfolded_pieces(x, geometry))
         assert len(pieces) == count
-        assert torch.equal(torch.cat(pieces, dim=1), expected)
+        assert torch.equal(torch.cat(pieces, dim=1)[:, :, patches.weight_order(geometry)], expected)
 
 
 def test_unfolded_pieces_of_any_memory_layout(layer_case: LayerCase) -> None:
