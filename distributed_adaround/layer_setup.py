@@ -149,6 +149,7 @@ def make_problem(
         seed=spec.runtime.seed,
         asymmetry=spec.rounding.damped_asymmetry,
         correct_bias=spec.rounding.corrects_bias and site.shift_name is not None,
+        correct_scale=spec.rounding.corrects_scale,
         rows_per_input=spec.rounding.rows_per_input,
         moments=moments,
     )

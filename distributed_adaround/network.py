@@ -36,7 +36,7 @@ from distributed_adaround.memory import free_bytes
 from distributed_adaround.model.graph import capture, export_model, straight_line, without_cache
 from distributed_adaround.model.load import model_digest
 from distributed_adaround.model.replay import ReplayWalker
-from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, SiteActivations, Walker
+from distributed_adaround.model.sites import FloatParameter, Microbatches, ModelInputs, Site, Walker
 from distributed_adaround.monitor import LayerMonitor
 from distributed_adaround.report.console import SilentProgress
 from distributed_adaround.report.events import EventLog
@@ -260,7 +260,7 @@ class NetworkRounder:
     def _round(self, walker: Walker, site: Site, layer_format: LayerFormat, total: int) -> LayerRecord:
         """Learn one layer and check that all ranks found the same."""
         started = time.monotonic()
-        activations = self._targets(walker, site, walker.reach(site))
+        activations = walker.reach(site)
         problem = make_problem(
             self.spec, walker, site, layer_format, activations, total, self.device, self.store, self.moments
         )
@@ -288,19 +288,6 @@ class NetworkRounder:
             note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
         )
         return make_record(site, layer_format, result, report)
-
-    def _targets(self, walker: Walker, site: Site, activations: SiteActivations) -> SiteActivations:
-        """The targets `asymmetry * W x + (1 - asymmetry) * W x̂` in the place of `W x`."""
-        share = self.spec.rounding.damped_asymmetry
-        if share == 1:
-            return activations
-        weight = walker.tensor(site.weight_name).to(self.device)
-        bias = None if site.bias_name is None else walker.tensor(site.bias_name).to(self.device)
-        targets = []
-        for x, y in zip(activations.inputs, activations.targets, strict=True):
-            own = site.geometry.apply(x.to(self.device), weight, bias)
-            targets.append(self.store.keep(torch.lerp(own, y.to(self.device), share)))
-        return replace(activations, targets=targets)
 
     def _output_error(self, walker: Walker, total: int) -> float:
         sums = torch.zeros(total, 2, dtype=torch.float64)

@@ -121,9 +121,9 @@ class _Trial:
 
     def _layer(self, layer: PlannedLayer, activations: SiteActivations) -> LayerPlan:
         site = layer.site
-        target = activations.targets[0]
+        target = activations.float_outputs[0]
         rows = target.numel() // site.geometry.out_channels
-        cached = _bytes(activations.inputs) + _bytes(activations.targets) if layer.format is not None else 0
+        cached = _bytes(activations.inputs) + _bytes(activations.float_outputs) if layer.format is not None else 0
         return LayerPlan(
             name=site.name,
             kind=site.module_class,

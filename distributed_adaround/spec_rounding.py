@@ -45,8 +45,14 @@ class RoundingSpec(Section):
     )
     correct_bias: bool | None = Field(
         None,
-        description="Take the mean output error of a layer out of its bias, or of the batch norm behind it, where it "
-        "has one of its own. null: true for gram.",
+        description="Restore the mean that each output channel has in the float network, by the layer's bias or by the "
+        "mean of the batch norm behind it, where it has one of its own. null: true for gram.",
+    )
+    correct_scale: bool | None = Field(
+        None,
+        description="Restore the spread that each output channel has in the float network, by scales of its own: the "
+        "least squared error shrinks outputs, and over many layers that adds up. Scales of few bits stay as they are. "
+        "null: true for gram.",
     )
     batch_size: PositiveInt = Field(256, description="Size of the batch of one step over all ranks together.")
     batch_unit: Literal["rows", "samples"] = Field(
@@ -89,8 +95,8 @@ class RoundingSpec(Section):
         0.01, description="With gptq and gram: share of the mean squared input that is added to that of each input."
     )
     rows_per_input: PositiveInt | None = Field(
-        512,
-        description="Where moments are taken (gram, gptq, polish, correct_bias): from at most about this many rows "
+        128,
+        description="Where moments are taken (gram, gptq, polish, output_mse): from at most about this many rows "
         "(tokens, output pixels) for each input of a layer, spread evenly over all samples; null: from all. Images "
         "have far more pixels than a small layer needs.",
     )
@@ -126,11 +132,15 @@ class RoundingSpec(Section):
     @property
     def needs_moments(self) -> bool:
         """Whether second moments of the inputs are taken, apart from what an observer asks for."""
-        return self.solver in ("gram", "gptq") or self.polishes or self.corrects_bias
+        return self.solver in ("gram", "gptq") or self.polishes
 
     @property
     def corrects_bias(self) -> bool:
         return self.solver == "gram" if self.correct_bias is None else self.correct_bias
+
+    @property
+    def corrects_scale(self) -> bool:
+        return self.solver == "gram" if self.correct_scale is None else self.correct_scale
 
     @property
     def sees_activation(self) -> bool:
@@ -147,6 +157,7 @@ class RoundingSpec(Section):
         return self.model_dump(mode="json") | {
             "polish": self.polishes,
             "correct_bias": self.corrects_bias,
+            "correct_scale": self.corrects_scale,
             "reg_param": self.regularization,
             "activation_in_loss": self.sees_activation,
             "asymmetry": self.damped_asymmetry,

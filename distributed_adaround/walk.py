@@ -116,7 +116,7 @@ class GraphWalker:
             indices=[batch.index for batch in batches],
             inputs=inputs,
             float_inputs=float_inputs,
-            targets=[batch.values[FLOAT][node] for batch in batches],
+            float_outputs=[batch.values[FLOAT][node] for batch in batches],
             masks=[batch.mask for batch in batches],
             batch_sizes=[batch.size for batch in batches],
             source=source.name,

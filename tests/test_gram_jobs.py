@@ -134,15 +134,17 @@ def both_models(build: Callable[[], nn.Module], folder: Path, layers: list[str])
     return [outputs(model, layers, inputs) for model in (before, after)]
 
 
-def test_no_layer_of_a_network_has_a_mean_error(tmp_path: Path) -> None:
-    """Through biases, and through the mean of the batch norm behind the layer without one; from the files alone."""
-    path = write_job(tmp_path, "cnn", rounding={"solver": "gram", "sweeps": 20, "asymmetry": 1.0})
+def test_layers_of_a_network_keep_mean_and_spread(tmp_path: Path) -> None:
+    """Through scales and biases, and through the mean of the batch norm behind the layer without one; from the files
+    alone."""
+    path = write_job(tmp_path, "cnn", rounding={"solver": "gram", "sweeps": 20})
     assert not any(row.kept_nearest for row in run_job(load_spec(str(path)), tmp_path))
     layers = {"norm": (0, 2, 3), "depthwise": (0, 2, 3), "up": (0, 2, 3), "": (0,)}
     before, after = both_models(toy_models.cnn, tmp_path, [name for name in layers if name])
     for name, rows in layers.items():
         error = after[name] - before[name]
         assert (error.mean(dim=rows).abs() < 1e-3 * error.square().mean().sqrt()).all(), name
+        torch.testing.assert_close(after[name].std(dim=rows), before[name].std(dim=rows), rtol=1e-3, atol=0)
     original, found = toy_models.cnn().state_dict(), tensors(tmp_path)
     changed = {name for name in original if not torch.equal(original[name], found[name])}
     assert changed == {
@@ -155,7 +157,7 @@ def test_no_layer_of_a_network_has_a_mean_error(tmp_path: Path) -> None:
 
 
 def test_tokens_that_count_have_no_mean_error_and_a_layer_that_runs_twice_keeps_its_bias(tmp_path: Path) -> None:
-    path = write_job(tmp_path, "attention", rounding={"solver": "gram", "sweeps": 20, "asymmetry": 1.0})
+    path = write_job(tmp_path, "attention", rounding={"solver": "gram", "sweeps": 20})
     run_job(load_spec(str(path)), tmp_path)
     before, after = both_models(toy_models.attention, tmp_path, ["query", "key", "value"])
     keep = torch.from_numpy(np.load(tmp_path / "data.npz")["attention_mask"]) != 0
@@ -170,7 +172,7 @@ def test_tokens_that_count_have_no_mean_error_and_a_layer_that_runs_twice_keeps_
 
 
 def test_a_model_that_is_replayed_has_no_mean_error_either(tmp_path: Path) -> None:
-    rounding = {"solver": "gram", "sweeps": 20, "asymmetry": 1.0}
+    rounding = {"solver": "gram", "sweeps": 20}
     path = write_job(tmp_path, "mlp", model={"factory": "branching:build"}, rounding=rounding)
     (tmp_path / "branching.py").write_text(
         "import torch\n"

@@ -124,11 +124,11 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
         found = [walker.reach(site) for walker, site in zip(walkers, sites, strict=True)]
         if forward is one_by_one:
             # Replay learns from the first call, which sees one sample.
-            for name in ("inputs", "float_inputs", "targets"):
+            for name in ("inputs", "float_inputs", "float_outputs"):
                 for whole, row in zip(*(getattr(each, name) for each in found), strict=True):
                     torch.testing.assert_close(whole[0], row)
         else:
-            for name in ("inputs", "float_inputs", "targets"):
+            for name in ("inputs", "float_inputs", "float_outputs"):
                 for one, other in zip(*(getattr(each, name) for each in found), strict=True):
                     torch.testing.assert_close(one, other)
             assert found[0].indices == found[1].indices

@@ -140,7 +140,7 @@ def test_only_the_quantized_stream_sees_a_shift(resumed: bool, capture_by: Calla
         layer = int(site.name)
         if not resumed:
             found = walker.reach(site)
-            for x, x_float, x_hat, y in zip(data, found.float_inputs, found.inputs, found.targets, strict=True):
+            for x, x_float, x_hat, y in zip(data, found.float_inputs, found.inputs, found.float_outputs, strict=True):
                 torch.testing.assert_close(x_float, before[:layer](x))
                 torch.testing.assert_close(x_hat, after[:layer](x))
                 torch.testing.assert_close(y, before[: layer + 1](x))

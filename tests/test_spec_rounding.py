@@ -11,47 +11,47 @@ from distributed_adaround.spec import JobSpec, MethodSpec, RoundingSpec
 
 JOB: dict[str, Any] = {"model": {"factory": "a:b"}, "data": {"uri": "x.npz"}, "output": {"uri": "out"}}
 
-# (polishes, corrects_bias, sees_activation, damped_asymmetry, num_steps, needs_moments)
+NULLS = ("polish", "correct_bias", "correct_scale", "activation_in_loss", "asymmetry")
+# (polishes, corrects_bias, corrects_scale, sees_activation, damped_asymmetry, num_steps, needs_moments)
 DEFAULTS = {
-    "minibatch": (False, False, True, 0.5, 2000, False),
-    "gram": (True, True, False, 0.5, 100, True),
-    "gptq": (False, False, False, 0.0, 0, True),
-    "nearest": (False, False, False, 0.5, 0, False),
+    "minibatch": (False, False, False, True, 0.5, 2000, False),
+    "gram": (True, True, True, False, 0.5, 100, True),
+    "gptq": (False, False, False, False, 0.0, 0, True),
+    "nearest": (False, False, False, False, 0.5, 0, False),
 }
 
 
 def resolved(spec: RoundingSpec) -> tuple[Any, ...]:
     return (
-        spec.polishes, spec.corrects_bias, spec.sees_activation, spec.damped_asymmetry, spec.num_steps,
-        spec.needs_moments,
+        spec.polishes, spec.corrects_bias, spec.corrects_scale, spec.sees_activation, spec.damped_asymmetry,
+        spec.num_steps, spec.needs_moments,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("solver", DEFAULTS)
 def test_null_is_what_suits_the_solver(solver: Any) -> None:
     spec = RoundingSpec(solver=solver)
-    assert (spec.polish, spec.correct_bias, spec.activation_in_loss, spec.asymmetry) == (None, None, None, None)
+    assert {getattr(spec, name) for name in NULLS} == {None}
     assert resolved(spec) == DEFAULTS[solver]
-    nulls = RoundingSpec(solver=solver, polish=None, correct_bias=None, activation_in_loss=None, asymmetry=None)
+    nulls = RoundingSpec(solver=solver, **dict.fromkeys(NULLS))
     assert nulls == spec
 
 
 @pytest.mark.parametrize("solver", DEFAULTS)
 def test_a_value_that_is_given_counts(solver: Any) -> None:
-    on = RoundingSpec(solver=solver, polish=True, correct_bias=True, activation_in_loss=True, asymmetry=0.25)
-    off = RoundingSpec(solver=solver, polish=False, correct_bias=False, activation_in_loss=False, asymmetry=0)
-    steps = DEFAULTS[solver][4]
-    assert resolved(on) == (True, True, True, 0.25, steps, True)
-    assert resolved(off) == (False, False, False, 0.0, steps, solver in ("gram", "gptq"))
-    assert resolved(RoundingSpec(solver=solver, polish=True))[5]
-    assert resolved(RoundingSpec(solver=solver, correct_bias=True))[5]
+    on = RoundingSpec(solver=solver, **dict.fromkeys(NULLS, True) | {"asymmetry": 0.25})
+    off = RoundingSpec(solver=solver, **dict.fromkeys(NULLS, False) | {"asymmetry": 0})
+    steps = DEFAULTS[solver][5]
+    assert resolved(on) == (True, True, True, True, 0.25, steps, True)
+    assert resolved(off) == (False, False, False, False, 0.0, steps, solver in ("gram", "gptq"))
+    assert resolved(RoundingSpec(solver=solver, polish=True))[6]
 
 
 @pytest.mark.parametrize("solver", DEFAULTS)
 def test_nulls_and_the_values_they_stand_for_are_one_job(solver: Any) -> None:
     short = RoundingSpec(solver=solver)
-    values = {name: short.resolved()[name] for name in ("polish", "correct_bias", "activation_in_loss", "asymmetry")}
-    assert tuple(values.values()) == DEFAULTS[solver][:4]
+    values = {name: short.resolved()[name] for name in NULLS}
+    assert tuple(values.values()) == DEFAULTS[solver][:5]
     assert short.resolved()["reg_param"] == 10.0
     assert None not in short.resolved().values()
     digests = {JobSpec(**JOB, rounding={"solver": solver} | given).result_digest() for given in ({}, values)}

@@ -111,7 +111,9 @@ def check_walk(
         if site.name not in (*ignored, *resumed):
             found = walker.reach(site)
             assert found.indices == [10 + position for position in range(len(batches))]
-            for inputs, x, quantized_x, y in zip(batches, found.float_inputs, found.inputs, found.targets, strict=True):
+            for inputs, x, quantized_x, y in zip(
+                batches, found.float_inputs, found.inputs, found.float_outputs, strict=True
+            ):
                 expected_x, expected_y = first_call(before, site.name, inputs)
                 close(x, expected_x)
                 close(y, expected_y)
@@ -288,7 +290,7 @@ def test_a_layer_may_be_reached_again_after_a_new_start() -> None:
     first = walker.reach(walker.sites[0])
     walker.start(Batches(batches))
     again = walker.reach(walker.sites[0])
-    assert torch.equal(first.targets[0], again.targets[0])
+    assert torch.equal(first.float_outputs[0], again.float_outputs[0])
     walker.commit(walker.sites[0], None)
     walker.commit(walker.sites[1], None)
     ((_, before, after),) = walker.finish()
@@ -436,7 +438,7 @@ def test_a_rank_without_microbatches_walks_along() -> None:
     walker.start(Batches([]))
     for site in walker.sites:
         found = walker.reach(site)
-        assert (found.indices, found.inputs, found.targets) == ([], [], [])
+        assert (found.indices, found.inputs, found.float_outputs) == ([], [], [])
         walker.commit(site, rounded(model.get_parameter(site.weight_name)))
     assert list(walker.finish()) == []
     assert torch.equal(model.point.weight, rounded(model.point.weight))

@@ -132,7 +132,7 @@ class ReplayWalker:
             result.indices.append(index)
             result.inputs.append(twin.x)
             result.float_inputs.append(captured.x)
-            result.targets.append(captured.y)
+            result.float_outputs.append(captured.y)
             result.masks.append(captured.mask)
             result.batch_sizes.append(captured.size)
         self._note_gaps(site, len(floats) - len(result.indices), strayed, len(floats))

@@ -94,7 +94,7 @@ class Microbatches(Protocol):
 class SiteActivations:
     """What both streams hold at a site, one entry per owned microbatch.
 
-    indices: global microbatch indices. inputs: x̂, from the quantized prefix. float_inputs: x. targets: the float
+    indices: global microbatch indices. inputs: x̂, from the quantized prefix. float_inputs: x. float_outputs: the float
     layer's output `W x + b`, before batch norm and activation. masks: see ModelInputs. batch_sizes: samples. source:
     name of what the inputs are; sites with the same source have the same inputs. None: not known.
     """
@@ -102,7 +102,7 @@ class SiteActivations:
     indices: list[int]
     inputs: list[Tensor]
     float_inputs: list[Tensor]
-    targets: list[Tensor]
+    float_outputs: list[Tensor]
     masks: list[Tensor | None]
     batch_sizes: list[int] = field(default_factory=list)
     source: str | None = None

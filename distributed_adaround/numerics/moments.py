@@ -105,14 +105,14 @@ class Moments:
     def reordered(self, index: Tensor) -> Moments:
         """The same with the inputs in another order. index: int64 `(J,)`."""
 
-        def of(means: Tensor | None) -> Tensor | None:
-            if means is None:
-                return None
-            return means[:, index] if means.dim() == 2 else means[:, index[:, None], index]
-
-        second, mean = of(self.second), of(self.mean)
-        assert second is not None and mean is not None
-        return Moments(second, mean, of(self.cross), of(self.cross_mean), self.num_rows)
+        pairs = (slice(None), index[:, None], index)
+        return Moments(
+            self.second[pairs],
+            self.mean[:, index],
+            None if self.cross is None else self.cross[pairs],
+            None if self.cross_mean is None else self.cross_mean[:, index],
+            self.num_rows,
+        )
 
     def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> Quadratic:
         """The quadratic of a layer. weight: `(G, R, J)`, whose dtype the result has. centred: the bias is corrected."""
@@ -130,16 +130,6 @@ class Moments:
                 cross = (cross - self.cross_mean[:, :, None] * self.mean[:, None, :]) * varies[:, None, :]
             pull = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
         return Quadratic(second.to(weight.dtype), weight, pull)
-
-    def mean_error(self, weight: Tensor, difference: Tensor, asymmetry: float) -> Tensor:
-        """Mean of the output error `α W (x - x̂) - D x̂` over all rows, `(G, R)`: what a corrected bias adds.
-
-        weight, difference: `(G, R, J)`.
-        """
-        error = -(difference.double() @ self.mean[:, :, None])[..., 0]
-        if self.cross_mean is not None:
-            error += asymmetry * (weight.double() @ self.cross_mean[:, :, None])[..., 0]
-        return error
 
 
 @dataclass(frozen=True)

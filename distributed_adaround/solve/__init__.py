@@ -1,4 +1,4 @@
-"""From a layer's problem to its codes: run a solver, correct the bias, keep nearest rounding where that was better."""
+"""From a layer's problem to its codes: run a solver, restore mean and spread, keep nearest rounding where better."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.moments import by_group, layer_moments
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solver
+from distributed_adaround.solve.restore import restore_outputs
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, monitor: Moni
     nearest_codes = problem.grid.quantize(problem.weight)
     nearest = output_errors(problem, [problem.grid.dequantize(nearest_codes)], comm)
     solution = solver(problem, nearest, comm, monitor)
-    grid = solution.grid or problem.grid
+    grid, shift = restore_outputs(problem, solution.codes, solution.grid or problem.grid, comm)
     hard = grid.dequantize(solution.codes)
-    shift = _bias_shift(problem, hard, comm) if problem.correct_bias else None
     candidates = [hard] if solution.soft_weight is None else [hard, solution.soft_weight]
     solved = output_errors(problem, candidates, comm, shift)
     kept_nearest = bool(solved.error[0].sum() > nearest.error[0].sum())
@@ -62,10 +61,3 @@ def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, monitor: Moni
         kept_nearest=kept_nearest,
         solver=solution.solver,
     )
-
-
-def _bias_shift(problem: LayerProblem, rounded: Tensor, comm: Comm) -> Tensor:
-    """Mean of the output error over all rows, `(O,)`: with it in the bias no mean error is left."""
-    weight, difference = (by_group(matrix, problem) for matrix in (problem.weight, rounded - problem.weight))
-    error = layer_moments(problem, comm).mean_error(weight, difference, problem.asymmetry)
-    return error.reshape(-1).to(problem.dtype)

@@ -34,10 +34,10 @@ def output_errors(
     bias = problem.bias if shift is None else shift if problem.bias is None else problem.bias + shift
     weights = [problem.geometry.from_matrix(weight) for weight in candidates]
     activations = problem.activations
-    for index, x, target, mask in zip(
-        activations.indices, activations.inputs, activations.targets, activations.masks, strict=True
+    for index, x, output, mask in zip(
+        activations.indices, activations.inputs, activations.float_outputs, activations.masks, strict=True
     ):
-        sums[index] = _microbatch_errors(problem, weights, bias, x, target, mask)
+        sums[index] = _microbatch_errors(problem, weights, bias, x, output, mask)
     total = comm.all_reduce(sums).sum(dim=0)
     if not bool(torch.isfinite(total).all()):
         raise non_finite_error(problem, comm)
@@ -53,24 +53,36 @@ def _microbatch_errors(
     weights: Sequence[Tensor],
     bias: Tensor | None,
     x: Tensor,
-    target: Tensor,
+    output: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
     """`(candidates + 2, O)`: squared error of each candidate, energy of the float output, number of rows."""
     x = x.to(problem.device, problem.dtype)
     channel_dim = -1 if problem.geometry.num_spatial_dims == 0 else 1
-    expected = problem.transform(target.to(problem.device, problem.dtype), channel_dim)
-    keep = row_mask(mask, tuple(expected.movedim(channel_dim, -1).shape[:-1]))
-    keep = None if keep is None else keep.to(problem.device)
-
-    def squares(values: Tensor) -> Tensor:
-        rows = values.movedim(channel_dim, -1)
-        rows = rows.reshape(-1, rows.shape[-1]) if keep is None else rows[keep]
-        return rows.square().sum(dim=0, dtype=torch.float64)
-
+    expected = problem.transform(problem.target(x, output), channel_dim)
+    keep = rows_that_count(expected, mask, channel_dim)
     errors = [
-        squares(problem.transform(problem.geometry.apply(x, weight, bias), channel_dim) - expected)
+        channel_sums(
+            (problem.transform(problem.geometry.apply(x, weight, bias), channel_dim) - expected).square_(),
+            keep,
+            channel_dim,
+        )
         for weight in weights
     ]
+    energy = channel_sums(expected.square(), keep, channel_dim)
     num_rows = expected.numel() // expected.shape[channel_dim] if keep is None else keep.sum()
-    return torch.stack([*errors, squares(expected), torch.full_like(errors[0], float(num_rows))])
+    return torch.stack([*errors, energy, torch.full_like(energy, float(num_rows))])
+
+
+def rows_that_count(outputs: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor | None:
+    """Which rows of a layer's outputs count, bool of their shape without the channels; None: all."""
+    keep = row_mask(mask, tuple(outputs.movedim(channel_dim, -1).shape[:-1]))
+    return None if keep is None else keep.to(outputs.device)
+
+
+def channel_sums(values: Tensor, keep: Tensor | None, channel_dim: int) -> Tensor:
+    """Sum over all rows that count, `(O,)` float64."""
+    rows = values.movedim(channel_dim, -1)
+    if keep is not None:
+        rows = rows[keep]
+    return rows.sum(dim=tuple(range(rows.dim() - 1)), dtype=torch.float64)

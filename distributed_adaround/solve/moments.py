@@ -122,7 +122,7 @@ def _own_size(problem: LayerProblem) -> _Size:
     """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
     acts = problem.activations
     inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
-    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True):
+    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.float_outputs, acts.masks, strict=True):
         keep = _counting(target, mask, problem)
         near = _as_summed(x_hat, keep, problem)
         inputs = max(inputs, _largest_square_sum(near, problem))
@@ -175,7 +175,7 @@ def _pieces(problem: LayerProblem, differs: bool, step: int) -> Iterator[tuple[T
     """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time: one row of `step`, and none that is padding."""
     acts, geometry = problem.activations, problem.geometry
     for index, x_hat, x, target, mask in zip(
-        acts.indices, acts.inputs, acts.float_inputs, acts.targets, acts.masks, strict=True
+        acts.indices, acts.inputs, acts.float_inputs, acts.float_outputs, acts.masks, strict=True
     ):
         per_sample = max(1, target.numel() // geometry.out_channels // max(1, target.shape[0]))
         first, every = _spread_evenly(step, per_sample, index)

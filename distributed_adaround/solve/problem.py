@@ -64,8 +64,8 @@ class LayerProblem:
     weight: `(O, I)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight, in
     the compute dtype. transform: what follows the layer inside the loss. activations: of this rank.
     total_microbatches: of all ranks. asymmetry: share of the error in the inputs that the rounding is to make up for.
-    correct_bias: the mean output error will go into the layer's bias. rows_per_input: how many rows moments are taken
-    from, for each input of an output; None: from all.
+    correct_bias: the bias will restore the mean of the float outputs; correct_scale: the scales will restore their
+    spread. rows_per_input: how many rows moments are taken from, for each input of an output; None: from all.
     """
 
     name: str
@@ -80,6 +80,7 @@ class LayerProblem:
     seed: int
     asymmetry: float = 1.0
     correct_bias: bool = False
+    correct_scale: bool = False
     rows_per_input: int | None = None
     moments: MomentCache = field(default_factory=MomentCache)
 
@@ -90,6 +91,17 @@ class LayerProblem:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    def target(self, x_hat: Tensor, output: Tensor) -> Tensor:
+        """What the rounded layer is to make of a microbatch: `W (x̂ + asymmetry (x - x̂)) + b`, before batch norm and
+        activation. x_hat: on the compute device in the compute dtype. output: `W x + b`, anywhere.
+        """
+        output = output.to(self.device, self.dtype)
+        if self.asymmetry == 1:
+            return output
+        return torch.lerp(
+            self.geometry.apply(x_hat, self.geometry.from_matrix(self.weight), self.bias), output, self.asymmetry
+        )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class CalibrationRows:
         self._channel_dim = 1 if geometry.num_spatial_dims else -1
         self.sample_rows: list[list[int]] = []
         selected = []
-        for y, mask, size in zip(acts.targets, acts.masks, acts.batch_sizes, strict=True):
+        for y, mask, size in zip(acts.float_outputs, acts.masks, acts.batch_sizes, strict=True):
             counts, select = _counting_rows(mask, tuple(y.movedim(self._channel_dim, -1).shape[:-1]), size)
             self.sample_rows.append(counts)
             selected.append(select)
@@ -77,12 +77,13 @@ class CalibrationRows:
         """Targets, and the base where it is needed, one microbatch after the other."""
         weight = problem.geometry.from_matrix(problem.weight)
         start = 0
-        for x, y, select in zip(problem.activations.inputs, problem.activations.targets, selected, strict=True):
+        for x, y, select in zip(problem.activations.inputs, problem.activations.float_outputs, selected, strict=True):
             outputs = problem.geometry.apply(x.to(problem.device, problem.dtype), weight, problem.bias)
-            base, target = (
+            base, output = (
                 _take(values.movedim(self._channel_dim, -1), select).to(problem.device, problem.dtype)
                 for values in (outputs, y)
             )
+            target = torch.lerp(base, output, problem.asymmetry)
             rows = slice(start, start + len(select))
             if self._base is None:
                 self._targets[rows] = self.transform(target - base)
@@ -97,7 +98,7 @@ class CalibrationRows:
         starts, shapes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         sizes: dict[tuple[int, ...], int] = {}
         position = 0
-        for x, y, select in zip(acts.inputs, acts.targets, selected, strict=True):
+        for x, y, select in zip(acts.inputs, acts.float_outputs, selected, strict=True):
             size = patches.padded_size(tuple(x.shape[2:]), geometry)
             first = patches.row_positions(size, tuple(y.shape[2:]), geometry)
             sample = torch.arange(x.shape[0])[:, None] * math.prod(size)

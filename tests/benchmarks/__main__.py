@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_one)
     block = commands.add_parser("block", help="seconds of one synthetic decoder block, beside bare matrix products")
     _add_out(block)
-    block.add_argument("--solver", nargs="+", default=("gram@1000",))
+    block.add_argument("--solver", nargs="+", default=("gram-bare@1000",))
     block.add_argument("--format", choices=tuple(FORMATS), default="int4")
     block.add_argument("--scale", type=int, default=1, help="divides all sizes; 16 runs on a CPU")
     block.add_argument("--precision", choices=("highest", "high", "medium"), default="highest")

@@ -151,7 +151,7 @@ class _Features:
             indices=list(range(count)),
             inputs=self.inputs,
             float_inputs=self.float_inputs,
-            targets=[x @ weight.T for x in self.float_inputs],
+            float_outputs=[x @ weight.T for x in self.float_inputs],
             masks=[None] * count,
             batch_sizes=[1] * count,
         )

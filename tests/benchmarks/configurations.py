@@ -46,18 +46,22 @@ FORMATS: Mapping[str, Fields] = {
     "int4g128": {"dtype": "int4", "qscheme": "per_group_symmetric", "group_size": 128, "observer": "mse"},
 }
 
+# Solvers in whose figures only codes and scales are to count.
+_UNRESTORED = {"correct_bias": False, "correct_scale": False}
+
 # Name -> sections of the job spec. `NAME@N` is NAME with N steps (rounding.max_iter; of gram, rounding.sweeps).
 SOLVERS: Mapping[str, Fields] = {
     "nearest": {"rounding": {"solver": "nearest"}},
     "gptq": {"rounding": {"solver": "gptq"}},
     "minibatch": {"rounding": {"solver": "minibatch"}},
-    "gram": {"rounding": {"solver": "gram", "polish": False, "correct_bias": False}},
+    "gram-bare": {"rounding": {"solver": "gram", "polish": False} | _UNRESTORED},
     "gptq+polish": {"rounding": {"solver": "gptq", "polish": True}},
     "minibatch+polish": {"rounding": {"solver": "minibatch", "polish": True}},
-    "gram+polish": {"rounding": {"solver": "gram", "polish": True, "correct_bias": False}},
-    "gram+polish+bias": {"rounding": {"solver": "gram", "polish": True, "correct_bias": True}},
+    "gram+polish": {"rounding": {"solver": "gram"} | _UNRESTORED},
+    "gram+polish+bias": {"rounding": {"solver": "gram", "correct_scale": False}},
+    "gram": {"rounding": {"solver": "gram"}},
     "gram+polish+output_mse": {
-        "rounding": {"solver": "gram", "polish": True, "correct_bias": False},
+        "rounding": {"solver": "gram"} | _UNRESTORED,
         "quantize": {"observer": "output_mse"},
     },
     "paper": {"preset": "paper"},
@@ -68,13 +72,13 @@ SOLVERS: Mapping[str, Fields] = {
 ANCESTOR = "ancestor"
 
 DEFAULT_SOLVERS = (
-    "nearest", "gptq", "minibatch", "minibatch@10000", "gram",
-    "gptq+polish", "minibatch+polish", "gram+polish", "paper",
+    "nearest", "gptq", "minibatch", "minibatch@10000", "gram-bare", "gptq+polish", "minibatch+polish", "gram+polish",
+    "gram", "paper",
 )  # fmt: skip
 # For error against seconds.
 TRAJECTORIES = (
     *(f"minibatch@{steps}" for steps in (100, 300, 1000, 3000, 10000)),
-    *(f"gram@{steps}" for steps in (10, 20, 50, 100, 200, 400)),
+    *(f"gram+polish@{steps}" for steps in (10, 20, 50, 100, 200, 400)),
 )
 
 # These draw batches, so their result depends on the seed. The others are run once for the same samples.

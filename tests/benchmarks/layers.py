@@ -168,7 +168,7 @@ def split(activations: SiteActivations, count: int) -> tuple[SiteActivations, Si
             indices=list(range(len(activations.indices[chosen]))),
             inputs=activations.inputs[chosen],
             float_inputs=activations.float_inputs[chosen],
-            targets=activations.targets[chosen],
+            float_outputs=activations.float_outputs[chosen],
             masks=activations.masks[chosen],
             batch_sizes=activations.batch_sizes[chosen],
         )

@@ -98,7 +98,7 @@ def test_geometry_on_the_captured_input_gives_the_modules_own_output(layer: nn.M
     expected = model(x)
     again = site.geometry.apply(found.float_inputs[0], walker.tensor(site.weight_name), bias)
     torch.testing.assert_close(again.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.targets[0].reshape(expected.shape), expected)
+    assert torch.equal(found.float_outputs[0].reshape(expected.shape), expected)
     assert site.module_class == type(layer).__name__
 
 
@@ -113,7 +113,7 @@ def test_streams_equal_two_models_run_side_by_side() -> None:
     found = walker.reach(walker.sites[0])
     for index, x in enumerate(data):
         assert torch.equal(found.inputs[index], x)
-        assert torch.equal(found.targets[index], first[0](x))  # not what the in-place ReLU left behind
+        assert torch.equal(found.float_outputs[index], first[0](x))  # not what the in-place ReLU left behind
     walker.commit(walker.sites[0], rounded(model[0].weight))
     with torch.no_grad():
         last[0].weight.copy_(rounded(first[0].weight))
@@ -121,7 +121,7 @@ def test_streams_equal_two_models_run_side_by_side() -> None:
     assert found.indices == [0, 1]
     for index, x in enumerate(data):
         assert torch.equal(found.float_inputs[index], first[:4](x))
-        assert torch.equal(found.targets[index], first(x))
+        assert torch.equal(found.float_outputs[index], first(x))
         assert torch.equal(found.inputs[index], last[:4](x))
         assert not torch.equal(found.inputs[index], found.float_inputs[index])
     walker.commit(walker.sites[1], rounded(model[4].weight))
@@ -207,7 +207,7 @@ def test_shared_and_repeated_layers_are_one_site_learned_at_the_first_call() -> 
     assert (site.name, site.weight_name, site.num_calls) == ("a", "a.weight", 3)
     found = walker.reach(site)
     assert torch.equal(found.inputs[0], x)
-    assert torch.equal(found.targets[0], model.a(x))
+    assert torch.equal(found.float_outputs[0], model.a(x))
     assert reasons(walker) == {"a.bias": "bias", "b.bias": "bias"}
 
 

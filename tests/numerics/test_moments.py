@@ -145,23 +145,20 @@ def test_quadratic_is_the_mean_squared_output_error(centred: bool, asymmetry: fl
 
 @pytest.mark.parametrize("asymmetry", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("streams", [1, 2])
-def test_mean_error_is_what_the_bias_can_correct(asymmetry: float, streams: int) -> None:
+def test_with_the_mean_in_the_bias_the_plain_quadratic_becomes_the_centred_one(asymmetry: float, streams: int) -> None:
     x, x_hat = make_rows()
     if streams == 1:
         x = x_hat
-    weight = torch.randn(GROUPS, OUT, INPUTS)
-    difference = torch.randn(GROUPS, OUT, INPUTS)
-    rounded = weight.double() + difference.double()
-    moments = moments_of(x, x_hat)
-    found = moments.mean_error(weight, difference, asymmetry)
-    errors = output_errors(x, x_hat, weight.double(), rounded, asymmetry)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, errors.mean(dim=2), rtol=1e-10, atol=1e-10)
-    # With the mean in the bias, the plain quadratic becomes the centred one.
-    both = [moments.quadratic(weight.double(), asymmetry, centred) for centred in (False, True)]
-    constants = [-moments.mean_error(weight, torch.zeros_like(weight), asymmetry).square(), 0.0]
-    plain, centred = (one.loss(rounded) - constant for one, constant in zip(both, constants, strict=True))
-    torch.testing.assert_close(plain - found.square(), centred, rtol=1e-9, atol=1e-9)
+    weight, difference = torch.randn(2, GROUPS, OUT, INPUTS).double()
+    plain, centred = (
+        moments_of(x, x_hat).quadratic(weight, asymmetry, centred).loss(weight + difference)
+        for centred in (False, True)
+    )
+    # The constants that the quadratics leave out differ by the mean error of the float weight.
+    mean, of_float = (
+        output_errors(x, x_hat, weight, rounded, asymmetry).mean(dim=2) for rounded in (weight + difference, weight)
+    )
+    torch.testing.assert_close(plain + of_float.square() - mean.square(), centred, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("streams", [1, 2])

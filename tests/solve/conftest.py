@@ -120,7 +120,7 @@ def _make_problem(
     float_inputs = inputs if float_inputs is None else float_inputs
     weight = geometry.to_matrix(layer.weight.detach()).clone()
     with torch.no_grad():
-        targets = [layer(x.to(weight.dtype)) for x in float_inputs]
+        float_outputs = [layer(x.to(weight.dtype)) for x in float_inputs]
     grid = choose_grid(
         weight,
         qmin=-(2 ** (num_bits - 1)),
@@ -142,7 +142,7 @@ def _make_problem(
             indices=list(range(len(inputs))),
             inputs=list(inputs),
             float_inputs=list(float_inputs),
-            targets=targets,
+            float_outputs=float_outputs,
             masks=list(masks or [None] * len(inputs)),
             batch_sizes=list(batch_sizes or [x.shape[0] for x in inputs]),
         ),
@@ -162,7 +162,7 @@ def _share(problem: LayerProblem, rank: int, world_size: int) -> LayerProblem:
     """The same problem as one of several ranks sees it: every world_size-th microbatch is its own."""
     acts = problem.activations
     mine = [k for k, index in enumerate(acts.indices) if index % world_size == rank]
-    fields = ("indices", "inputs", "float_inputs", "targets", "masks", "batch_sizes")
+    fields = ("indices", "inputs", "float_inputs", "float_outputs", "masks", "batch_sizes")
     return replace(
         problem,
         activations=SiteActivations(**{name: [getattr(acts, name)[k] for k in mine] for name in fields}),

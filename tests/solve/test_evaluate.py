@@ -67,13 +67,13 @@ def test_masked_tokens_do_not_count(flat: bool, dtype: torch.dtype, make_problem
     problem = token_problem(make_problem, masks, flat=flat)
     acts = problem.activations
     # Whatever padding holds, even NaN, leaves no trace.
-    for values in (acts.inputs, acts.targets):
+    for values in (acts.inputs, acts.float_outputs):
         for x, mask in zip(values, masks, strict=True):
             x.reshape(-1, x.shape[-1])[mask.reshape(-1) == 0] = torch.nan
     weight = problem.weight + 0.3
     errors = output_errors(problem, [weight], SoloComm())
     outputs = [x @ weight.T + problem.bias for x in acts.inputs]
-    error, energy, rows = brute_force(outputs, acts.targets, masks)
+    error, energy, rows = brute_force(outputs, acts.float_outputs, masks)
     torch.testing.assert_close(errors.error[0], error, rtol=1e-12, atol=0)
     torch.testing.assert_close(errors.energy, energy, rtol=1e-12, atol=0)
     assert errors.num_rows == rows == 10
@@ -93,7 +93,7 @@ def test_all_masked_is_an_input_error(make_problem: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("where", ["inputs", "targets"])
+@pytest.mark.parametrize("where", ["inputs", "float_outputs"])
 def test_activations_that_are_not_finite(where: str, value: float, make_problem: Any) -> None:
     problem = token_problem(make_problem, [None, None])
     getattr(problem.activations, where)[1][0, 0, 0] = value
@@ -128,7 +128,7 @@ def test_same_bits_on_any_number_of_ranks(world_size: int, make_problem: Any, sh
 def test_in_place_nothing(make_problem: Any) -> None:
     problem = token_problem(make_problem, [None, None])
     problem = replace(problem, transform=OutputTransform(activation="relu"))
-    before = [t.clone() for t in (*problem.activations.inputs, *problem.activations.targets)]
+    before = [t.clone() for t in (*problem.activations.inputs, *problem.activations.float_outputs)]
     output_errors(problem, [problem.weight + 1], SoloComm())
-    after = (*problem.activations.inputs, *problem.activations.targets)
+    after = (*problem.activations.inputs, *problem.activations.float_outputs)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

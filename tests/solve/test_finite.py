@@ -18,7 +18,7 @@ def told(problem: Any) -> str:
     return text.removeprefix("layer block.layer: its activations are ").partition(";")[0]
 
 
-@pytest.mark.parametrize("stream", ["inputs", "float_inputs", "targets"])
+@pytest.mark.parametrize("stream", ["inputs", "float_inputs", "float_outputs"])
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 2)], ids=["linear", "conv"])
 def test_the_first_of_several(layer: nn.Module, stream: str, make_problem: Any) -> None:
     shape = (3, 4) if isinstance(layer, nn.Linear) else (3, 4, 3, 3)
@@ -27,7 +27,7 @@ def test_the_first_of_several(layer: nn.Module, stream: str, make_problem: Any) 
     tensors = getattr(problem.activations, stream)
     for microbatch, sample, value in ((2, 0, torch.nan), (1, 2, -torch.inf), (1, 1, torch.inf)):
         tensors[microbatch][sample].view(-1)[-1] = value
-    what = {"inputs": "quantized input", "float_inputs": "float input", "targets": "float output"}[stream]
+    what = {"inputs": "quantized input", "float_inputs": "float input", "float_outputs": "float output"}[stream]
     assert told(problem) == f"not finite: inf in its {what}, sample 1 of microbatch 1"
     # Not in the order in which this rank holds them.
     problem.activations.indices[:] = [7, 9, 8]
@@ -38,7 +38,7 @@ def test_the_float_stream_is_blamed_first(make_problem: Any) -> None:
     inputs = [torch.randn(3, 4)]
     problem = make_problem(nn.Linear(4, 3), inputs, float_inputs=[inputs[0].clone()])
     problem.activations.inputs[0][0, 0] = torch.nan
-    problem.activations.targets[0][1, 0] = torch.nan
+    problem.activations.float_outputs[0][1, 0] = torch.nan
     problem.activations.float_inputs[0][2, 0] = torch.nan
     assert told(problem) == "not finite: nan in its float input, sample 2 of microbatch 0"
 
@@ -55,6 +55,6 @@ def test_padding_is_not_blamed(flat: bool, make_problem: Any) -> None:
 
 def test_finite_values_with_squares_beyond_the_precision(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(4, 2), [torch.ones(3, 4)])
-    problem.activations.targets[0][1, 1] = -1e30
+    problem.activations.float_outputs[0][1, 1] = -1e30
     assert told(problem) == "too large for float32: -1e+30 in its float output, sample 1 of microbatch 0"
     assert told(make_problem(nn.Linear(4, 2).double(), [torch.full((3, 4), 1e30).double()])) == "too large for float64"

@@ -99,7 +99,7 @@ def test_never_worse_than_nearest_whatever_the_settings(seed: int, make_problem:
     bias = problem.bias if result.shift is None else problem.bias + result.shift
     found = sum(
         float((x @ hard.T + bias - target).square().sum())
-        for x, target in zip(problem.activations.inputs, problem.activations.targets, strict=True)
+        for x, target in zip(problem.activations.inputs, problem.activations.float_outputs, strict=True)
     )
     assert found <= float(errors(problem, nearest_weight(problem)).sum())
 

@@ -375,7 +375,7 @@ def test_all_ranks_stop_at_a_loss_that_is_not_finite(make_problem: Any, share: A
 def test_activations_of_any_size(size: float, make_problem: Any) -> None:
     problem = correlated_problem(make_problem, torch.float32, size)
     problem = replace(problem, bias=None)
-    problem.activations.targets = [x @ problem.weight.T for x in problem.activations.inputs]
+    problem.activations.float_outputs = [x @ problem.weight.T for x in problem.activations.inputs]
     grid = problem.grid
     nearest = output_errors(problem, [grid.dequantize(grid.quantize(problem.weight))], SoloComm())
     config = settings(100, normalization="nearest")

@@ -114,10 +114,10 @@ def rows_taken(problem: LayerProblem) -> list[slice]:
     """Which rows of each microbatch are taken, by the rule: near one of `step`, a step that meets all positions."""
     acts, geometry = problem.activations, problem.geometry
     assert problem.rows_per_input is not None
-    total = sum(target.numel() // geometry.out_channels for target in acts.targets)
+    total = sum(target.numel() // geometry.out_channels for target in acts.float_outputs)
     step = max(1, total // (problem.rows_per_input * geometry.inputs_per_output))
     taken = []
-    for index, target in zip(acts.indices, acts.targets, strict=True):
+    for index, target in zip(acts.indices, acts.float_outputs, strict=True):
         positions = target[:, 0].numel() // target.shape[0] if geometry.num_spatial_dims else 1
         own = max(n for n in range(1, step + 1) if math.gcd(n, positions) == 1)
         taken.append(slice(int(index * (5**0.5 - 1) / 2 % 1 * own), None, own))
@@ -136,7 +136,7 @@ def test_moments_of_some_rows(name: str, make_problem: Any) -> None:
     problem = replace(problem, rows_per_input=4)
     taken = rows_taken(problem)
     near, change = all_rows(problem)
-    ends = [target.numel() // problem.geometry.out_channels for target in problem.activations.targets]
+    ends = [target.numel() // problem.geometry.out_channels for target in problem.activations.float_outputs]
     parts = [
         torch.cat([part[:, own] for part, own in zip(rows.split(ends, dim=1), taken, strict=True)], dim=1)
         for rows in (near, change)

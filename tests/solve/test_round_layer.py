@@ -39,7 +39,7 @@ def relative_error(problem: Any, codes: Tensor) -> float:
     """Written out: squared error over squared float outputs, over all rows and channels."""
     weight = codes * problem.grid.scale
     error = energy = 0.0
-    for x, target in zip(problem.activations.inputs, problem.activations.targets, strict=True):
+    for x, target in zip(problem.activations.inputs, problem.activations.float_outputs, strict=True):
         error += float((x @ weight.T + problem.bias - target).square().sum())
         energy += float(target.square().sum())
     return error / energy
@@ -147,7 +147,7 @@ def test_a_layer_that_is_on_the_grid_already(make_problem: Any) -> None:
     codes = torch.randint(-4, 4, (3, 6)).double()
     grid = Grid(torch.full((3, 1), 0.25).double(), torch.zeros(3, 1).double(), -4, 3)
     problem = replace(problem, weight=codes * 0.25, grid=grid)
-    problem.activations.targets = [x @ problem.weight.T + problem.bias for x in problem.activations.inputs]
+    problem.activations.float_outputs = [x @ problem.weight.T + problem.bias for x in problem.activations.inputs]
     result = round_layer(problem, minibatch(120, 0.02), SoloComm(), NO_PROGRESS)
     assert torch.equal(result.codes, codes)
     assert result.hard_error < 1e-25

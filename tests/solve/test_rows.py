@@ -127,7 +127,7 @@ def test_rows_do_not_share_memory_with_activations(activation: Any, make_problem
     rows = CalibrationRows(problem)
     inputs, base, targets = (None if t is None else t.clone() for t in rows.gather(torch.arange(2)))
     problem.activations.inputs[0].fill_(9)
-    problem.activations.targets[0].fill_(9)
+    problem.activations.float_outputs[0].fill_(9)
     again = rows.gather(torch.arange(2))
     assert torch.equal(again[0], inputs)
     assert torch.equal(again[2], targets)
@@ -139,17 +139,17 @@ def test_other_dtypes_become_the_compute_dtype(activation: Any, make_problem: An
     x = torch.randn(3, 5).bfloat16()
     problem = make_problem(nn.Linear(5, 2), [x], transform=OutputTransform(activation=activation))
     # The float layer's outputs have the model's dtype.
-    problem.activations.targets = [y.bfloat16() for y in problem.activations.targets]
+    problem.activations.float_outputs = [y.bfloat16() for y in problem.activations.float_outputs]
     inputs, base, targets = CalibrationRows(problem).gather(torch.arange(3))
     assert inputs.dtype == targets.dtype == torch.float32
     assert torch.equal(inputs[0], x.float())
     expected = F.linear(x.float(), problem.weight, problem.bias)
     if activation == "identity":
         assert base is None
-        assert torch.equal(targets, problem.activations.targets[0].float() - expected)
+        assert torch.equal(targets, problem.activations.float_outputs[0].float() - expected)
     else:
         assert torch.equal(base, expected)
-        assert torch.equal(targets, F.relu(problem.activations.targets[0].float()))
+        assert torch.equal(targets, F.relu(problem.activations.float_outputs[0].float()))
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])
