@@ -138,8 +138,9 @@ def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequen
                     "samples": list(samples), "settings": list(options.settings),
                     "vary_samples": options.vary_samples, "device": options.device,
                 }  # fmt: skip
-                # No activation inside: the moments of the layer are all there is to know.
-                settings = ["rounding.activation_in_loss=false", *options.settings]
+                # No activation inside: the moments of the layer are all there is to know. Both streams are the same,
+                # so the asymmetry changes nothing; 1 is what costs nothing.
+                settings = ["rounding.activation_in_loss=false", "rounding.asymmetry=1", *options.settings]
                 try:
                     fields = quantize_fields(format_name, inputs, case.ignore)
                     spec = method_spec(solver, fields, seed=seed, device=head["device"], settings=settings)
