@@ -100,24 +100,6 @@ class Grid:
             below = torch.bucketize(steps.to(self.values.dtype), self.values, right=True).to(self.scale.dtype) - 1
         return below.clamp(self.qmin, self.qmax), (below + 1).clamp(self.qmin, self.qmax)
 
-    def rows(self, index: slice | Tensor) -> Grid:
-        """The grid of some out channels; a grid per tensor stays as it is. index: of dimension O."""
-        if self.scale.shape[0] == 1:
-            return self
-        return replace(self, scale=self.scale[index], zero_point=self.zero_point[index])
-
-    def columns(self, start: int, stop: int, num_inputs: int) -> Grid:
-        """The grid of the inputs start..stop (stop left out) of num_inputs: inside one group, or whole groups."""
-        assert 0 <= start < stop <= num_inputs, (start, stop, num_inputs)
-        groups = self.scale.shape[1]
-        if groups == 1:
-            return self
-        size = num_inputs // groups
-        inside_one = start // size == (stop - 1) // size
-        assert inside_one or (start % size == 0 and stop % size == 0), f"{start}..{stop} cuts groups of {size}"
-        chosen = slice(start // size, (stop - 1) // size + 1)
-        return replace(self, scale=self.scale[:, chosen], zero_point=self.zero_point[:, chosen])
-
     def with_scale(self, scale: Tensor) -> Grid:
         """The grid with another scale of the same shape, each entry at the nearest one that scale_format can hold.
 

@@ -9,8 +9,6 @@ rapid-deployment", do so to the weights; here the outputs count.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -31,13 +29,11 @@ def restore_outputs(problem: LayerProblem, codes: Tensor, grid: Grid, comm: Comm
         return grid, None
     mean, spread = _mean_and_spread(problem, grid.dequantize(codes), comm)
     if scales:
-        factor = (spread[0] / spread[1]).sqrt()
-        # Channels without any spread, and those that would leave the range of float32.
-        wanted = torch.where(factor > 0, factor, 1.0)[:, None] * grid.scale
-        usable = torch.isfinite(wanted.float()) & (wanted.float() >= torch.finfo(torch.float32).tiny)
-        scale = torch.where(usable, wanted.to(grid.scale.dtype), grid.scale)
-        mean[1] *= (scale.double() / grid.scale)[:, 0]
-        grid = replace(grid, scale=scale)
+        factor = (spread[0] / spread[1]).sqrt()[:, None]
+        # A channel without any spread has a factor of 0, NaN or infinity, and keeps its scales.
+        restored = grid.with_scale(torch.where(factor > 0, factor * grid.scale, grid.scale))
+        mean[1] *= (restored.scale.double() / grid.scale)[:, 0]
+        grid = restored
     return grid, (mean[0] - mean[1]).to(problem.dtype) if problem.correct_bias else None
 
 

@@ -274,15 +274,3 @@ def test_minmax_reaches_to_the_largest_weight(element: Any, strategy: str) -> No
     cut = block_grid(weight, "fp4" if element == "e2m1" else "fp8", strategy=strategy, group_size=None,
                      observer="percentile", percentile=60.0)  # fmt: skip
     assert (cut.scale < grid.scale).all()
-
-
-@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4", "fp4"])
-def test_rows_and_columns_are_parts_of_the_whole(kind: str) -> None:
-    weight = torch.randn(5, 96)
-    grid = block_grid(weight, kind)
-    codes = grid.quantize(weight)
-    rows, part = torch.tensor([4, 1]), grid.rows(torch.tensor([4, 1])).columns(32, 96, 96)
-    assert torch.equal(part.quantize(weight[rows, 32:]), codes[rows, 32:])
-    assert torch.equal(part.dequantize(codes[rows, 32:]), grid.dequantize(codes)[rows, 32:])
-    one = grid.columns(33, 36, 96)
-    assert torch.equal(one.with_scale(one.scale).dequantize(codes[:, 33:36]), grid.dequantize(codes)[:, 33:36])

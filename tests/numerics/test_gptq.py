@@ -51,6 +51,15 @@ def grid_of(
     ).to(weight.dtype)
 
 
+def grid_of_input(grid: Grid, rows: slice, j: int, inputs: int) -> Grid:
+    """The scales of some rows that belong to input j; a grid per tensor stays as it is."""
+    if grid.scale.shape[0] == 1:
+        return grid
+    run = j // (inputs // grid.scale.shape[1])
+    own = slice(run, run + 1)
+    return replace(grid, scale=grid.scale[rows, own], zero_point=grid.zero_point[rows, own])
+
+
 def plain_gptq(quadratic: Quadratic, grid: Grid, damping: float) -> Tensor:
     """Codes `(G, R, J)`. The inverse of the inputs still to come is kept by elimination, without Cholesky factors."""
     codes = torch.empty_like(quadratic.weight)
@@ -66,7 +75,7 @@ def plain_gptq(quadratic: Quadratic, grid: Grid, damping: float) -> Tensor:
             weight += quadratic.pull[g] @ torch.linalg.inv(hessian)
         inverse = torch.linalg.inv(hessian)
         for j in order:
-            own = grid.rows(slice(g * rows, (g + 1) * rows)).columns(j, j + 1, inputs)
+            own = grid_of_input(grid, slice(g * rows, (g + 1) * rows), j, inputs)
             codes[g, :, j] = own.quantize(weight[:, j : j + 1])[:, 0]
             error = (weight[:, j] - own.dequantize(codes[g, :, j : j + 1])[:, 0]) / inverse[j, j]
             weight -= torch.outer(error, inverse[j])

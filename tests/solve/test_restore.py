@@ -58,7 +58,8 @@ def test_mean_and_spread_of_any_kind_of_layer(solver: Any, case: Any, make_probl
         return
     expected, found = both_outputs(problem, result)
     torch.testing.assert_close(found.mean(dim=0), expected.mean(dim=0), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.std(dim=0), expected.std(dim=0), rtol=1e-9, atol=1e-12)
+    # Scales are rounded to float32.
+    torch.testing.assert_close(found.std(dim=0), expected.std(dim=0), rtol=1e-7, atol=1e-12)
     plain = round_layer(replace(problem, correct_scale=False), solver, SoloComm(), NO_PROGRESS)
     _, found = both_outputs(problem, plain)
     assert (found.std(dim=0) / expected.std(dim=0) - 1).abs().max() > 1e-3
@@ -72,7 +73,7 @@ def test_without_a_bias_the_mean_square(make_problem: Any) -> None:
         assert not result.kept_nearest
         assert result.shift is None
         expected, found = both_outputs(replace(problem, bias=None), result)
-        torch.testing.assert_close(found.square().mean(dim=0), expected.square().mean(dim=0), rtol=1e-9, atol=0)
+        torch.testing.assert_close(found.square().mean(dim=0), expected.square().mean(dim=0), rtol=2e-7, atol=0)
 
 
 def test_rows_that_are_padding_do_not_count(make_problem: Any) -> None:
@@ -86,7 +87,7 @@ def test_rows_that_are_padding_do_not_count(make_problem: Any) -> None:
     )  # fmt: skip
     expected, found = both_outputs(problem, result, masks)
     torch.testing.assert_close(found.mean(dim=0), expected.mean(dim=0), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.std(dim=0), expected.std(dim=0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.std(dim=0), expected.std(dim=0), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("correct_bias", [True, False])
@@ -124,7 +125,7 @@ def test_all_groups_of_a_channel_take_the_same_factor(make_problem: Any) -> None
     grid = replace(problem.grid, scale=scale, zero_point=torch.zeros_like(scale))
     found, _ = restore_outputs(problem, grid.quantize(problem.weight), grid, SoloComm())
     factor = found.scale / scale
-    torch.testing.assert_close(factor, factor[:, :1].expand(-1, 3))
+    torch.testing.assert_close(factor, factor[:, :1].expand(-1, 3), rtol=2e-7, atol=0)
     assert (factor[:, 0].unique().numel()) == 5
 
 
@@ -137,7 +138,7 @@ def test_channels_without_any_spread_keep_their_scale(correct_bias: bool, make_p
     problem.weight[2] = 0  # the float one is
     problem.activations.float_outputs[0][:, 2] = problem.bias[2]
     grid, _ = restore_outputs(problem, codes, problem.grid, SoloComm())
-    same = grid.scale[:, 0] == problem.grid.scale[:, 0]
+    same = grid.scale[:, 0] == problem.grid.scale[:, 0].float()
     assert same.tolist() == [False, True, True, False]
 
 
