@@ -292,7 +292,9 @@ class NetworkRounder:
     def _output_error(self, walker: Walker, total: int) -> float:
         sums = torch.zeros(total, 2, dtype=torch.float64)
         for index, before, after in walker.finish():
-            squares = [values.square().sum(dtype=torch.float64) for values in (after - before, before)]
-            sums[index] += torch.stack(squares).cpu()
+            # Row by row, since logits are large: other ways to sum squares make copies or take ten times as long.
+            wide = torch.promote_types(before.dtype, torch.float32)
+            norms = [torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in (after - before, before)]
+            sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")

@@ -156,4 +156,5 @@ def row_mask(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
 def counting_rows(output: Tensor, mask: Tensor | None) -> Tensor:
     """Rows `(rows, channels)` of a model's output that count; the output as it is when the mask does not fit it."""
     keep = row_mask(mask, tuple(output.shape[:-1]))
-    return output if keep is None else output[keep.to(output.device)]
+    # Without padding there is nothing to copy.
+    return output if keep is None or bool(keep.all()) else output[keep.to(output.device)]

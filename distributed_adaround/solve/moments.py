@@ -18,6 +18,7 @@ from distributed_adaround.model.sites import row_mask
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic, SymmetricSum
 from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
+from distributed_adaround.solve.evaluate import channel_sums
 from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
@@ -148,8 +149,7 @@ def _as_summed(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> Tensor:
 
 def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
     """Largest sum over one channel of squares; infinite where a value is not finite."""
-    others = [dim for dim in range(x.dim()) if dim != (1 if problem.geometry.num_spatial_dims else x.dim() - 1)]
-    sums = x.square().sum(dim=others, dtype=torch.float64)
+    sums = channel_sums(x.square(), None, 1 if problem.geometry.num_spatial_dims else -1)
     # Not NaN, which max() would pass over.
     return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 
