@@ -70,14 +70,20 @@ def _microbatch_errors(
         for weight in weights
     ]
     energy = channel_sums(expected.square(), keep, channel_dim)
-    num_rows = expected.numel() // expected.shape[channel_dim] if keep is None else keep.sum()
-    return torch.stack([*errors, energy, torch.full_like(energy, float(num_rows))])
+    return torch.stack([*errors, energy, num_rows(expected, keep, channel_dim).expand_as(energy)])
 
 
 def rows_that_count(outputs: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor | None:
     """Which rows of a layer's outputs count, bool of their shape without the channels; None: all."""
     keep = row_mask(mask, tuple(outputs.movedim(channel_dim, -1).shape[:-1]))
     return None if keep is None else keep.to(outputs.device)
+
+
+def num_rows(outputs: Tensor, keep: Tensor | None, channel_dim: int) -> Tensor:
+    """How many rows of a layer's outputs count: a number, float64, on their device."""
+    if keep is not None:
+        return keep.sum(dtype=torch.float64)
+    return torch.full((), outputs.numel() / outputs.shape[channel_dim], dtype=torch.float64, device=outputs.device)
 
 
 def channel_sums(values: Tensor, keep: Tensor | None, channel_dim: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.grid import Grid
-from distributed_adaround.solve.evaluate import channel_sums, rows_that_count
+from distributed_adaround.solve.evaluate import channel_sums, num_rows, rows_that_count
 from distributed_adaround.solve.problem import LayerProblem
 
 
@@ -53,10 +53,10 @@ def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tupl
     for index, x, y, mask in zip(acts.indices, acts.inputs, acts.float_outputs, acts.masks, strict=True):
         outputs = geometry.apply(x.to(problem.device, problem.dtype), weight, None)
         keep = rows_that_count(outputs, mask, channel_dim)
-        count = outputs.numel() // geometry.out_channels if keep is None else int(keep.sum())
+        count = num_rows(outputs, keep, channel_dim)
         parts[index, 0] = count
         for place, values in ((1, y.to(problem.device, problem.dtype)), (3, outputs)):
-            mean = channel_sums(values, keep, channel_dim) / max(1, count)
+            mean = channel_sums(values, keep, channel_dim) / count.clamp(min=1)
             parts[index, place] = mean
             away = values - mean.to(values.dtype).view(-1, *[1] * geometry.num_spatial_dims)
             parts[index, place + 1] = channel_sums(away.square_(), keep, channel_dim)
