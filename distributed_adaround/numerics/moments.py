@@ -104,7 +104,6 @@ class Moments:
 
     def reordered(self, index: Tensor) -> Moments:
         """The same with the inputs in another order. index: int64 `(J,)`."""
-
         pairs = (slice(None), index[:, None], index)
         return Moments(
             self.second[pairs],

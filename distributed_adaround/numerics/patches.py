@@ -74,13 +74,13 @@ def unfolded_pieces(x: Tensor, geometry: LayerGeometry, first: int = 0, every: i
         return
     features = channels_last_padded(x, geometry)
     size, channels = tuple(features.shape[1:-1]), features.shape[-1]
-    starts = row_positions(size, _output_size(size, geometry), geometry)
-    offsets = kernel_offsets(size, geometry)
-    chosen = torch.arange(first, x.shape[0] * len(starts), every)
+    starts = row_positions(size, _output_size(size, geometry), geometry).to(x.device)
+    offsets = kernel_offsets(size, geometry).to(x.device)
+    chosen = torch.arange(first, x.shape[0] * len(starts), every, device=x.device)
     for rows in torch.split(chosen, max(1, _PIECE // (geometry.groups * inputs))):
         sample, place = rows // len(starts), rows % len(starts)
         positions = (sample * math.prod(size) + starts[place])[:, None] + offsets
-        yield gather_rows(features.view(-1, channels), positions.to(x.device), geometry)
+        yield gather_rows(features.view(-1, channels), positions, geometry)
 
 
 def _output_size(padded_size: tuple[int, ...], geometry: LayerGeometry) -> tuple[int, ...]:
