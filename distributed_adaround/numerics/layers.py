@@ -48,6 +48,11 @@ class LayerGeometry:
         return len(self.weight_shape) - 2
 
     @property
+    def channel_dim(self) -> int:
+        """Dimension of the channels in the layer's inputs and outputs."""
+        return 1 if self.num_spatial_dims else -1
+
+    @property
     def kernel_size(self) -> tuple[int, ...]:
         return self.weight_shape[2:]
 

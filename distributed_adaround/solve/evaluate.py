@@ -58,7 +58,7 @@ def _microbatch_errors(
 ) -> Tensor:
     """`(candidates + 2, O)`: squared error of each candidate, energy of the float output, number of rows."""
     x = x.to(problem.device, problem.dtype)
-    channel_dim = -1 if problem.geometry.num_spatial_dims == 0 else 1
+    channel_dim = problem.geometry.channel_dim
     expected = problem.transform(problem.target(x, output), channel_dim)
     keep = rows_that_count(expected, mask, channel_dim)
     errors = [

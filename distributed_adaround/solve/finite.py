@@ -34,7 +34,7 @@ def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
 def _first_place(problem: LayerProblem) -> _Place | None:
     """Of this rank. The float stream comes first: what it cannot compute, the quantized one cannot either."""
     acts = problem.activations
-    channel_dim = 1 if problem.geometry.num_spatial_dims else -1
+    channel_dim = problem.geometry.channel_dim
     streams = {"float input": acts.float_inputs, "float output": acts.float_outputs, "quantized input": acts.inputs}
     for position in sorted(range(len(acts.indices)), key=acts.indices.__getitem__):
         for what, tensors in streams.items():

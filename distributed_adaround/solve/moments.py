@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.distributed.comm import Comm
-from distributed_adaround.model.sites import row_mask
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic, SymmetricSum
 from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
-from distributed_adaround.solve.evaluate import channel_sums
+from distributed_adaround.solve.evaluate import channel_sums, rows_that_count
 from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
@@ -136,8 +135,7 @@ def _own_size(problem: LayerProblem) -> _Size:
 
 def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
     """Which rows of a microbatch count, `(rows,)`, or None for all."""
-    channel_dim = 1 if problem.geometry.num_spatial_dims else -1
-    keep = row_mask(mask, tuple(target.movedim(channel_dim, -1).shape[:-1]))
+    keep = rows_that_count(target, mask, problem.geometry.channel_dim)
     return None if keep is None else keep.reshape(-1).to(problem.device)
 
 
@@ -149,7 +147,7 @@ def _as_summed(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> Tensor:
 
 def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
     """Largest sum over one channel of squares; infinite where a value is not finite."""
-    sums = channel_sums(x.square(), None, 1 if problem.geometry.num_spatial_dims else -1)
+    sums = channel_sums(x.square(), None, problem.geometry.channel_dim)
     # Not NaN, which max() would pass over.
     return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 

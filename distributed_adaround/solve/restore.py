@@ -30,8 +30,8 @@ def restore_outputs(problem: LayerProblem, codes: Tensor, grid: Grid, comm: Comm
     mean, spread = _mean_and_spread(problem, grid.dequantize(codes), comm)
     if scales:
         factor = (spread[0] / spread[1]).sqrt()[:, None]
-        # A channel without any spread has a factor of 0, NaN or infinity, and keeps its scales.
-        restored = grid.with_scale(torch.where(factor > 0, factor * grid.scale, grid.scale))
+        # A channel without any spread has a factor of 0, NaN or infinity: none makes a scale, so it keeps its own.
+        restored = grid.with_scale(factor * grid.scale)
         mean[1] *= (restored.scale.double() / grid.scale)[:, 0]
         grid = restored
     return grid, (mean[0] - mean[1]).to(problem.dtype) if problem.correct_bias else None
@@ -44,9 +44,9 @@ def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tupl
     is summed. Where no bias is corrected, the mean square takes the place of the variance.
     """
     geometry, acts = problem.geometry, problem.activations
-    channel_dim = 1 if geometry.num_spatial_dims else -1
+    channel_dim = geometry.channel_dim
     weight = geometry.from_matrix(rounded)
-    # Number of rows; of each layer the mean and the sum of squares around it.
+    # Number of rows; mean of both layers; sum of squares around it, of both.
     parts = torch.zeros(
         problem.total_microbatches, 5, geometry.out_channels, dtype=torch.float64, device=problem.device
     )
@@ -55,12 +55,12 @@ def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tupl
         keep = rows_that_count(outputs, mask, channel_dim)
         count = num_rows(outputs, keep, channel_dim)
         parts[index, 0] = count
-        for place, values in ((1, y.to(problem.device, problem.dtype)), (3, outputs)):
+        for place, values in enumerate((y.to(problem.device, problem.dtype), outputs), start=1):
             mean = channel_sums(values, keep, channel_dim) / count.clamp(min=1)
             parts[index, place] = mean
             away = values - mean.to(values.dtype).view(-1, *[1] * geometry.num_spatial_dims)
-            parts[index, place + 1] = channel_sums(away.square_(), keep, channel_dim)
-    rows, means, squares = torch.split(comm.all_reduce(parts)[:, [0, 1, 3, 2, 4]], [1, 2, 2], dim=1)
+            parts[index, place + 2] = channel_sums(away.square_(), keep, channel_dim)
+    rows, means, squares = torch.split(comm.all_reduce(parts), [1, 2, 2], dim=1)
     share = rows / rows.sum(dim=0)
     mean = (share * means).sum(dim=0)
     variance = squares.sum(dim=0) / rows.sum(dim=0) + (share * (means - mean).square()).sum(dim=0)

@@ -38,11 +38,11 @@ class CalibrationRows:
     def __init__(self, problem: LayerProblem) -> None:
         acts, geometry = problem.activations, problem.geometry
         self._geometry, self._device = geometry, problem.device
-        self._channel_dim = 1 if geometry.num_spatial_dims else -1
+        channel_dim = geometry.channel_dim
         self.sample_rows: list[list[int]] = []
         selected = []
         for y, mask, size in zip(acts.float_outputs, acts.masks, acts.batch_sizes, strict=True):
-            counts, select = _counting_rows(mask, tuple(y.movedim(self._channel_dim, -1).shape[:-1]), size)
+            counts, select = _counting_rows(mask, tuple(y.movedim(channel_dim, -1).shape[:-1]), size)
             self.sample_rows.append(counts)
             selected.append(select)
         # The sizes are known before any row is copied: only one microbatch at a time lies outside the budget.
@@ -80,7 +80,7 @@ class CalibrationRows:
         for x, y, select in zip(problem.activations.inputs, problem.activations.float_outputs, selected, strict=True):
             outputs = problem.geometry.apply(x.to(problem.device, problem.dtype), weight, problem.bias)
             base, output = (
-                _take(values.movedim(self._channel_dim, -1), select).to(problem.device, problem.dtype)
+                _take(values.movedim(problem.geometry.channel_dim, -1), select).to(problem.device, problem.dtype)
                 for values in (outputs, y)
             )
             target = torch.lerp(base, output, problem.asymmetry)
