@@ -15,7 +15,7 @@ from distributed_adaround.errors import AdaRoundError, InputError, OutputError, 
 
 if TYPE_CHECKING:
     from distributed_adaround.api import Quantized, quantize
-    from distributed_adaround.spec import JobSpec, MethodSpec
+    from distributed_adaround.spec.job import JobSpec, MethodSpec
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "quantize",
 ]
 
-_LAZY = {"quantize": "api", "Quantized": "api", "JobSpec": "spec", "MethodSpec": "spec"}
+_LAZY = {"quantize": "api", "Quantized": "api", "JobSpec": "spec.job", "MethodSpec": "spec.job"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from distributed_adaround.capture.sites import ModelInputs
 from distributed_adaround.data.manifest import owner, prove_coverage
-from distributed_adaround.distributed.comm import Comm, agreed, phase
-from distributed_adaround.distributed.runtime import RankContext, process_group
 from distributed_adaround.errors import InputError, SpecError
-from distributed_adaround.model.sites import ModelInputs
-from distributed_adaround.network import NetworkRounder, activation_store, agree_on_weights, make_walker, plan_layers
 from distributed_adaround.report.console import Progress, SilentProgress
 from distributed_adaround.report.events import EventLog
-from distributed_adaround.report.layers import LayerTable
-from distributed_adaround.spec import MethodSpec, QuantizeSpec, RoundingSpec, RuntimeSpec
+from distributed_adaround.report.table import LayerTable
+from distributed_adaround.rounding import NetworkRounder, activation_store, agree_on_weights, make_walker, plan_layers
+from distributed_adaround.runtime.comm import Comm, agreed, phase
+from distributed_adaround.runtime.context import RankContext, process_group
+from distributed_adaround.spec.job import MethodSpec
+from distributed_adaround.spec.quantize import QuantizeSpec
+from distributed_adaround.spec.rounding import RoundingSpec
+from distributed_adaround.spec.runtime import RuntimeSpec
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed_adaround import __version__, logs, storage
-from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError
+from distributed_adaround import __version__
+from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError, redact
+from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.launch.arguments import add_launch
-from distributed_adaround.parent import end_with_launcher
 from distributed_adaround.report.status import read_status, record_failure
-from distributed_adaround.spec import JobSpec, json_schema, load_spec
-from distributed_adaround.spec_reference import markdown
-from distributed_adaround.stopping import StopRequest
+from distributed_adaround.runtime import logs
+from distributed_adaround.runtime.parent import end_with_launcher
+from distributed_adaround.runtime.signals import StopRequest
+from distributed_adaround.spec.job import JobSpec, json_schema
+from distributed_adaround.spec.reference import markdown
 
 if TYPE_CHECKING:
     from distributed_adaround.plan import JobPlan
@@ -113,7 +115,7 @@ def _run(options: argparse.Namespace) -> None:
         table = run_job(spec, _folder(options.job), options.stop)
     if os.environ.get("RANK", "0") == "0":
         print(table)
-        print(f"\nResults are in {storage.redact(spec.output.uri)}")
+        print(f"\nResults are in {redact(spec.output.uri)}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -125,7 +127,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     load_spec(options.job, options.overrides)
-    print(f"{storage.redact(options.job)} is a valid job file")
+    print(f"{redact(options.job)} is a valid job file")
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -174,7 +176,7 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
     """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
     if getattr(options, "debug", False):
         # Its lines hold what libraries raised, which know nothing of credentials.
-        print(storage.redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     told_by = getattr(error, "told_by", None)
     if told_by is None and isinstance(error, SpecError | StoppedError):
         # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
@@ -193,7 +195,7 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
     hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
     layer = getattr(error, "layer", None)
     what = "" if layer is None or layer in str(error) else f"layer {layer}: "
-    line = storage.redact(f"{where}{kind}{what}{' '.join(str(error).split())}{hint}")
+    line = redact(f"{where}{kind}{what}{' '.join(str(error).split())}{hint}")
     print(f"error: {line}", file=sys.stderr)
     _tell_torchrun(line)
     if options.command is _run:

@@ -8,13 +8,31 @@ AdaRoundError                 70   our own bug, unless a subclass says otherwise
 ├── StoppedError              75   a signal asked the job to stop: start it again
 └── UnreachableError (OSError) 75 a store could not be reached: try again
 
-A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known.
+A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known. Credentials
+in URIs are never part of one: `redact` removes them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import quote, unquote
+
+# Everything up to the last "@": of the host part, or of the whole link where a colon not followed by a port says that
+# what stands before it is a password (keys of object stores hold slashes).
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/@:\s]*:(?!\d+(?:/|\s|$))\S*@|[^/\s]*@)")
+# A query: after an http URL anything, elsewhere only what holds a "=", since "?" is also a wildcard.
+_QUERY = re.compile(r"(?<=://)([^?\s'\"]*)\?([^\s?'\"]*=[^\s'\"]*)")
+_HTTP_QUERY = re.compile(r"(https?://[^?#\s'\"]*)[?#]([^\s'\"]*)")
+# Shorter parts of credentials ("me", a version "v=1") are words of ordinary messages too.
+_MIN_SECRET = 5
+# Values of a query that open doors, as opposed to "format=parquet".
+_SECRET_KEY = re.compile(r"auth|cred|key|pass|pwd|secret|sig|token", re.IGNORECASE)
+_LONG = 16
+
+# Of all URIs that this process has opened: what a store answers need not have the form of a URI.
+_secrets: set[str] = set()
 
 
 class AdaRoundError(Exception):
@@ -82,3 +100,29 @@ def shorten(text: str, length: int = 400) -> str:
     half = (length - 3) // 2
     text = text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def redact(text: str) -> str:
+    """The URI, or any text with URIs in it, without user names, passwords, tokens and query strings."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return without_credentials(text)
+
+
+def without_credentials(uri: str) -> str:
+    """What `redact` makes of a URI, whatever was opened before."""
+    links = (_CREDENTIALS.sub("", link) for link in uri.split("::"))
+    return "::".join(_QUERY.sub(r"\1", _HTTP_QUERY.sub(r"\1", link)) for link in links)
+
+
+def remember_secrets(uri: str) -> None:
+    """From now on `redact` removes the credentials of this URI wherever they stand in a text."""
+    for link in uri.split("::"):
+        found = [match.removesuffix("@") for match in _CREDENTIALS.findall(link)]
+        bare = _CREDENTIALS.sub("", link)
+        found += [part for secret in found for part in secret.split(":", 1)]
+        for query in (query for pattern in (_HTTP_QUERY, _QUERY) for _, query in pattern.findall(bare)):
+            pairs = (pair.partition("=") for pair in re.split("[&;]", query))
+            found += [query, *(value for key, _, value in pairs if _SECRET_KEY.search(key) or len(value) >= _LONG)]
+        forms = (form for part in found for form in (part, unquote(part), quote(part, safe="")))
+        _secrets.update(form for form in forms if len(form) >= _MIN_SECRET)

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from distributed_adaround import __version__, jsontext, storage
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.commits import JobCommits
+from distributed_adaround import __version__
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.graph import fixed_batch_size, placeholder_names
+from distributed_adaround.capture.sites import ModelInputs, Walker
+from distributed_adaround.checkpoint.commits import JobCommits
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, build_manifest, prove_coverage
-from distributed_adaround.distributed.comm import Comm, phase
-from distributed_adaround.distributed.runtime import RankContext, process_group
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.state_dict import write_codes, write_dequantized
-from distributed_adaround.model.graph import fixed_batch_size, placeholder_names
+from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.model.load import (
     bind_inputs,
     call_transform,
@@ -34,8 +34,11 @@ from distributed_adaround.model.load import (
     load_factory,
     load_program,
 )
-from distributed_adaround.model.sites import ModelInputs, Walker
-from distributed_adaround.network import (
+from distributed_adaround.report.console import Progress, SilentProgress
+from distributed_adaround.report.events import EventLog
+from distributed_adaround.report.status import JobStatus
+from distributed_adaround.report.table import LayerTable
+from distributed_adaround.rounding import (
     NetworkResult,
     NetworkRounder,
     PlannedLayer,
@@ -44,12 +47,12 @@ from distributed_adaround.network import (
     make_walker,
     plan_layers,
 )
-from distributed_adaround.report.console import Progress, SilentProgress
-from distributed_adaround.report.events import EventLog
-from distributed_adaround.report.layers import LayerTable
-from distributed_adaround.report.status import JobStatus
-from distributed_adaround.spec import DataSpec, JobSpec, ModelSpec
-from distributed_adaround.stopping import StopRequest
+from distributed_adaround.runtime.comm import Comm, phase
+from distributed_adaround.runtime.context import RankContext, process_group
+from distributed_adaround.runtime.signals import StopRequest
+from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.job import JobSpec
+from distributed_adaround.spec.model import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +191,7 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
     with phase(comm, "share the calibration data"):
         prove_coverage(len(manifest.microbatches), owned)
     for uri in manifest.skipped if comm.rank == 0 else ():
-        logger.warning("not a sample file, left out: %s", storage.redact(uri))
+        logger.warning("not a sample file, left out: %s", redact(uri))
     logger.info(
         "%d of %d samples in %d microbatches; microbatches per rank: %s",
         manifest.num_samples,
@@ -205,7 +208,7 @@ def _load_model(model: ModelSpec, folder: Path | None) -> nn.Module | ExportedPr
         path = None if uri is None else stack.enter_context(storage.local_file(uri))
         if path is not None and model.sha256 is not None and storage.sha256_file(path) != model.sha256.lower():
             raise InputError(
-                f"{storage.redact(uri or '')}: its SHA-256 is not model.sha256: it is damaged or another file; get it "
+                f"{redact(uri or '')}: its SHA-256 is not model.sha256: it is damaged or another file; get it "
                 "again, or correct the field"
             )
         if model.program is not None:
@@ -299,4 +302,4 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
         "seconds": seconds,
     }
     text = jsontext.dumps(report, indent=1) + "\n"
-    storage.write_bytes(storage.join(uri, "report.json"), text.encode())
+    storage.write_bytes(uris.join(uri, "report.json"), text.encode())

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from distributed_adaround.commits import Commits
+from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.report.console import SilentProgress
+from distributed_adaround.runtime.signals import StopRequest
 from distributed_adaround.solve.problem import Monitor
-from distributed_adaround.stopping import StopRequest
 
 
 class LayerMonitor(Monitor):

@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.distributed.comm import SoloComm
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.sites import FloatParameter, ModelInputs, SiteActivations
 from distributed_adaround.job import PreparedJob, prepare
-from distributed_adaround.layer_setup import describe_format, make_problem, make_solver, solver_of, weighted_grid
-from distributed_adaround.model.sites import FloatParameter, ModelInputs, SiteActivations
-from distributed_adaround.network import PlannedLayer, float_parameters
+from distributed_adaround.rounding import PlannedLayer, float_parameters
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.moments import layer_moments
+from distributed_adaround.solve.measure import layer_moments
 from distributed_adaround.solve.problem import MomentCache, Monitor
-from distributed_adaround.spec import JobSpec, RoundingSpec
+from distributed_adaround.solve.setup import describe_format, make_problem, make_solver, solver_of, weighted_grid
+from distributed_adaround.spec.job import JobSpec
+from distributed_adaround.spec.rounding import RoundingSpec
 
 # Of minibatch; a sweep of gram costs as much as many of them.
 _TRIAL_STEPS = {"minibatch": 10, "gram": 1}

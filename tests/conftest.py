@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_adaround import uris
+from distributed_adaround import errors
 
 # Ranks, workers and tests share few cores; more threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,7 +32,7 @@ def _clean_state() -> Iterator[None]:
     settings and process group as they were."""
     logger = logging.getLogger("distributed_adaround")
     logging_before = (list(logger.handlers), logger.level, logger.propagate)
-    secrets_before = set(uris._secrets)
+    secrets_before = set(errors._secrets)
     environment, folder = dict(os.environ), os.getcwd()
     # No test is a rank of some torchrun above it.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE"):
@@ -46,8 +46,8 @@ def _clean_state() -> Iterator[None]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     logger.handlers[:], logger.level, logger.propagate = logging_before
-    uris._secrets.clear()
-    uris._secrets.update(secrets_before)
+    errors._secrets.clear()
+    errors._secrets.update(secrets_before)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(num_threads)

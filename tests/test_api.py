@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import distributed_adaround
 from distributed_adaround import InputError, MethodSpec, SpecError, quantize
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.report.layers import LayerTable
-from distributed_adaround.spec import QuantizeSpec
+from distributed_adaround.report.table import LayerTable
+from distributed_adaround.spec.quantize import QuantizeSpec
 
 QUICK: dict[str, Any] = {"dtype": "int3", "max_iter": 120, "lr": 0.02, "batch_size": 64, "progress": False}
 

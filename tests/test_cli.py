@@ -16,8 +16,8 @@ import toy_models
 from sample_jobs import vectors, write_job
 
 from distributed_adaround import cli
-from distributed_adaround.distributed.comm import agreed
 from distributed_adaround.errors import InputError, OutputError, PeerError, SpecError
+from distributed_adaround.runtime.comm import agreed
 
 RESULTS = {"quantized.safetensors", "quantized.json", "dequantized.safetensors", "report.json"}
 PYTHON = [sys.executable, "-m", "distributed_adaround"]

@@ -13,12 +13,12 @@ import toy_models
 from sample_jobs import write_job
 from torch import Tensor
 
-from distributed_adaround import network
+from distributed_adaround import rounding as network
 from distributed_adaround.errors import AdaRoundError, InputError
 from distributed_adaround.export.state_dict import read_codes
+from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
 from distributed_adaround.plan import plan_job
-from distributed_adaround.spec import load_spec
 
 FORMATS = {
     "fp8": "float8_e4m3fn per_channel_symmetric",

@@ -44,7 +44,7 @@ def test_gpu_agrees_with_cpu(device_memory: int | None, solver: str) -> None:
 
 def test_no_step_waits_for_the_device() -> None:
     """Between two looks at the loss nothing may synchronise: torch raises where something does."""
-    from distributed_adaround.numerics.rounding import OutputTransform, SoftRounding
+    from distributed_adaround.numerics.soft_rounding import OutputTransform, SoftRounding
     from distributed_adaround.solve.learner import add_regularizer, fill_bucket
 
     weight = torch.randn(1, 8, 16, device="cuda")
@@ -68,11 +68,11 @@ def test_no_step_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("dtype", ["int3", "nvfp4"])
 def test_no_sweep_waits_for_the_device(dtype: str) -> None:
-    from distributed_adaround.layer_setup import choose_layer_grid
     from distributed_adaround.numerics.descent import Descent
     from distributed_adaround.numerics.lattice import Lattice
     from distributed_adaround.numerics.moments import Quadratic
-    from distributed_adaround.spec import QuantizeSpec
+    from distributed_adaround.solve.setup import choose_layer_grid
+    from distributed_adaround.spec.quantize import QuantizeSpec
 
     layer_format = QuantizeSpec(dtype=dtype).for_layer("layer", "Linear")
     assert layer_format is not None

@@ -17,12 +17,12 @@ from rank_pool import RankPool
 from sample_jobs import write_job
 from torch import Tensor, nn
 
-from distributed_adaround import layer_setup
-from distributed_adaround.commits import JobCommits
+from distributed_adaround.checkpoint.commits import JobCommits
 from distributed_adaround.export.state_dict import read_codes
+from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
-from distributed_adaround.solve import by_rows
-from distributed_adaround.spec import load_spec
+from distributed_adaround.solve import by_channel as by_rows
+from distributed_adaround.solve import setup as layer_setup
 
 RESULTS = ("quantized.safetensors", "quantized.json", "dequantized.safetensors")
 # 6 microbatches in 4 shards for the images, 2 for the texts: uneven, and the third rank has none of the texts.

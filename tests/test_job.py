@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from distributed_adaround.errors import InputError, PeerError
 from distributed_adaround.export.state_dict import read_codes
+from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
-from distributed_adaround.report.layers import LayerTable
-from distributed_adaround.spec import load_spec
+from distributed_adaround.report.table import LayerTable
 
 RESULTS = ("quantized.safetensors", "quantized.json", "dequantized.safetensors", "report.json")
 
@@ -306,7 +306,7 @@ def test_a_job_that_stopped_between_layers_gives_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("distributed_adaround.commits.JobCommits.commit", _second_time(stop))
+        patch.setattr("distributed_adaround.checkpoint.commits.JobCommits.commit", _second_time(stop))
         with pytest.raises(KeyboardInterrupt):
             run(finished)
     assert not any((finished.parent / "out" / name).exists() for name in RESULTS)
@@ -316,7 +316,7 @@ def test_a_job_that_stopped_between_layers_gives_the_same_bytes(
 
 
 def _second_time(stop: Any) -> Any:
-    from distributed_adaround.commits import JobCommits
+    from distributed_adaround.checkpoint.commits import JobCommits
 
     commit, calls = JobCommits.commit, []
 

@@ -16,7 +16,7 @@ import pytest
 from sample_jobs import images, job, write_job
 
 from distributed_adaround.job import run_job
-from distributed_adaround.spec import JobSpec
+from distributed_adaround.spec.job import JobSpec
 
 # --standalone takes a free port; torchrun's usual one may be in use by another job of this machine.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -15,9 +15,9 @@ from sample_jobs import write_job
 from torch import Tensor
 
 from distributed_adaround import plan
+from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.plan import JobPlan, plan_job
-from distributed_adaround.spec import load_spec
 
 
 def plan_of(path: Path, world_size: int = 1) -> JobPlan:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from toy_batches import Batches
 
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.model.graph import capture, export_model, straight_line
-from distributed_adaround.model.replay import ReplayWalker
-from distributed_adaround.model.sites import ModelInputs, Walker
-from distributed_adaround.walk import GraphWalker
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.graph import capture, export_model, straight_line
+from distributed_adaround.capture.graph_walk import GraphWalker
+from distributed_adaround.capture.replay_walk import ReplayWalker
+from distributed_adaround.capture.sites import ModelInputs, Walker
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
 from distributed_adaround.errors import InputError
-from distributed_adaround.integrity import check_safetensors, check_zip, is_zip
+from distributed_adaround.files.integrity import check_safetensors, check_zip, is_zip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

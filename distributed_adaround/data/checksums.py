@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from distributed_adaround import storage, uris
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, redact
+from distributed_adaround.files import storage, uris
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](\S.*)")
 
@@ -30,7 +30,7 @@ class Checksums:
     @classmethod
     def read(cls, uri: str) -> Self:
         """Raises: InputError when it is not such a list, or lists a name with two checksums; UnreachableError."""
-        shown = storage.redact(uri)
+        shown = redact(uri)
         try:
             text = storage.read_bytes(uri).decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -52,12 +52,12 @@ class Checksums:
         names = self._names(uri)
         if not names:
             raise InputError(
-                f"{storage.redact(uri)}: is not in the list {storage.redact(self.uri)}; add it by sha256sum, or leave "
+                f"{redact(uri)}: is not in the list {redact(self.uri)}; add it by sha256sum, or leave "
                 "it out of data.uri"
             )
         if self.by_name[max(names, key=len)] != sha256:
             raise InputError(
-                f"{storage.redact(uri)}: its SHA-256 is not that of {storage.redact(self.uri)}: it is damaged "
+                f"{redact(uri)}: its SHA-256 is not that of {redact(self.uri)}: it is damaged "
                 "or another file; get it again, or correct the list"
             )
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, MapStyleWrapper, Prefetcher
 
-from distributed_adaround import storage
 from distributed_adaround.data.manifest import FieldInfo, Manifest
 from distributed_adaround.data.readers import SampleFile, open_samples
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, redact
+from distributed_adaround.files import storage
 
 # Some readers hold their file's content. The samples come in file order, so few files are in use at once.
 _OPEN_FILES = 4
@@ -123,7 +123,7 @@ class SampleLoader:
 
     def _open_file(self, index: int) -> SampleFile:
         file = self._manifest.files[index]
-        shown = storage.redact(file.uri)
+        shown = redact(file.uri)
         if index not in self._paths:
             path = self._resources.enter_context(storage.local_file(file.uri))
             size = path.stat().st_size

@@ -22,9 +22,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from distributed_adaround import jsontext, storage
 from distributed_adaround.data.checksums import Checksums
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, redact
+from distributed_adaround.files import jsontext, storage, uris
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Manifest:
         """SHA-256 of what the data is: names, sizes, checksums, fields, microbatches; not of the folder it lies in."""
         content = asdict(replace(self, skipped=()))
         for file in content["files"]:
-            file["uri"] = storage.file_name(file["uri"])
+            file["uri"] = uris.file_name(file["uri"])
         return hashlib.sha256(jsontext.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -223,15 +223,15 @@ def _list_data(uris: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     for uri in uris:
         matches = storage.list_files(uri)
         if not matches:
-            raise InputError(f"{storage.redact(uri)}: no file matches; check the path, the wildcards and the mounts")
+            raise InputError(f"{redact(uri)}: no file matches; check the path, the wildcards and the mounts")
         if matches == [uri] and not has_reader(uri):
-            raise InputError(f"{storage.redact(uri)}: unknown file type; supported are {', '.join(SUFFIXES)}")
+            raise InputError(f"{redact(uri)}: unknown file type; supported are {', '.join(SUFFIXES)}")
         found.update(matches)
     usable = sorted(uri for uri in found if has_reader(uri))
     skipped = tuple(sorted(found.difference(usable)))
     if not usable:
-        shown = ", ".join(map(storage.redact, uris))
-        example = f", for example {storage.redact(skipped[0])}" if skipped else ""
+        shown = ", ".join(map(redact, uris))
+        example = f", for example {redact(skipped[0])}" if skipped else ""
         raise InputError(f"{shown}: {len(skipped)} files of unknown type{example}; supported are {', '.join(SUFFIXES)}")
     return usable, skipped
 
@@ -242,7 +242,7 @@ def _data_file(
     from distributed_adaround.data.readers import scan  # the readers import torch
 
     with storage.local_file(uri) as path:
-        shown, sha256 = storage.redact(uri), storage.sha256_file(path)
+        shown, sha256 = redact(uri), storage.sha256_file(path)
         if expected is not None:
             expected.check(uri, sha256)
         num_samples, infos = scan(path, shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
@@ -254,7 +254,7 @@ def _merged_fields(files: Sequence[DataFile]) -> tuple[FieldInfo, ...]:
     first = files[0]
     merged = {info.name: info for info in first.fields}
     for file in files[1:]:
-        pair = f"{storage.redact(file.uri)} and {storage.redact(first.uri)}"
+        pair = f"{redact(file.uri)} and {redact(first.uri)}"
         names = {info.name for info in file.fields}
         if names != set(merged):
             raise InputError(

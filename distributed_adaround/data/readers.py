@@ -20,12 +20,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distributed_adaround import storage
 from distributed_adaround.data.arrays import read_npy, read_npz, read_safetensors, read_torch
 from distributed_adaround.data.columns import NOT_NUMERIC, Column
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.tables import read_jsonl, read_parquet
 from distributed_adaround.errors import InputError, shorten
+from distributed_adaround.files import uris
 
 _READERS: dict[str, Callable[[Path], dict[str, Column]]] = {
     ".npy": read_npy,
@@ -60,7 +60,7 @@ class SampleFile:
 
 def has_reader(uri: str) -> bool:
     """Whether the file's suffix is a known one."""
-    return _suffix(storage.file_name(uri)) in _READERS
+    return _suffix(uris.file_name(uri)) in _READERS
 
 
 def scan(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
 from distributed_adaround.errors import InputError
-from distributed_adaround.integrity import check_expansion
+from distributed_adaround.files.integrity import check_expansion
 
 
 def read_jsonl(path: Path) -> dict[str, Column]:

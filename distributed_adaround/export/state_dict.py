@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distributed_adaround import __version__, jsontext, storage
-from distributed_adaround.checkpoint import FLOAT_KEYS, FORMAT_KEYS, LayerRecord
-from distributed_adaround.errors import AdaRoundError, InputError
+from distributed_adaround import __version__
+from distributed_adaround.checkpoint.layer_files import FLOAT_KEYS, FORMAT_KEYS, LayerRecord
+from distributed_adaround.errors import AdaRoundError, InputError, redact
+from distributed_adaround.files import jsontext, storage, uris
 
 FORMAT_VERSION = 1
 # One key only: safetensors writes several in random order.
@@ -83,8 +84,8 @@ def write_codes(
     if clash:
         raise AdaRoundError(f"description may not hold {sorted(clash)}; this is a defect of this program")
     text = {**description, **own}
-    _write(storage.join(uri_folder, "quantized.safetensors"), tensors, {_METADATA_KEY: jsontext.dumps(text)})
-    storage.write_bytes(storage.join(uri_folder, "quantized.json"), (jsontext.dumps(text, indent=1) + "\n").encode())
+    _write(uris.join(uri_folder, "quantized.safetensors"), tensors, {_METADATA_KEY: jsontext.dumps(text)})
+    storage.write_bytes(uris.join(uri_folder, "quantized.json"), (jsontext.dumps(text, indent=1) + "\n").encode())
 
 
 def write_dequantized(uri_folder: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -92,7 +93,7 @@ def write_dequantized(uri_folder: str, state_dict: Mapping[str, Tensor]) -> None
 
     Raises InputError when the model holds what safetensors cannot, OutputError when the file cannot be written.
     """
-    _write(storage.join(uri_folder, "dequantized.safetensors"), state_dict, {"format": "pt"})
+    _write(uris.join(uri_folder, "dequantized.safetensors"), state_dict, {"format": "pt"})
 
 
 def read_codes(uri_folder: str) -> dict[str, Tensor]:
@@ -100,8 +101,8 @@ def read_codes(uri_folder: str) -> dict[str, Tensor]:
 
     Raises InputError when the file is missing, damaged or of another version.
     """
-    uri = storage.join(uri_folder, "quantized.safetensors")
-    shown = storage.redact(uri)
+    uri = uris.join(uri_folder, "quantized.safetensors")
+    shown = redact(uri)
     try:
         with storage.local_file(uri) as path, safe_open(path, framework="pt") as file:
             text = json.loads((file.metadata() or {})[_METADATA_KEY])

@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from distributed_adaround import storage
+from distributed_adaround.files import storage, uris
+from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.launch import kubernetes, slurm
 from distributed_adaround.launch.request import LaunchRequest
-from distributed_adaround.spec import load_spec
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -102,7 +102,7 @@ def _kubernetes(options: argparse.Namespace) -> None:
     chosen = kubernetes.KubernetesOptions(
         **_given(options, ("image", "kind", "claim", "secret", "service_account")),
         job_text=storage.read_bytes(options.job).decode("utf-8-sig"),
-        job_suffix=PurePosixPath(storage.file_name(options.job)).suffix.lower(),
+        job_suffix=PurePosixPath(uris.file_name(options.job)).suffix.lower(),
     )
     _deliver(options, kubernetes.render(request, chosen))
 
@@ -114,7 +114,7 @@ def _given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any
 def _request(options: argparse.Namespace) -> LaunchRequest:
     spec = load_spec(options.job, options.overrides)
     overrides = [part for override in options.overrides for part in ("--set", override)]
-    name = options.name if options.name is not None else PurePosixPath(storage.file_name(options.job)).stem
+    name = options.name if options.name is not None else PurePosixPath(uris.file_name(options.job)).stem
     return LaunchRequest.checked(
         spec,
         [options.job, *overrides],

@@ -16,10 +16,9 @@ from typing import Any
 
 import yaml
 
-from distributed_adaround import storage
-from distributed_adaround.errors import InputError, OutputError, SpecError
+from distributed_adaround.errors import InputError, OutputError, SpecError, redact
 from distributed_adaround.launch.request import LaunchRequest, match
-from distributed_adaround.spec_errors import shown
+from distributed_adaround.spec.explain import shown
 
 KINDS = ("job", "jobset", "trainjob")
 PORT = 29400
@@ -95,7 +94,7 @@ def _check_places(request: LaunchRequest, options: KubernetesOptions) -> None:
     for field, uri in [*inputs, ("output.uri", spec.output.uri)]:
         if uri is None:
             continue
-        if storage.redact(uri) != uri:
+        if redact(uri) != uri:
             raise SpecError(f"{field}: holds a password or token, which a ConfigMap would show; give it by --secret")
         if "://" not in uri and not uri.startswith("/") and options.claim is None:
             raise SpecError(

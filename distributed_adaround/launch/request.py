@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec import JobSpec, parse_bytes
-from distributed_adaround.spec_errors import shown
+from distributed_adaround.spec.explain import shown
+from distributed_adaround.spec.job import JobSpec
+from distributed_adaround.spec.runtime import parse_bytes
 
 # Host names of pods are the job's name with up to 14 more characters, and 63 at most.
 _NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from distributed_adaround.capture.sites import ModelInputs
 from distributed_adaround.errors import InputError, shorten
-from distributed_adaround.integrity import check_safetensors, check_zip, is_zip
+from distributed_adaround.files.integrity import check_safetensors, check_zip, is_zip
 from distributed_adaround.model.archive import unsafe_content
-from distributed_adaround.model.sites import ModelInputs
 
 _NUM_NAMED = 3
 _DIGEST_ELEMENTS = 1 << 22

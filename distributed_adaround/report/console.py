@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from distributed_adaround.report.layers import LayerReport, shorten
+from distributed_adaround.report.table import LayerReport, shorten
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
-from distributed_adaround import jsontext, storage
+from distributed_adaround.errors import redact
+from distributed_adaround.files import jsontext, storage, uris
 
 
 class EventLog:
@@ -17,7 +18,7 @@ class EventLog:
 
     def __init__(self, uri_folder: str | None, rank: int) -> None:
         """uri_folder: the job's output, or None to keep nothing. Raises InputError when an old file is unreadable."""
-        self._uri = None if uri_folder is None else storage.join(uri_folder, "events", f"rank-{rank}.jsonl")
+        self._uri = None if uri_folder is None else uris.join(uri_folder, "events", f"rank-{rank}.jsonl")
         self._rank = rank
         self._data = bytearray()
         self._num_flushed = 0
@@ -49,7 +50,7 @@ class EventLog:
 def _redacted(value: object) -> object:
     """The JSON value with every URI inside its strings without credentials."""
     if isinstance(value, str):
-        return storage.redact(value)
+        return redact(value)
     if isinstance(value, list):
         return [_redacted(item) for item in value]
     if isinstance(value, dict):

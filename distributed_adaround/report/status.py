@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from distributed_adaround import __version__, jsontext, storage
-from distributed_adaround.errors import AdaRoundError, InputError, PeerError, SpecError, StoppedError
+from distributed_adaround import __version__
+from distributed_adaround.errors import AdaRoundError, InputError, PeerError, SpecError, StoppedError, redact
+from distributed_adaround.files import jsontext, storage, uris
 
 LOCAL_FILE = "ADAROUND_STATUS_FILE"
 _TRY_AGAIN = PeerError.exit_code
@@ -53,7 +54,7 @@ def write_status(uri: str, status: Status) -> None:
     """Replace the status of a job. uri: its output folder. Raises OutputError."""
     fields = asdict(status) | {"version": __version__, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     text = jsontext.dumps(fields, indent=1) + "\n"
-    storage.write_bytes(storage.join(uri, "status.json"), text.encode())
+    storage.write_bytes(uris.join(uri, "status.json"), text.encode())
 
 
 class JobStatus:
@@ -77,7 +78,7 @@ class JobStatus:
 
 def read_status(uri: str) -> Status | None:
     """The status in an output folder, None when there is none. Raises InputError when it cannot be read."""
-    path = storage.join(uri, "status.json")
+    path = uris.join(uri, "status.json")
     if not storage.exists(path):
         return None
     try:
@@ -89,7 +90,7 @@ def read_status(uri: str) -> Status | None:
             raise TypeError(status)
         return status
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{storage.redact(path)} is damaged: it is no status of a job; remove it") from error
+        raise InputError(f"{redact(path)} is damaged: it is no status of a job; remove it") from error
 
 
 def record_failure(uri: str | None, job: str, error: BaseException, exit_code: int, message: str) -> None:
@@ -108,7 +109,7 @@ def record_failure(uri: str | None, job: str, error: BaseException, exit_code: i
             return  # the rank that all others have lost told why
         state: State = "stopped" if isinstance(error, StoppedError) else "failed"
         done, layers = (last.layers_done, last.layers) if last else (0, 0)
-        write_status(uri, Status(job, state, exit_code, storage.redact(message), done, layers))
+        write_status(uri, Status(job, state, exit_code, redact(message), done, layers))
 
 
 def _write_local(exit_code: int, message: str) -> None:
@@ -116,7 +117,7 @@ def _write_local(exit_code: int, message: str) -> None:
     path = os.environ.get(LOCAL_FILE)
     if not path:
         return
-    text = json.dumps({"exit_code": exit_code, "message": storage.redact(message)}) + "\n"
+    text = json.dumps({"exit_code": exit_code, "message": redact(message)}) + "\n"
     with suppress(OSError):
         if exit_code != _TRY_AGAIN:
             storage.write_bytes(path, text.encode())

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm, agreed
+from distributed_adaround.capture.sites import row_mask
 from distributed_adaround.errors import InputError
-from distributed_adaround.model.sites import row_mask
+from distributed_adaround.runtime.comm import Comm, agreed
 from distributed_adaround.solve.problem import LayerProblem
 
 # (microbatch, sample in it, what, value)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from distributed_adaround.distributed.comm import Comm, agreed
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
-from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
-from distributed_adaround.solve.moments import layer_quadratic
+from distributed_adaround.runtime.comm import Comm, agreed
+from distributed_adaround.solve.by_channel import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.solve.measure import layer_quadratic
 from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.errors import StoppedError
 from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
 from distributed_adaround.numerics.lattice import Lattice
 from distributed_adaround.numerics.moments import Quadratic
-from distributed_adaround.numerics.rounding import SETTLED
-from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.numerics.soft_rounding import SETTLED
+from distributed_adaround.runtime.comm import Comm
+from distributed_adaround.solve.by_channel import RowProblem, RowSolution, solve_by_rows
 from distributed_adaround.solve.gptq import layer_factors
 from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 

@@ -17,9 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics import patches
-from distributed_adaround.numerics.rounding import (
+from distributed_adaround.numerics.soft_rounding import (
     OutputTransform,
     RoundingSchedule,
     SoftRounding,
@@ -27,6 +26,7 @@ from distributed_adaround.numerics.rounding import (
     pieces,
     regularizer,
 )
+from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.problem import LayerProblem, Solution
 from distributed_adaround.solve.rows import BatchPlan, BatchUnit, CalibrationRows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distributed_adaround.distributed.comm import Comm
+from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 
 

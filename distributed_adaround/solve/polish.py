@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.errors import StoppedError
 from distributed_adaround.numerics.descent import Descent
-from distributed_adaround.solve.by_rows import RowProblem, RowSolution, solve_by_rows
+from distributed_adaround.runtime.comm import Comm
+from distributed_adaround.solve.by_channel import RowProblem, RowSolution, solve_by_rows
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
 _MAX_SWEEPS = 10

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.distributed.comm import Comm
-from distributed_adaround.model.sites import SiteActivations
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.sites import SiteActivations
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import Moments
-from distributed_adaround.numerics.rounding import OutputTransform
+from distributed_adaround.numerics.soft_rounding import OutputTransform
+from distributed_adaround.runtime.comm import Comm
 
 
 class Monitor:

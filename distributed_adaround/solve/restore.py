@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
 from distributed_adaround.numerics.grid import Grid
+from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.evaluate import channel_sums, num_rows, rows_that_count
 from distributed_adaround.solve.problem import LayerProblem
 

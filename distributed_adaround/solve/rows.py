@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.comm import Comm
-from distributed_adaround.model.sites import row_mask
+from distributed_adaround.capture.sites import row_mask
 from distributed_adaround.numerics import patches
+from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.problem import LayerProblem
 
 BatchUnit = Literal["rows", "samples"]

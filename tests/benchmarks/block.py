@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_adaround.distributed.runtime import RankContext
+from distributed_adaround.capture.sites import SiteActivations
 from distributed_adaround.errors import SpecError
-from distributed_adaround.model.sites import SiteActivations
-from distributed_adaround.network import activation_store, make_solver
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.numerics.rounding import OutputTransform
-from distributed_adaround.solve import round_layer
+from distributed_adaround.numerics.soft_rounding import OutputTransform
+from distributed_adaround.rounding import activation_store, make_solver
+from distributed_adaround.runtime.context import RankContext
+from distributed_adaround.solve.layer import round_layer
 from distributed_adaround.solve.problem import LayerProblem, Monitor
-from distributed_adaround.spec import MethodSpec
+from distributed_adaround.spec.job import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.configurations import FORMATS, method_spec
 from tests.benchmarks.layers import COMM, TimedSolver, warm_up

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distributed_adaround.model.sites import ModelInputs
+from distributed_adaround.capture.sites import ModelInputs
 from tests.benchmarks.configurations import Case
 
 Batch = Tensor | dict[str, Tensor]

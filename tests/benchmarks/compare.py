@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distributed_adaround.model.sites import counting_rows
+from distributed_adaround.capture.sites import counting_rows
 from tests.benchmarks.cases import Batch, OnDevice, forward
 
 

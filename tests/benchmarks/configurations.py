@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec import MethodSpec
+from distributed_adaround.spec.job import MethodSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,7 @@ SOLVERS: Mapping[str, Fields] = {
         "quantize": {"observer": "output_mse"},
     },
     "paper": {"preset": "paper"},
-    "seed": {"preset": "seed"},
+    "pytorch": {"preset": "pytorch"},
 }
 
 # Not a spec: the restatement of PyTorch's AdaptiveRoundingOptimizer in ancestor.py. Networks only.
@@ -82,7 +82,7 @@ TRAJECTORIES = (
 )
 
 # These draw batches, so their result depends on the seed. The others are run once for the same samples.
-_DRAWING = ("minibatch", "paper", "seed", ANCESTOR)
+_DRAWING = ("minibatch", "paper", "pytorch", ANCESTOR)
 
 
 def is_random(solver: str) -> bool:

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.distributed.comm import Comm, SoloComm
-from distributed_adaround.distributed.runtime import RankContext
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.sites import Site, SiteActivations, Walker
 from distributed_adaround.errors import SpecError
-from distributed_adaround.layer_setup import make_problem, make_solver, weighted_grid
-from distributed_adaround.model.sites import Site, SiteActivations, Walker
-from distributed_adaround.network import activation_store, make_walker
-from distributed_adaround.numerics.rounding import OutputTransform
-from distributed_adaround.solve import round_layer
+from distributed_adaround.numerics.soft_rounding import OutputTransform
+from distributed_adaround.rounding import activation_store, make_walker
+from distributed_adaround.runtime.comm import Comm, SoloComm
+from distributed_adaround.runtime.context import RankContext
 from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.layer import round_layer
 from distributed_adaround.solve.problem import LayerProblem, MomentCache, Monitor, OutputErrors, Solution, Solver
-from distributed_adaround.spec import MethodSpec
+from distributed_adaround.solve.setup import make_problem, make_solver, weighted_grid
+from distributed_adaround.spec.job import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.cases import ListMicrobatches, batches, load_case
 from tests.benchmarks.configurations import Case, is_random, method_spec, quantize_fields

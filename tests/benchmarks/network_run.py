@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from distributed_adaround.api import quantize
-from distributed_adaround.distributed.comm import Comm
-from distributed_adaround.distributed.runtime import RankContext, process_group
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec import MethodSpec
+from distributed_adaround.runtime.comm import Comm
+from distributed_adaround.runtime.context import RankContext, process_group
+from distributed_adaround.spec.job import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.ancestor import AncestorSettings, round_network
 from tests.benchmarks.cases import Batch, batches, load_case, metrics_of
@@ -53,7 +53,7 @@ def run(job: Mapping[str, Any]) -> None:
     model = module.load_model().eval()
     try:
         fields = quantize_fields(head["format"], inputs_of_layers(model), case.ignore)
-        base = "seed" if solver == ANCESTOR else head["solver"]
+        base = "pytorch" if solver == ANCESTOR else head["solver"]
         spec = method_spec(base, fields, seed=head["seed"], device=head["device"], settings=head["settings"])
     except SpecError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -16,15 +16,15 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.distributed.comm import SoloComm
-from distributed_adaround.model.layer_modules import geometry_of
-from distributed_adaround.model.sites import SiteActivations
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.layer_modules import geometry_of
+from distributed_adaround.capture.sites import SiteActivations
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.numerics.rounding import OutputTransform, RoundingSchedule
+from distributed_adaround.numerics.soft_rounding import OutputTransform, RoundingSchedule
+from distributed_adaround.runtime.comm import SoloComm
+from distributed_adaround.solve.adaround import solve_minibatch
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.learner import MinibatchSettings
-from distributed_adaround.solve.minibatch import solve_minibatch
 from distributed_adaround.solve.problem import LayerProblem, Monitor
 
 # Layer, rows a batch, steps.

@@ -18,11 +18,11 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 
-from distributed_adaround import storage
 from distributed_adaround.data import loader as loader_module
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, build_manifest
 from distributed_adaround.errors import InputError
+from distributed_adaround.files import storage
 
 
 def build(uri: Any, **changes: Any) -> Manifest:

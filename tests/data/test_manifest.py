@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from distributed_adaround import storage
 from distributed_adaround.data.manifest import (
     DataFile,
     FieldInfo,
@@ -25,6 +24,7 @@ from distributed_adaround.data.manifest import (
     take,
 )
 from distributed_adaround.errors import InputError
+from distributed_adaround.files import storage, uris
 
 
 def build(uri: Any, **changes: Any) -> Manifest:
@@ -135,7 +135,7 @@ def test_prove_coverage_names_the_ranks(total: int, owned: list[list[int]], mess
 
 def test_build(folder: Path) -> None:
     manifest = build(str(folder))
-    assert [storage.file_name(file.uri) for file in manifest.files] == ["a.npy", "b.npy"]
+    assert [uris.file_name(file.uri) for file in manifest.files] == ["a.npy", "b.npy"]
     assert [file.num_samples for file in manifest.files] == [5, 3]
     assert manifest.num_available == manifest.num_samples == 8
     assert manifest.fields == (FieldInfo("input", "float32", (1,)),)
@@ -187,7 +187,7 @@ def test_digest_ignores_credentials(folder: Path) -> None:
     manifest = build(str(folder))
     content = json.loads(manifest.to_json())
     for file in content["files"]:
-        file["uri"] = f"https://u:p@host/x/{storage.file_name(file['uri'])}?sig=abc"
+        file["uri"] = f"https://u:p@host/x/{uris.file_name(file['uri'])}?sig=abc"
     assert Manifest.from_json(json.dumps(content)).digest() == manifest.digest()
 
 

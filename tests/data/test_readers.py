@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distributed_adaround import integrity
 from distributed_adaround.data import arrays
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import SUFFIXES, SampleFile, has_reader, open_samples, scan
 from distributed_adaround.errors import InputError
+from distributed_adaround.files import integrity
 
 IMAGES = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(3, 2, 4) / 7
 LABELS = torch.tensor([5, -6, 7])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from distributed_adaround.examples.digits import __main__ as example
 from distributed_adaround.examples.digits import data, evaluate, train
-from distributed_adaround.spec import load_spec
+from distributed_adaround.files.job_file import load_spec
 
 
 def test_images_are_those_of_sklearn() -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.checkpoint import LayerRecord
+from distributed_adaround.checkpoint.layer_files import LayerRecord
 from distributed_adaround.errors import AdaRoundError, InputError, OutputError
 from distributed_adaround.export.state_dict import read_codes, write_codes, write_dequantized
 

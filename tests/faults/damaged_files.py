@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distributed_adaround import storage
-from distributed_adaround.checkpoint import Checkpoint, LayerRecord
+from distributed_adaround.checkpoint.layer_files import Checkpoint, LayerRecord
+from distributed_adaround.checkpoint.solver_states import SolverStates
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import build_manifest
 from distributed_adaround.data.readers import open_samples
 from distributed_adaround.errors import InputError
+from distributed_adaround.files import storage
 from distributed_adaround.model.load import load_factory, load_program
 from distributed_adaround.report.status import Status, read_status, write_status
-from distributed_adaround.solver_state import SolverStates
 from tests.faults.byte_changes import Change, changed
 
 IMAGES = torch.arange(5 * 3 * 4, dtype=torch.float32).reshape(5, 3, 4) / 7

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from distributed_adaround import cli
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec import JobSpec, json_schema
+from distributed_adaround.spec.job import JobSpec, json_schema
 
 SCHEMA = json_schema()
 # Of work, not by the clock, which says as much about the machine's other work: what the largest job file may take.

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from distributed_adaround.spec import json_schema
+from distributed_adaround.spec.job import json_schema
 
 Document = dict[str, Any]
 

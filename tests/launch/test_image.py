@@ -63,7 +63,7 @@ def test_it_has_no_rights(store: ImageStore) -> None:
 
 
 def test_it_knows_its_memory_limit(store: ImageStore) -> None:
-    script = "from distributed_adaround.memory import free_bytes; print(free_bytes())"
+    script = "from distributed_adaround.runtime.memory import free_bytes; print(free_bytes())"
     ended = store.run("-c", script, options=("--memory", "256m", "--entrypoint", "python"))
     assert 0 < int(ended.stdout) < 256 * 2**20, ended.stderr
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from distributed_adaround.report.console import Progress, SilentProgress
-from distributed_adaround.report.layers import LayerReport
+from distributed_adaround.report.table import LayerReport
 
 REPORT = LayerReport(
     name="conv1",

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.activations import ActivationStore
-from distributed_adaround.model.layer_modules import geometry_of
-from distributed_adaround.model.sites import SiteActivations
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.layer_modules import geometry_of
+from distributed_adaround.capture.sites import SiteActivations
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.numerics.rounding import OutputTransform
+from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.solve.problem import LayerProblem, MomentCache
 
 # Layers, and the spatial sizes of three microbatches of 2, 1 and 3 samples: all different, or all the same.

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.distributed.comm import SoloComm
-from distributed_adaround.numerics.rounding import OutputTransform
-from distributed_adaround.solve import LayerResult, round_layer
+from distributed_adaround.numerics.soft_rounding import OutputTransform
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.gptq import solve_gptq
 from distributed_adaround.solve.gram import GramSettings, solve_gram
+from distributed_adaround.solve.layer import LayerResult, round_layer
 from distributed_adaround.solve.nearest import solve_nearest
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.errors import InputError
-from distributed_adaround.numerics.rounding import OutputTransform
+from distributed_adaround.numerics.soft_rounding import OutputTransform
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.problem import OutputErrors
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distributed_adaround.distributed.comm import SoloComm
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.finite import non_finite_error
 
 

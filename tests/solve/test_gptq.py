@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.errors import InputError
-from distributed_adaround.solve import by_rows, round_layer
+from distributed_adaround.runtime.comm import SoloComm
+from distributed_adaround.solve import by_channel as by_rows
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.gptq import solve_gptq
-from distributed_adaround.solve.moments import layer_moments
+from distributed_adaround.solve.layer import round_layer
+from distributed_adaround.solve.measure import layer_moments
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
 NO_PROGRESS = Monitor()

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.gptq import GptqFactors
 from distributed_adaround.numerics.grid import round_scale
-from distributed_adaround.solve import by_rows, gram, round_layer
+from distributed_adaround.runtime.comm import SoloComm
+from distributed_adaround.solve import by_channel as by_rows
+from distributed_adaround.solve import gram
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.gram import GramSettings, regularizer_weight, solve_gram
+from distributed_adaround.solve.layer import round_layer
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 
 NO_PROGRESS = Monitor()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.distributed.comm import SoloComm
-from distributed_adaround.layer_setup import choose_layer_grid, weighted_grid
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.problem import LayerProblem
-from distributed_adaround.spec import LayerFormat, QuantizeSpec
+from distributed_adaround.solve.setup import choose_layer_grid, weighted_grid
+from distributed_adaround.spec.number_format import LayerFormat
+from distributed_adaround.spec.quantize import QuantizeSpec
 
 FORMATS: dict[str, dict[str, Any]] = {
     "per tensor": {"dtype": "int3", "qscheme": "per_tensor_symmetric"},
@@ -105,7 +106,7 @@ def test_other_observers_leave_the_grid_and_the_data_alone(
     def unwanted(*_: Any) -> None:
         raise AssertionError("nobody asked for moments")
 
-    monkeypatch.setattr("distributed_adaround.layer_setup.layer_moments", unwanted)
+    monkeypatch.setattr("distributed_adaround.solve.setup.layer_moments", unwanted)
     problem = make_problem(nn.Linear(8, 6), [torch.randn(5, 8)])
     assert weighted_grid(problem, format_of(observer, dtype="int3"), SoloComm()) is problem
 

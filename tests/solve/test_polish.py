@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.grid import Grid, round_scale
-from distributed_adaround.numerics.rounding import RoundingSchedule
-from distributed_adaround.solve import by_rows
+from distributed_adaround.numerics.soft_rounding import RoundingSchedule
+from distributed_adaround.runtime.comm import SoloComm
+from distributed_adaround.solve import by_channel as by_rows
 from distributed_adaround.solve import polish as polish_file
+from distributed_adaround.solve.adaround import solve_minibatch
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.gptq import solve_gptq
 from distributed_adaround.solve.gram import GramSettings, solve_gram
 from distributed_adaround.solve.learner import MinibatchSettings
-from distributed_adaround.solve.minibatch import solve_minibatch
-from distributed_adaround.solve.moments import by_group, layer_quadratic
+from distributed_adaround.solve.measure import by_group, layer_quadratic
 from distributed_adaround.solve.nearest import solve_nearest
 from distributed_adaround.solve.polish import polish
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution

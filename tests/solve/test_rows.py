@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distributed_adaround.distributed.comm import SoloComm
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.patches import to_patch_layout
-from distributed_adaround.numerics.rounding import OutputTransform
+from distributed_adaround.numerics.soft_rounding import OutputTransform
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve import rows as solve_rows
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 

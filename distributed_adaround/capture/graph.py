@@ -1,0 +1,314 @@
+"""Capture of a model as a graph by torch.export, and what the graph says about its layers.
+
+The captured graph is functional (no in-place operations), holds the model's own parameters, and names them as the
+model does. This file finds the sites in it, says why every other parameter stays in float, and sorts the nodes:
+
+    constant   depends on parameters and constants only: computed once
+    common     depends on the data, but on no site: the same in both streams, computed once per microbatch
+    streamed   depends on a site: computed once per microbatch and stream
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from distributed_adaround.capture.operations import (
+    layer_bias,
+    layer_geometry,
+    layer_weight,
+    module_class,
+    operation_name,
+    unusable,
+    what_follows,
+)
+from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, ModelInputs, Site
+from distributed_adaround.errors import InputError
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A model as a list of nodes in execution order.
+
+    first_calls: site of each node where a site's layer runs for the first time. repeat_calls: site of the later ones.
+    """
+
+    module: GraphModule
+    nodes: tuple[Node, ...]
+    sites: tuple[Site, ...]
+    first_calls: dict[Node, Site]
+    repeat_calls: dict[Node, Site]
+    float_parameters: tuple[FloatParameter, ...]
+    constant: frozenset[Node]
+    common: frozenset[Node]
+    placeholders: tuple[Node, ...]
+
+
+def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) -> ExportedProgram:
+    """Export a module with a dynamic batch dimension.
+
+    example: one microbatch. varying: other dimensions of the inputs differ between microbatches too.
+
+    Raises:
+        Exception: whatever torch.export raises; the caller falls back to replay.
+        InputError: the graph holds the example's batch size as a constant.
+    """
+    example = _odd_batch(example)
+    # As in inference: autograd would refuse in-place operations that the model may use there.
+    with torch.no_grad(), without_cache(model), _without_warnings():
+        program = torch.export.export(
+            model, example.args, example.kwargs, dynamic_shapes=_dynamic_shapes(model, example, varying), strict=False
+        )
+    if fixed_batch_size(program) is not None:
+        raise InputError(f"its graph only takes batches of {fixed_batch_size(program)} samples")
+    return program
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch 2.13 warns about a call of its own.
+        warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
+        yield
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """transformers' decoders return a key-value cache by default, an object that no graph can hold."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
+        return
+    assert config is not None
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
+
+
+def _dynamic_shapes(model: nn.Module, example: ModelInputs, varying: bool) -> dict[str, Any]:
+    """Dynamic dimensions by the names of forward's parameters; `*args` holds several inputs."""
+
+    def dims(value: object) -> dict[int, Any] | None:
+        if not isinstance(value, Tensor):
+            return None
+        return dict.fromkeys(range(value.dim() if varying else min(1, value.dim())), Dim.AUTO)
+
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*example.args, **example.kwargs).arguments
+    dynamic: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            dynamic[name] = tuple(dims(item) for item in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            # torch 2.13 knows no dynamic sizes there.
+            raise InputError(f"its forward takes {', '.join(value)} as **{name}, which torch.export cannot resize")
+        else:
+            dynamic[name] = dims(value)
+    return dynamic
+
+
+def _odd_batch(example: ModelInputs) -> ModelInputs:
+    """The same inputs with a batch of 2 or more that equals no other dimension.
+
+    torch.export bakes in sizes of 0 and 1, and a model that compares two sizes would be captured with them equal. It is
+    not the example's own batch size either, so that running the graph on the example tells whether it was baked in.
+    """
+    tensors = [v for v in (*example.args, *example.kwargs.values()) if isinstance(v, Tensor)]
+    taken = {size for tensor in tensors for size in tensor.shape}
+    size = next(n for n in range(2, 3 + len(taken)) if n not in taken)
+
+    def resize(value: object) -> object:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        return torch.cat([value] * (size // value.shape[0] + 1))[:size]
+
+    args = tuple(resize(value) for value in example.args)
+    return replace(example, args=args, kwargs={name: resize(value) for name, value in example.kwargs.items()})
+
+
+def placeholder_names(program: ExportedProgram) -> list[str]:
+    """Names of the program's inputs, in order."""
+    return [str(name) for name in program.graph_signature.user_inputs]
+
+
+def fixed_batch_size(program: ExportedProgram) -> int | None:
+    """Batch size that the program was exported with, if it takes no other."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        is_input = node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+        if is_input and isinstance(value, Tensor) and value.dim() and is_concrete_int(value.shape[0]):
+            return int(value.shape[0])
+    return None
+
+
+def straight_line(program: ExportedProgram) -> GraphModule:
+    """The program as functional operations, one after the other, on the model's own tensors.
+
+    Raises:
+        InputError: the graph holds control flow or other calls of submodules.
+    """
+    with _without_warnings():
+        module = program.run_decompositions({}).module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    if any(node.op in ("call_module", "call_method") or _is_higher_order(node) for node in module.graph.nodes):
+        raise InputError("its graph holds control flow that cannot be walked node by node")
+    return module
+
+
+def _is_higher_order(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def capture(module: GraphModule) -> CapturedGraph:
+    """Read the sites out of the graph that `straight_line` made."""
+    # Checks, and writes into buffers: nothing reads them, and they would count as readers of what they look at.
+    for node in reversed(module.graph.nodes):
+        if node.op == "call_function" and not node.users:
+            module.graph.erase_node(node)
+    nodes = tuple(module.graph.nodes)
+    names = _first_names(module)
+    for node in nodes:
+        if node.op == "get_attr":
+            node.target = names.get(str(node.target), node.target)
+    constant = _constant_nodes(nodes)
+    reasons = _reasons(module, nodes, constant)
+    first_calls, repeat_calls = _find_sites(module, nodes, {name for name, reason in reasons.items() if not reason})
+    return CapturedGraph(
+        module=module,
+        nodes=nodes,
+        sites=tuple(first_calls.values()),
+        first_calls=first_calls,
+        repeat_calls=repeat_calls,
+        float_parameters=tuple(
+            FloatParameter(name, tuple(attribute(module, name).shape), reason)
+            for name, reason in reasons.items()
+            if reason
+        ),
+        constant=constant,
+        common=_common_nodes(nodes, constant, {**first_calls, **repeat_calls}),
+        placeholders=tuple(node for node in nodes if node.op == "placeholder"),
+    )
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """Parameter, buffer or constant by its dotted name."""
+    return operator.attrgetter(name)(module)
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Every name of every parameter, to the first name of the same parameter."""
+    names: dict[int, str] = {}
+    return {
+        name: names.setdefault(id(parameter), name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
+    constant: set[Node] = set()
+    for node in nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and all(n in constant for n in node.all_input_nodes)):
+            constant.add(node)
+    return frozenset(constant)
+
+
+def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: dict[Node, Site]) -> frozenset[Node]:
+    common: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" or (
+            node not in calls
+            and node not in constant
+            and all(n in constant or n in common for n in node.all_input_nodes)
+        ):
+            common.add(node)
+    return frozenset(common)
+
+
+def _reasons(module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node]) -> dict[str, str | None]:
+    """For every parameter, why it stays in float; None: it is the weight of a site."""
+    users: dict[str, list[Node]] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            users.setdefault(str(node.target), []).extend(node.users)
+    return {
+        name: _reason(name, parameter, users.get(name, []), constant) for name, parameter in module.named_parameters()
+    }
+
+
+def _reason(name: str, parameter: Tensor, users: Sequence[Node], constant: frozenset[Node]) -> str | None:
+    if not users:
+        return "not used in the forward pass"
+
+    def is_parameter(node: Node | None) -> bool:
+        return node is not None and str(node.target) == name
+
+    layers = [user for user in users if is_parameter(layer_weight(user))]
+    others = sorted({operation_name(user) for user in users if user not in layers})
+    if not layers:
+        if all(is_parameter(layer_bias(user)) for user in users):
+            return "bias"
+        return f"used by {', '.join(others)}, not the weight of a layer"
+    if others:
+        return f"shared with {', '.join(others)}"
+    if len({layer.target for layer in layers}) > 1:
+        return "used by layers of different kinds"
+    if not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}, not a real floating-point type"
+    if not parameter.numel():
+        return "has no elements"
+    return next((reason for layer in layers if (reason := unusable(layer, constant)) is not None), None)
+
+
+def _find_sites(
+    module: GraphModule, nodes: Sequence[Node], weights: set[str]
+) -> tuple[dict[Node, Site], dict[Node, Site]]:
+    """Sites by the node of their first call, and by the nodes of later calls. weights: names of their weights."""
+    calls: dict[str, list[Node]] = {}
+    for node in nodes:
+        weight = layer_weight(node)
+        if weight is not None and str(weight.target) in weights:
+            calls.setdefault(str(weight.target), []).append(node)
+    sites = {name: _site(module, mine[0], name, len(mine)) for name, mine in calls.items()}
+    first = {mine[0]: sites[name] for name, mine in calls.items()}
+    repeat = {node: sites[name] for name, mine in calls.items() for node in mine[1:]}
+    return first, repeat
+
+
+def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> Site:
+    bias = layer_bias(node)
+    path, _, leaf = weight_name.rpartition(".")
+    batch_norm, activation = what_follows(node)
+    return Site(
+        name=path if leaf == "weight" else weight_name,
+        module_class=module_class(node),
+        weight_name=weight_name,
+        bias_name=None if bias is None else str(bias.target),
+        geometry=layer_geometry(node, tuple(attribute(module, weight_name).shape)),
+        batch_norm=batch_norm,
+        activation=activation,
+        num_calls=num_calls,
+        shift_name=_shift_name(module, bias, batch_norm, num_calls),
+    )
+
+
+def _shift_name(
+    module: GraphModule, bias: Node | None, batch_norm: BatchNormAfter | None, num_calls: int
+) -> str | None:
+    """Tensor that shifts the outputs of a layer that runs once, if nothing else reads it."""
+    name = str(bias.target) if bias is not None else batch_norm.running_mean if batch_norm is not None else None
+    readers = sum(len(node.users) for node in module.graph.nodes if node.op == "get_attr" and str(node.target) == name)
+    return name if readers == 1 and num_calls == 1 else None

@@ -1,0 +1,315 @@
+"""Two streams through the captured graph, float and quantized, side by side.
+
+    segment 0      site 0       segment 1      site 1    ...      rest
+    x  ──nodes──►  W x = y  ──►  nodes   ──►   W x   ──►           float stream
+    x̂  ──nodes──►  Ŵ x̂      ──►  nodes   ──►   Ŵ x̂   ──►           quantized stream
+
+Between two sites a microbatch runs through the whole segment before the next one starts, so that only tensors which a
+later segment reads (the frontier) are ever held for all microbatches. Each node runs once per microbatch and stream;
+nodes that depend on no site run once for both. Weights stay where the model has them and visit the device for the
+segment that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.graph import CapturedGraph, attribute
+from distributed_adaround.capture.sites import (
+    FloatParameter,
+    Microbatches,
+    ModelInputs,
+    Site,
+    SiteActivations,
+    counting_rows,
+)
+from distributed_adaround.errors import InputError
+
+FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
+Values = dict[Node, Any]
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass
+class _Microbatch:
+    """Live values of one microbatch: of each stream, and those that both share."""
+
+    index: int
+    mask: Tensor | None
+    size: int
+    values: dict[str, Values] = field(default_factory=lambda: {FLOAT: {}, QUANTIZED: {}, COMMON: {}})
+
+    def get(self, stream: str, node: Node) -> Any:
+        common = self.values[COMMON]
+        return common[node] if node in common else self.values[stream][node]
+
+
+class GraphWalker:
+    """Walker over a captured graph; the only owner of activations."""
+
+    def __init__(self, graph: CapturedGraph, device: torch.device, store: ActivationStore) -> None:
+        self._graph = graph
+        self._device = device
+        self._store = store
+        self._order = {node: position for position, node in enumerate(graph.nodes)}
+        self._last_reads = _last_reads(graph.nodes)
+        self._site_nodes = {site.name: node for node, site in graph.first_calls.items()}
+        self._microbatches: list[_Microbatch] = []
+        self._cursor = 0
+        self._reached: Site | None = None
+        self._constants: Values = {}
+        self._weights: Values = {}
+        self._float_weights: dict[str, Tensor] = {}
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        return self._graph.sites
+
+    @property
+    def float_parameters(self) -> Sequence[FloatParameter]:
+        return self._graph.float_parameters
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = attribute(self._graph.module, name)
+        assert isinstance(tensor, Tensor)
+        return tensor.detach()
+
+    @torch.no_grad()
+    def start(self, microbatches: Microbatches) -> None:
+        self._cursor, self._reached = 0, None
+        self._microbatches = []
+        self._float_weights.clear()
+        for index, inputs in microbatches:
+            batch = _Microbatch(index, inputs.mask, batch_size(inputs))
+            for node, value in _bind(self._graph.placeholders, inputs).items():
+                _check_fit(node, value, index)
+                if node.users:
+                    batch.values[COMMON][node] = self._keep(self._on_device(value))
+            self._microbatches.append(batch)
+
+    @torch.no_grad()
+    def reach(self, site: Site) -> SiteActivations:
+        node = self._site_nodes[site.name]
+        self._advance_to(node)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        batches = self._microbatches
+        inputs = [batch.get(QUANTIZED, source) for batch in batches]
+        float_inputs = [batch.get(FLOAT, source) for batch in batches]
+        self._run([node], (FLOAT,))
+        self._reached = site
+        return SiteActivations(
+            indices=[batch.index for batch in batches],
+            inputs=inputs,
+            float_inputs=float_inputs,
+            float_outputs=[batch.values[FLOAT][node] for batch in batches],
+            masks=[batch.mask for batch in batches],
+            batch_sizes=[batch.size for batch in batches],
+            source=source.name,
+        )
+
+    @torch.no_grad()
+    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
+        if self._reached != site:
+            self.reach(site)
+        node = self._site_nodes[site.name]
+        parameter = self.tensor(site.weight_name)
+        if weight is not None:
+            if site.num_calls > 1:
+                self._float_weights[site.weight_name] = parameter.clone()
+            parameter.copy_(weight)
+        if shift is not None:
+            assert site.shift_name is not None
+            tensor = self.tensor(site.shift_name)
+            # The float stream has yet to pass a batch norm behind the site.
+            self._float_weights[site.shift_name] = tensor.clone()
+            tensor.copy_(site.shifted(tensor, shift))
+        self._run([node], (QUANTIZED,))
+        self._cursor = self._order[node] + 1
+
+    @torch.no_grad()
+    def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        output = self._graph.nodes[-1]
+        rest = self._nodes_before(output)
+        # One microbatch after the other to its end: outputs (logits, say) can be larger than all that came before.
+        for batch in self._microbatches:
+            self._run_batch(batch, rest, (FLOAT, QUANTIZED))
+            streams = (self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream)
+                       for stream in (FLOAT, QUANTIZED))  # fmt: skip
+            for before, after in zip(*map(pytree.tree_leaves, streams), strict=True):
+                if isinstance(before, Tensor) and before.is_floating_point():
+                    yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
+            for values in batch.values.values():
+                values.clear()
+        self._microbatches = []
+        for held in (self._constants, self._weights, self._float_weights):
+            held.clear()
+
+    def _advance_to(self, node: Node) -> None:
+        """Run everything between the cursor and `node` in both streams."""
+        nodes = self._nodes_before(node)
+        if nodes:
+            self._run(nodes, (FLOAT, QUANTIZED))
+        self._cursor = self._order[node]
+
+    def _nodes_before(self, node: Node) -> list[Node]:
+        """Operations between the cursor and `node`."""
+        return [n for n in self._graph.nodes[self._cursor : self._order[node]] if n.op == "call_function"]
+
+    def _run(self, nodes: Sequence[Node], streams: Sequence[str]) -> None:
+        """Run nodes for every microbatch; the weights they read are fetched once for all."""
+        for batch in self._microbatches:
+            self._run_batch(batch, nodes, streams)
+        self._weights.clear()
+        if QUANTIZED in streams:
+            for node in nodes:
+                for source in self._last_reads.get(node, ()):
+                    self._constants.pop(source, None)
+
+    def _run_batch(self, batch: _Microbatch, nodes: Sequence[Node], streams: Sequence[str]) -> None:
+        """Run nodes for one microbatch, keep what a later segment reads, drop what nothing reads any more."""
+        loaded: dict[str, Values] = {FLOAT: {}, QUANTIZED: {}, COMMON: {}}
+        for node in nodes:
+            if node in self._graph.constant:
+                self._constant(node)
+            elif node in self._graph.common:
+                self._run_node(batch, node, COMMON, loaded)
+            else:
+                for stream in streams:
+                    self._run_node(batch, node, stream, loaded)
+            self._drop(batch, loaded, node, streams)
+        for values in batch.values.values():
+            for node in nodes:
+                if node in values:
+                    values[node] = self._keep(values[node])
+
+    def _run_node(self, batch: _Microbatch, node: Node, stream: str, loaded: dict[str, Values]) -> None:
+        """One node for one microbatch in one stream. loaded: values brought back to the device in this segment."""
+        values: Values = {}
+        for source in node.all_input_nodes:
+            if source not in self._graph.constant:
+                owner = COMMON if source in self._graph.common else stream
+                if source not in loaded[owner]:
+                    loaded[owner][source] = self._on_device(batch.values[owner][source])
+                values[source] = loaded[owner][source]
+        args, kwargs = self._resolve((node.args, node.kwargs), values, stream)
+        assert callable(node.target)
+        try:
+            result = node.target(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(f"microbatch {batch.index}: the model fails in {node.target}: {line}") from error
+        batch.values[stream][node] = loaded[stream][node] = result
+
+    def _resolve(self, tree: Any, values: Values, stream: str) -> Any:
+        """Arguments of a node with values in the place of nodes, and this rank's device in the place of any."""
+
+        def leaf(value: Any) -> Any:
+            if isinstance(value, Node):
+                return values[value] if value in values else self._constant(value, stream)
+            return self._device if isinstance(value, torch.device) else value
+
+        return map_aggregate(tree, leaf)
+
+    def _constant(self, node: Node, stream: str = QUANTIZED) -> Any:
+        """Value of a node that depends on no data. Parameters are fetched once per segment, the rest computed once."""
+        if node.op == "get_attr":
+            name = str(node.target)
+            if stream == FLOAT and name in self._float_weights:
+                return self._on_device(self._float_weights[name])
+            if node not in self._weights:
+                self._weights[node] = self._on_device(attribute(self._graph.module, name))
+            return self._weights[node]
+        if node not in self._constants:
+            args, kwargs = self._resolve((node.args, node.kwargs), {}, stream)
+            assert callable(node.target)
+            self._constants[node] = node.target(*args, **kwargs)
+        return self._constants[node]
+
+    def _drop(self, batch: _Microbatch, loaded: dict[str, Values], node: Node, streams: Sequence[str]) -> None:
+        """Forget values that `node` was the last to read. A common value goes when the quantized stream has read it."""
+        for source in self._last_reads.get(node, ()):
+            for stream in (*streams, COMMON) if QUANTIZED in streams else streams:
+                batch.values[stream].pop(source, None)
+                loaded[stream].pop(source, None)
+
+    def _on_device(self, value: Any) -> Any:
+        """Operations like split return tuples of tensors."""
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), value)
+
+    def _keep(self, value: Any) -> Any:
+        """A value for later: its tensors where the budget has room."""
+        return pytree.tree_map_only(Tensor, self._store.keep, value)
+
+
+def _last_reads(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
+    """For each node, the sources that no later node reads."""
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    reads: dict[Node, list[Node]] = {}
+    for source, node in last.items():
+        reads.setdefault(node, []).append(source)
+    return reads
+
+
+def batch_size(inputs: ModelInputs) -> int:
+    """Samples in a microbatch: the first dimension of its first tensor."""
+    tensors = (value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, Tensor))
+    return next(tensors).shape[0]
+
+
+def _bind(placeholders: Sequence[Node], inputs: ModelInputs) -> Values:
+    """Values of the graph's inputs: positional ones in order, the others by name."""
+    names = [str(node.target) for node in placeholders]
+    given = dict(zip(names, inputs.args, strict=False)) | inputs.kwargs
+    if len(inputs.args) > len(names) or set(given) != set(names):
+        raise InputError(f"the model takes the inputs {names}, the data has {sorted(given)}; map them with data.fields")
+    return {node: given[str(node.target)] for node in placeholders}
+
+
+def _check_fit(placeholder: Node, value: Any, index: int) -> None:
+    """The graph may hold sizes and plain values of the example as constants; with others it would compute nonsense.
+
+    Raises:
+        InputError: an input is not what the graph was captured for.
+    """
+    captured = placeholder.meta.get("val")
+    if isinstance(captured, Tensor) and isinstance(value, Tensor):
+        # Rank and dtype need no check: an operation that depends on them fails by itself.
+        fixed = [(dim, int(size)) for dim, size in enumerate(captured.shape) if is_concrete_int(size)]
+        odd = next((pair for pair in fixed if pair[0] >= value.dim() or value.shape[pair[0]] != pair[1]), None)
+        if odd is not None:
+            raise InputError(
+                f"microbatch {index}: the model's graph takes {placeholder.target!r} with size {odd[1]} in dimension "
+                f"{odd[0]}, the data has shape {tuple(value.shape)}; pad or cut all samples to one size"
+            )
+        return
+    if isinstance(captured, _SYMBOLIC):
+        return
+    if isinstance(captured, Tensor) or isinstance(value, Tensor) or captured != value:
+        raise InputError(
+            f"microbatch {index}: the model's graph was captured for {placeholder.target!r} = {_shown(captured)}, the "
+            f"data has {_shown(value)}; every microbatch must give the same"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)

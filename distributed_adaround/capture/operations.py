@@ -1,0 +1,166 @@
+"""What single nodes of a captured graph compute: layers with a weight, and what may follow them inside the loss."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from distributed_adaround.capture.sites import Activation, BatchNormAfter
+from distributed_adaround.numerics.layers import LayerGeometry
+
+_aten = torch.ops.aten
+_LAYERS = (
+    _aten.linear.default,
+    _aten.conv1d.default,
+    _aten.conv1d.padding,
+    _aten.conv2d.default,
+    _aten.conv2d.padding,
+    _aten.conv3d.default,
+    _aten.conv3d.padding,
+    _aten.conv_transpose1d.default,
+    _aten.conv_transpose2d.input,
+    _aten.conv_transpose3d.input,
+    _aten.convolution.default,
+)
+_TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+_BATCH_NORM = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
+_RELU = (_aten.relu.default, _aten.clamp_min.default, _aten.clamp.default, _aten.hardtanh.default, _aten.relu6.default)
+
+
+def layer_weight(node: Node) -> Node | None:
+    """The node of a layer's weight, if `node` is a layer whose weight is read as it is."""
+    weight = node.args[1] if node.target in _LAYERS else None
+    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+
+
+def layer_bias(node: Node) -> Node | None:
+    """The node of a layer's bias, if `node` is a layer that has one."""
+    bias = node.args[2] if node.target in _LAYERS and len(node.args) > 2 else None
+    return bias if isinstance(bias, Node) else None
+
+
+def unusable(node: Node, constant: Container[Node]) -> str | None:
+    """Why the weight of the layer `node` cannot be learned from its inputs and outputs; None: it can.
+
+    constant: nodes that depend on no data.
+    """
+    source, bias = node.args[0], layer_bias(node)
+    assert isinstance(source, Node)
+    if source in constant:
+        return "the input of its layer does not depend on the data"
+    if bias is not None and bias.op != "get_attr":
+        return "the bias of its layer is computed from other tensors"
+    if any(other not in (source, node.args[1], bias) for other in node.all_input_nodes):
+        return "the padding of its layer depends on the size of the input"
+    output = node.meta.get("val")
+    if node.target != _aten.linear.default and isinstance(output, Tensor) and output.dim() != _num_dims(node):
+        return "its layer runs on samples without a batch dimension"
+    return None
+
+
+def _num_dims(node: Node) -> int:
+    """Dimensions of a weight, and of a convolution's input and output with their batch."""
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    return int(weight.meta["val"].dim())
+
+
+def module_class(node: Node) -> str:
+    """Class name of the innermost module that ran this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for _, owner in reversed(stack.values()):
+        return str(owner if isinstance(owner, str) else owner.__name__).rpartition(".")[2]
+    return "Linear" if node.target == _aten.linear.default else "Conv"
+
+
+def operation_name(node: Node) -> str:
+    """Name of a node's operation for messages: "embedding"."""
+    target = node.target
+    return target.__name__.split(".")[0].removeprefix("_") if callable(target) else str(node.op)
+
+
+def layer_geometry(node: Node, weight_shape: tuple[int, ...]) -> LayerGeometry:
+    """Geometry of the layer `node`. weight_shape: in torch's order."""
+    dims = len(weight_shape) - 2
+    if dims == 0:
+        return LayerGeometry(weight_shape)
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    values |= dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    dilation = _per_dim(values["dilation"], dims)
+    return LayerGeometry(
+        weight_shape=weight_shape,
+        stride=_per_dim(values["stride"], dims),
+        padding=_padding(values["padding"], weight_shape[2:], dilation),
+        dilation=dilation,
+        output_padding=_per_dim(values.get("output_padding", 0), dims),
+        groups=int(values["groups"]),
+        transposed=bool(values.get("transposed", node.target in _TRANSPOSED)),
+    )
+
+
+def _per_dim(value: Any, dims: int) -> tuple[int, ...]:
+    """torch allows one number for all dimensions."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(int(v) for v in (values * dims if len(values) == 1 else values))
+
+
+def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if value == "valid":
+        return ((0, 0),) * len(kernel)
+    if value == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
+    return tuple((p, p) for p in _per_dim(value, len(kernel)))
+
+
+def what_follows(node: Node) -> tuple[BatchNormAfter | None, Activation]:
+    """Batch norm and activation that read this layer's output, if nothing else does."""
+    follower = _only_user(node)
+    batch_norm = None
+    if follower is not None and follower.target in _BATCH_NORM:
+        batch_norm = _batch_norm(follower)
+        if batch_norm is None or not _channels_come_second(node):
+            return None, "identity"
+        follower = _only_user(follower)
+        if follower is not None and follower.target is operator.getitem:
+            follower = _only_user(follower)
+    return batch_norm, _activation(follower)
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _channels_come_second(node: Node) -> bool:
+    """Batch norm works on dimension 1. A linear layer has its channels there in `(N, O)`, but not in `(N, T, O)`."""
+    output = node.meta.get("val")
+    return node.target != _aten.linear.default or (isinstance(output, Tensor) and output.dim() == 2)
+
+
+def _batch_norm(node: Node) -> BatchNormAfter | None:
+    inference = node.target == _BATCH_NORM[0] or node.args[5] is False
+    names = [arg.target if isinstance(arg, Node) and arg.op == "get_attr" else None for arg in node.args[1:5]]
+    given = [arg is not None for arg in node.args[1:5]]
+    known = [name is not None for name in names]
+    if not inference or given != known or not (known[2] and known[3]):
+        return None
+    eps: Any = node.args[6] if node.target == _BATCH_NORM[0] else node.args[7]
+    weight, bias, mean, var = (None if name is None else str(name) for name in names)
+    assert mean is not None
+    assert var is not None
+    return BatchNormAfter(weight, bias, mean, var, float(eps))
+
+
+def _activation(node: Node | None) -> Activation:
+    if node is None or node.target not in _RELU or node.kwargs:
+        return "identity"
+    limits = tuple(node.args[1:])
+    if node.target == _aten.relu.default or (node.target != _aten.hardtanh.default and limits in ((0,), (0, None))):
+        return "relu"
+    return "relu6" if node.target == _aten.relu6.default or limits == (0, 6) else "identity"

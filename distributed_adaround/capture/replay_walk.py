@@ -1,0 +1,369 @@
+"""Capture by hooks and repeated forwards, for models that torch.export cannot turn into a graph.
+
+For every site the model runs twice over the rank's microbatches, each time only as far as the site: once with float
+weights (x and the target), once with the weights quantized so far (x̂). This costs O(layers) forwards per layer, where
+the walk through a graph costs one, and one more copy of the solved layers' weights, on the host.
+
+What follows a layer cannot be seen by hooks, so sites have no batch norm and no activation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from distributed_adaround.capture.layer_modules import find_layers, float_reasons, geometry_of
+from distributed_adaround.capture.sites import (
+    FloatParameter,
+    Microbatches,
+    ModelInputs,
+    Site,
+    SiteActivations,
+    counting_rows,
+)
+from distributed_adaround.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class _ReachedError(BaseException):
+    """Ends a forward early. Not an Exception, so that a model's own `except Exception` lets it pass."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """Input and output of one site for one microbatch. y: None in the quantized stream. size: samples."""
+
+    x: Tensor
+    y: Tensor | None
+    mask: Tensor | None
+    size: int
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class ReplayWalker:
+    """Walker over a plain module (see `sites.Walker`).
+
+    The module is moved to `device`, put in eval mode and used in place: after the last commit it holds the quantized
+    weights. Its buffers are put back after every forward. Random numbers drawn in forward depend on the microbatch
+    only, so both streams see the same ones.
+
+    example: one microbatch, run once to find the layers in order. reason: why the model is not captured as a graph.
+    keep: takes a captured tensor and returns where it is kept (moved to host, spilled ...).
+
+    Raises:
+        InputError: the forward fails.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example: ModelInputs,
+        *,
+        reason: str,
+        device: torch.device,
+        keep: Callable[[Tensor], Tensor] = _identity,
+    ) -> None:
+        self._module = module.to(device).eval()
+        self._device = device
+        self._keep = keep
+        self._microbatches: Microbatches | None = None
+        self._tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
+            module.named_buffers(remove_duplicate=False)
+        )
+        # Weight and corrected bias of every committed site that the module does not hold at the moment: float between
+        # the passes.
+        self._other_weights: dict[str, Tensor] = {}
+        self._notes = [
+            f"could not be exported: {reason}; layers are captured by hooks, which runs the model again for every layer"
+        ]
+        layers, refused = find_layers(self._module)
+        num_calls, with_output_size = self._count_calls(layers, example)
+        self._sites = _sites(self._module, layers, num_calls, refused, with_output_size)
+        self._float_parameters = float_reasons(self._module, self._sites, layers, refused)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        return self._sites
+
+    @property
+    def float_parameters(self) -> Sequence[FloatParameter]:
+        return self._float_parameters
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._notes
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    def start(self, microbatches: Microbatches) -> None:
+        self._microbatches = microbatches
+
+    def reach(self, site: Site) -> SiteActivations:
+        """Activations of the site's first call in each microbatch.
+
+        A microbatch whose float forward does not run the layer is left out; where only the quantized forward misses
+        it, or brings another number of rows, x stands in for x̂. Both are noted.
+        """
+        with self._float_weights():
+            floats = self._run_up_to(site, with_output=True)
+        quantized = self._run_up_to(site, with_output=False)
+        assert self._microbatches is not None
+        result = SiteActivations([], [], [], [], [])
+        strayed = 0
+        for index, captured in floats.items():
+            if captured is None or captured.y is None:
+                continue
+            twin = quantized[index]
+            if twin is None or twin.x.shape != captured.x.shape:
+                twin, strayed = captured, strayed + 1
+            result.indices.append(index)
+            result.inputs.append(twin.x)
+            result.float_inputs.append(captured.x)
+            result.float_outputs.append(captured.y)
+            result.masks.append(captured.mask)
+            result.batch_sizes.append(captured.size)
+        self._note_gaps(site, len(floats) - len(result.indices), strayed, len(floats))
+        return result
+
+    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
+        if weight is not None:
+            self._replace(site.weight_name, weight)
+        if shift is not None:
+            assert site.shift_name is not None
+            self._replace(site.shift_name, site.shifted(self.tensor(site.shift_name), shift))
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Another value for a tensor of the quantized model."""
+        if name not in self._other_weights:
+            self._other_weights[name] = _host_copy(self._tensors[name])
+        with torch.no_grad():
+            self._tensors[name].copy_(value)
+
+    def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Both models in full. A microbatch whose outputs differ in number or shape is left out and noted."""
+        assert self._microbatches is not None, "start() comes before finish()"
+        with self._float_weights():
+            floats = {index: self._outputs(index, inputs) for index, inputs in self._microbatches}
+        differing = 0
+        for index, inputs in self._microbatches:
+            before, after = floats.pop(index), self._outputs(index, inputs)
+            if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+                differing += 1
+                continue
+            for pair in zip(before, after, strict=True):
+                first, second = (counting_rows(output, inputs.mask) for output in pair)
+                yield index, first, second
+        if differing:
+            self._notes.append(f"the two models' outputs differ in shape in {differing} of this rank's microbatches")
+
+    def _outputs(self, index: int, inputs: ModelInputs) -> list[Tensor]:
+        """The model's outputs that are tensors of real numbers."""
+        leaves = tree_leaves(self._forward(inputs, f"microbatch {index}", seed=index))
+        real = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        return [self._keep(tensor.clone()) for tensor in real]
+
+    def _count_calls(self, layers: dict[str, nn.Module], example: ModelInputs) -> tuple[dict[str, int], set[str]]:
+        """One forward: number of calls by layer, in order of the first call, and layers given an output_size."""
+        num_calls: dict[str, int] = {}
+        with_output_size: set[str] = set()
+
+        def count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            num_calls[name] = num_calls.get(name, 0) + 1
+            if (args[1] if len(args) > 1 else kwargs.get("output_size")) is not None:
+                with_output_size.add(name)
+
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, kwargs, n=name: count(n, args, kwargs), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+        try:
+            self._forward(example, "the example microbatch", seed=0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return num_calls, with_output_size
+
+    def _run_up_to(self, site: Site, *, with_output: bool) -> dict[int, _Captured | None]:
+        """What the site's first call takes (and gives) in each owned microbatch; None: it does not run."""
+        layer = self._module.get_submodule(site.name)
+        found: list[Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # A copy: the model may write into the tensor, or into a buffer of its own that this is a view of.
+            x = _as_batch(site, _explicitly_padded(layer, args[0] if args else kwargs["input"])).clone(
+                memory_format=torch.contiguous_format
+            )
+            found.append(self._keep(x))
+            if not with_output:
+                raise _ReachedError
+
+        def after(_: nn.Module, __: object, output: Tensor) -> None:
+            found.append(self._keep(_as_batch(site, output).clone(memory_format=torch.contiguous_format)))
+            raise _ReachedError
+
+        handles = [
+            layer.register_forward_pre_hook(before, with_kwargs=True),
+            layer.register_forward_hook(after, prepend=True),
+        ]
+        captured: dict[int, _Captured | None] = {}
+        assert self._microbatches is not None, "start() comes before reach()"
+        try:
+            for index, inputs in self._microbatches:
+                found.clear()
+                self._forward(inputs, f"microbatch {index}", seed=index)
+                x, y = (*found, None, None)[:2]
+                captured[index] = None if x is None else _Captured(x, y, inputs.mask, _num_samples(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured
+
+    def _forward(self, inputs: ModelInputs, what: str, seed: int) -> Any:
+        """The model's output; None when a hook ended the forward."""
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: t.detach().to(self._device, copy=True), (inputs.args, inputs.kwargs)
+        )
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), _without_fast_path(), _unchanged_buffers(self._module):
+            torch.manual_seed(seed)
+            try:
+                return self._module(*args, **kwargs)
+            except _ReachedError:
+                return None
+            except Exception as error:
+                line = (str(error).strip().splitlines() or [""])[0]
+                raise InputError(f"the model's forward failed on {what}: {type(error).__name__}: {line}") from error
+
+    @contextmanager
+    def _float_weights(self) -> Iterator[None]:
+        """The block runs with float weights in all layers."""
+        self._exchange_weights()
+        try:
+            yield
+        finally:
+            self._exchange_weights()
+
+    def _exchange_weights(self) -> None:
+        """Swap the committed layers' weights between module and host; twice is as before."""
+        with torch.no_grad():
+            for name, other in self._other_weights.items():
+                parameter = self._tensors[name]
+                self._other_weights[name] = _host_copy(parameter)
+                parameter.copy_(other)
+
+    def _note_gaps(self, site: Site, missed: int, strayed: int, total: int) -> None:
+        if missed:
+            self._notes.append(f"{site.name}: does not run in {missed} of this rank's {total} microbatches, left out")
+        if strayed:
+            self._notes.append(
+                f"{site.name}: the quantized model takes another path than the float model in {strayed} of this rank's "
+                f"{total} microbatches; there the float input is used"
+            )
+        if missed or strayed:
+            logger.info("%s", self._notes[-1])
+
+
+def _sites(
+    module: nn.Module,
+    layers: dict[str, nn.Module],
+    num_calls: dict[str, int],
+    refused: dict[str, str],
+    with_output_size: set[str],
+) -> tuple[Site, ...]:
+    """Sites in order of their first call. Adds to `refused` the layers that cannot be one, with the reason."""
+    users: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        users.setdefault(id(layer.weight), []).append(name)
+    sites: dict[int, Site] = {}
+    for name in num_calls:
+        layer = layers[name]
+        group = users[id(layer.weight)]
+        sized = [other for other in group if other in with_output_size]
+        if sized:
+            refused[name] = f"{sized[0]} is called with output_size, so its output padding may differ between calls"
+        elif id(layer.weight) not in sites:
+            prefix = f"{name}." if name else ""
+            sites[id(layer.weight)] = Site(
+                name=name,
+                module_class=type(layer).__name__,
+                weight_name=f"{prefix}weight",
+                bias_name=f"{prefix}bias" if layer.bias is not None else None,
+                geometry=geometry_of(layer),
+                num_calls=sum(num_calls.get(other, 0) for other in group),
+                shift_name=f"{prefix}bias" if _owns_bias(layers, name) and num_calls[name] == 1 else None,
+            )
+    return tuple(sites.values())
+
+
+def _owns_bias(layers: dict[str, nn.Module], name: str) -> bool:
+    """Whether the layer has a bias that no other layer has too."""
+    bias = layers[name].bias
+    return bias is not None and sum(layer.bias is bias for layer in layers.values()) == 1
+
+
+def _explicitly_padded(layer: nn.Module, x: Tensor) -> Tensor:
+    """Circular, reflected and replicated padding becomes part of the input; the geometry then has none."""
+    mode = getattr(layer, "padding_mode", "zeros")
+    if mode == "zeros":
+        return x
+    padding: Any = layer._reversed_padding_repeated_twice
+    return F.pad(x, padding, mode=mode)
+
+
+def _as_batch(site: Site, x: Tensor) -> Tensor:
+    """Convolutions also take one sample without the batch dimension."""
+    dims = site.geometry.num_spatial_dims
+    return x.unsqueeze(0) if dims and x.ndim == dims + 1 else x
+
+
+def _num_samples(inputs: ModelInputs) -> int:
+    """First dimension of the first tensor."""
+    tensors = (value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor))
+    first = next(tensors, None)
+    return 0 if first is None or first.ndim == 0 else first.shape[0]
+
+
+def _host_copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", copy=True)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """torch's fused transformer layers run without calling the layers inside them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Buffers that the block changes or replaces (caches, counters) are put back."""
+    before = [
+        (owner, key, buffer, buffer.clone(), buffer._version)
+        for owner in module.modules()
+        for key, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for owner, key, buffer, values, version in before:
+            if buffer._version != version:
+                buffer.copy_(values)
+            owner._buffers[key] = buffer

@@ -1,0 +1,92 @@
+"""Where the loop over layers keeps finished layers and unfinished solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from distributed_adaround.checkpoint.layer_files import Checkpoint, LayerRecord
+from distributed_adaround.checkpoint.solver_states import SolverStates
+from distributed_adaround.errors import InputError, redact
+from distributed_adaround.files import storage, uris
+from distributed_adaround.runtime.comm import Comm, phase
+
+RESULTS = ("quantized.safetensors", "dequantized.safetensors", "report.json")
+
+
+class Commits:
+    """Keeps nothing: for `quantize`, whose caller gets the model."""
+
+    def load(self, name: str) -> LayerRecord | None:
+        """The record of a layer that was finished earlier. A collective."""
+        return None
+
+    def commit(self, record: LayerRecord) -> None:
+        """Make a record permanent. A collective."""
+
+    def save_state(self, layer: str, key: str, state: Mapping[str, Tensor]) -> None:
+        """Keep the state of a layer's solver. No collective."""
+
+    def load_state(self, layer: str, key: str) -> dict[str, Tensor] | None:
+        """The state that was kept. No collective."""
+        return None
+
+
+class JobCommits(Commits):
+    """Those of a job file, in its output. Rank 0 reads and writes records, all ranks get them.
+
+    fingerprint: digests of what the result depends on.
+
+    Raises:
+        InputError: the output holds another job's commits or results, and may not be overwritten.
+    """
+
+    def __init__(self, uri: str, fingerprint: Mapping[str, str], overwrite: bool, comm: Comm) -> None:
+        self._comm = comm
+        self._checkpoint: Checkpoint | None = None
+        with phase(comm, "open the output"):
+            self._states = SolverStates(uri, fingerprint)
+            if comm.rank == 0:
+                # Before any rank writes: all of them wait for this phase.
+                for folder in ("", "commits", "commits/layers", "events"):
+                    storage.remove_leftovers(uris.join(uri, folder))
+                self._checkpoint = Checkpoint.open(uri, fingerprint, overwrite)
+                if not (self._checkpoint.committed or overwrite):
+                    _refuse_to_replace(uri)
+        self.names: tuple[str, ...] = comm.broadcast_object(
+            () if self._checkpoint is None else self._checkpoint.committed
+        )
+
+    def load(self, name: str) -> LayerRecord | None:
+        if name not in self.names:
+            return None
+        record = None
+        with phase(self._comm, f"load the commit of layer {name}"):
+            if self._checkpoint is not None:
+                record = self._checkpoint.load(name)
+        loaded = self._comm.broadcast_object(record)
+        assert isinstance(loaded, LayerRecord)
+        return loaded
+
+    def commit(self, record: LayerRecord) -> None:
+        with phase(self._comm, f"commit layer {record.name}"):
+            if self._checkpoint is not None:
+                self._checkpoint.commit(record)
+                self._states.clear()
+
+    def save_state(self, layer: str, key: str, state: Mapping[str, Tensor]) -> None:
+        self._states.save(layer, key, state)
+
+    def load_state(self, layer: str, key: str) -> dict[str, Tensor] | None:
+        return self._states.load(layer, key)
+
+
+def _refuse_to_replace(uri: str) -> None:
+    """Results without commits of this job are somebody else's."""
+    for name in RESULTS:
+        if storage.exists(uris.join(uri, name)):
+            raise InputError(
+                f"{redact(uri)}: {name} is there already, from another job; choose another output.uri, or set "
+                "output.overwrite=true to replace it"
+            )

@@ -1,0 +1,239 @@
+"""What became of each layer, as rows and as a table."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import overload
+
+from distributed_adaround.errors import InputError
+from distributed_adaround.files import jsontext
+
+WIDTH = 120
+_MIN_NAME = 8
+_MAX_SHAPE = 14
+_HEADER = ("layer", "kind", "shape", "nearest", "soft", "hard", "SQNR dB", "flipped", "unsettled", "seconds", "note")
+_LEFT = frozenset({"layer", "kind", "shape", "note"})
+_LEGEND = (
+    "nearest, soft, hard: relative output error (squared error / squared output) of nearest rounding, of the soft "
+    "weights at the end and of the result. flipped: weights not at their nearest grid value. unsettled: soft values "
+    "still between 0.01 and 0.99. Totals: means of the errors and of SQNR over layers, shares of all weights."
+)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    kind: class of the module ("Conv2d"). shape: of the weight in torch. format: for people ("int4
+    per_channel_symmetric"). nearest_error, soft_error, hard_error: sum of squared output errors over sum of squared
+    outputs; NaN where there is none (no soft weights in `nearest`). flipped, unsettled: shares from 0 to 1.
+    kept_nearest: learning did not beat nearest rounding, so that is the result. seconds: wall time.
+    resumed: taken from a commit of an earlier run. note: anything else worth a line.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    format: str
+    solver: str
+    nearest_error: float
+    soft_error: float
+    hard_error: float
+    flipped: float
+    unsettled: float
+    kept_nearest: bool
+    seconds: float
+    resumed: bool = False
+    note: str = ""
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise of the layer's output in dB; inf without error, NaN where that is unknown."""
+        if self.hard_error == 0:
+            return math.inf
+        return -10 * math.log10(self.hard_error) if self.hard_error > 0 else math.nan
+
+    @property
+    def num_weights(self) -> int:
+        return math.prod(self.shape)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON values with `sqnr_db`; a figure that is not finite becomes None."""
+        values = jsontext.json_safe({**asdict(self), "sqnr_db": self.sqnr_db})
+        assert isinstance(values, dict)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> LayerReport:
+        """Inverse of `to_dict`; None becomes NaN. Raises InputError when fields are missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        given = {key: value for key, value in values.items() if key != "sqnr_db"}
+        if given.keys() != names:
+            wrong = ", ".join(sorted(given.keys() ^ names))
+            raise InputError(f"the report of layer {values.get('name')} lacks or has unknown fields: {wrong}; redo it")
+        floats = {field.name for field in fields(cls) if field.type == "float"}
+        given |= {key: math.nan for key in floats if given[key] is None}
+        shape = given["shape"]
+        assert isinstance(shape, Sequence)
+        given["shape"] = tuple(shape)
+        return cls(**given)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Figures over all layers: means of errors and SQNR over layers where they are finite, shares of all weights."""
+
+    num_layers: int
+    num_weights: int
+    nearest_error: float
+    soft_error: float
+    hard_error: float
+    sqnr_db: float
+    flipped: float
+    unsettled: float
+    num_kept_nearest: int
+    num_resumed: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON values; a figure that is not finite becomes None."""
+        values = jsontext.json_safe(asdict(self))
+        assert isinstance(values, dict)
+        return values
+
+
+class LayerTable(Sequence[LayerReport]):
+    """The rows of all layers in the order of the walk. Immutable; prints as a table, in notebooks as HTML."""
+
+    def __init__(self, rows: Iterable[LayerReport] = ()) -> None:
+        self._rows = tuple(rows)
+
+    @overload
+    def __getitem__(self, index: int) -> LayerReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> LayerTable: ...
+    def __getitem__(self, index: int | slice) -> LayerReport | LayerTable:
+        return LayerTable(self._rows[index]) if isinstance(index, slice) else self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerTable) and self._rows == other._rows
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    @property
+    def totals(self) -> Totals:
+        """Figures over all layers."""
+        rows = self._rows
+        return Totals(
+            num_layers=len(rows),
+            num_weights=sum(row.num_weights for row in rows),
+            nearest_error=_mean((row.nearest_error, 1) for row in rows),
+            soft_error=_mean((row.soft_error, 1) for row in rows),
+            hard_error=_mean((row.hard_error, 1) for row in rows),
+            sqnr_db=_mean((row.sqnr_db, 1) for row in rows),
+            flipped=_mean((row.flipped, row.num_weights) for row in rows),
+            unsettled=_mean((row.unsettled, row.num_weights) for row in rows),
+            num_kept_nearest=sum(row.kept_nearest for row in rows),
+            num_resumed=sum(row.resumed for row in rows),
+            seconds=sum(row.seconds for row in rows if math.isfinite(row.seconds)),
+        )
+
+    def to_dicts(self) -> list[dict[str, object]]:
+        """One dict of JSON values per layer."""
+        return [row.to_dict() for row in self._rows]
+
+    def __repr__(self) -> str:
+        return f"<LayerTable of {len(self)} layers>"
+
+    def __str__(self) -> str:
+        """Plain text of at most 120 columns: title, one line per layer, totals, numbered notes, legend."""
+        title, body, totals, notes = self._cells()
+        widths = [max(len(line[i]) for line in (_HEADER, *body, totals)) for i in range(len(_HEADER))]
+        room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], max(room, _MIN_NAME))
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        lines = [*_wrap(title), _line(_HEADER, widths), rule]
+        lines += [_line((shorten(line[0], widths[0]), *line[1:]), widths) for line in body]
+        lines += [rule, _line(totals, widths)]
+        for number, note in enumerate(notes, start=1):
+            lines += _wrap(note, f"{number}: ")
+        return "\n".join([*lines, *_wrap(_LEGEND)])
+
+    def _repr_html_(self) -> str:
+        title, body, totals, notes = self._cells()
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in (*body, totals)
+        )
+        listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        return (
+            f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<ol>{listed}</ol><p>{html.escape(_LEGEND)}</p>"
+        )
+
+    def _cells(self) -> tuple[str, list[tuple[str, ...]], tuple[str, ...], list[str]]:
+        """Title, one tuple of cells per layer, the cells of the totals, and the notes that the cells number.
+
+        Format and solver stand in the title; a layer that differs says so in a note.
+        """
+        usual = Counter((row.format, row.solver) for row in self._rows).most_common(1)
+        title = f"{usual[0][0][0]}, solver {usual[0][0][1]}" if usual else "no layers"
+        notes: dict[str, int] = {}
+        body = []
+        for row in self._rows:
+            remarks = [] if (row.format, row.solver) == usual[0][0] else [f"{row.format}, solver {row.solver}"]
+            remarks += ["learning did not beat nearest rounding, which was kept"] if row.kept_nearest else []
+            remarks += ["resumed from a commit"] if row.resumed else []
+            remarks += [row.note] if row.note else []
+            numbers = sorted(notes.setdefault(remark, len(notes) + 1) for remark in remarks)
+            shape = shorten("x".join(str(size) for size in row.shape), _MAX_SHAPE)
+            body.append((row.name, row.kind, shape, *_figures(row), ",".join(str(number) for number in numbers)))
+        totals = self.totals
+        name = f"{totals.num_layers} layers"
+        return title, body, (name, "", f"{totals.num_weights:,}", *_figures(totals), ""), list(notes)
+
+
+def shorten(name: str, width: int) -> str:
+    """The name cut in the middle to `width` characters; both ends of a module path say most."""
+    if len(name) <= width:
+        return name
+    head = (width - 3) // 2
+    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+
+
+def _figures(row: LayerReport | Totals) -> tuple[str, ...]:
+    errors = (_number(value, ".2e") for value in (row.nearest_error, row.soft_error, row.hard_error))
+    shares = (_number(100 * value, ".1f", "%") for value in (row.flipped, row.unsettled))
+    return (*errors, _number(row.sqnr_db, ".1f"), *shares, _number(row.seconds, ".1f"))
+
+
+def _number(value: float, spec: str, unit: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{spec}}{unit}"
+
+
+def _mean(weighted: Iterable[tuple[float, int]]) -> float:
+    """Mean of (value, weight) pairs over the finite values; NaN when there is none."""
+    pairs = [(value, weight) for value, weight in weighted if math.isfinite(value)]
+    weight_sum = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / weight_sum if weight_sum else math.nan
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (
+        cell.ljust(width) if header in _LEFT else cell.rjust(width)
+        for cell, width, header in zip(cells, widths, _HEADER, strict=True)
+    )
+    return "  ".join(padded).rstrip()
+
+
+def _wrap(text: str, start: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))

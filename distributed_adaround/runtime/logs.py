@@ -1,0 +1,39 @@
+"""Log lines of this program on stderr. Only the command line configures them; as a library it stays silent."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from distributed_adaround.errors import redact
+
+LOGGER_NAME = "distributed_adaround"
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what `sys.stderr` is at that moment, so that a progress bar that took it over stays whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(redact(self.format(record)) + "\n")
+            sys.stderr.flush()
+        except OSError:
+            self.handleError(record)
+
+
+def configure(rank: int, world_size: int, debug: bool = False) -> None:
+    """Send this program's log lines to stderr, each with its rank. Never touches the root logger.
+
+    Rank 0 shows information, the other ranks warnings; `debug` shows everything on all ranks. Calling it again
+    replaces the earlier configuration.
+    """
+    logger = logging.getLogger(LOGGER_NAME)
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]:
+        logger.removeHandler(handler)
+    handler = _StderrHandler()
+    pattern = f"%(asctime)s rank {rank}/{world_size} %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(pattern, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+    # The job's model code may have configured the root logger; every line would then appear twice.
+    logger.propagate = False

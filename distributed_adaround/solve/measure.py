@@ -1,0 +1,192 @@
+"""Moments of a layer's inputs over all ranks, taken while the walk holds them; one reduction per layer.
+
+The unfolded input of a convolution is never held whole: it passes by in pieces. Layers that read the same tensor in the
+same way (query, key and value; gate and up) share one set of moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic, SymmetricSum
+from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
+from distributed_adaround.runtime.comm import Comm
+from distributed_adaround.solve.evaluate import channel_sums, rows_that_count
+from distributed_adaround.solve.finite import non_finite_error
+from distributed_adaround.solve.problem import LayerProblem
+
+
+def layer_moments(problem: LayerProblem, comm: Comm) -> Moments:
+    """Moments of a layer's inputs, the same bits on any number of ranks. A collective: all ranks ask together.
+
+    Raises:
+        InputError: the inputs are not finite.
+    """
+    cache = problem.moments
+    key = (problem.activations.source or problem.name, _shape_of_rows(problem.geometry), problem.dtype)
+    if cache.moments is None or key != cache.key:
+        cache.moments = None  # frees the old ones first
+        cache.key, cache.moments = key, _measure(problem, comm)
+    return cache.moments
+
+
+def layer_quadratic(problem: LayerProblem, comm: Comm) -> Quadratic:
+    """The quadratic that the layer's squared output error is; a collective likewise."""
+    moments = layer_moments(problem, comm)
+    return moments.quadratic(by_group(problem.weight, problem), problem.asymmetry, problem.correct_bias)
+
+
+def by_group(matrix: Tensor, problem: LayerProblem) -> Tensor:
+    """A matrix `(O, I)` as `(G, R, J)`."""
+    return matrix.reshape(problem.geometry.groups, -1, problem.geometry.inputs_per_output)
+
+
+def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
+    """What makes rows of an input, apart from the tensor itself."""
+    reading = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding)
+    return (geometry.in_channels, geometry.groups, geometry.transposed, *reading)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How large sums over the rows of one microbatch can get. inputs, change: of squares of x̂ and of x - x̂. rows: of
+    one microbatch. all_rows: of all of them, without padding."""
+
+    inputs: float
+    change: float
+    rows: int
+    all_rows: int
+
+    @classmethod
+    def of_all(cls, sizes: list[_Size]) -> _Size:
+        return cls(
+            max(size.inputs for size in sizes),
+            max(size.change for size in sizes),
+            max(size.rows for size in sizes),
+            sum(size.all_rows for size in sizes),
+        )
+
+
+def _measure(problem: LayerProblem, comm: Comm) -> Moments:
+    size = _Size.of_all(comm.all_gather_object(_own_size(problem)))
+    if not (math.isfinite(size.inputs) and math.isfinite(size.change)):
+        raise non_finite_error(problem, comm)
+    groups, inputs = problem.geometry.groups, problem.geometry.inputs_per_output
+    total, device = problem.total_microbatches, problem.device
+    # By Cauchy and Schwarz, per microbatch; a little room for the rounding of float32.
+    both = math.sqrt(size.inputs * size.change)
+    differs = size.change > 0
+    second = SymmetricSum(groups, inputs, 1.01 * total * size.inputs, device)
+    mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.inputs * size.rows), device)
+    cross = ExactSum((groups, inputs, inputs), 1.01 * total * both, device) if differs else None
+    cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    for x_hat, change in _pieces(problem, differs, _row_step(problem, size.all_rows)):
+        second.add(x_hat)
+        mean.add(x_hat.sum(dim=1))
+        count += x_hat.shape[1]
+        if cross is not None:
+            assert change is not None
+            cross.add(change.transpose(1, 2) @ x_hat)
+            cross_mean.add(change.sum(dim=1))
+    sums = [mean, *([] if cross is None else [cross, cross_mean])]
+    _reduce([*second.totals, *(one.total for one in sums), count], comm)
+    rows = max(1, int(count))
+    moments = Moments(
+        second=second.mean(rows),
+        mean=mean.mean(rows),
+        cross=None if cross is None else cross.mean(rows),
+        cross_mean=None if cross is None else cross_mean.mean(rows),
+        num_rows=rows,
+    )
+    return (
+        moments.reordered(weight_order(problem.geometry).to(device)) if problem.geometry.num_spatial_dims else moments
+    )
+
+
+def _reduce(sums: list[Tensor], comm: Comm) -> None:
+    """Sum over ranks, all tensors in one collective."""
+    flat = torch.cat([total.reshape(-1) for total in sums])
+    comm.all_reduce(flat)
+    for total, part in zip(sums, torch.split(flat, [total.numel() for total in sums]), strict=True):
+        total.copy_(part.view_as(total))
+
+
+def _own_size(problem: LayerProblem) -> _Size:
+    """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
+    acts = problem.activations
+    inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
+    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.float_outputs, acts.masks, strict=True):
+        keep = _counting(target, mask, problem)
+        near = _as_summed(x_hat, keep, problem)
+        inputs = max(inputs, _largest_square_sum(near, problem))
+        own = target.numel() // problem.geometry.out_channels
+        rows, all_rows = max(rows, own), all_rows + (own if keep is None else int(keep.sum()))
+        if problem.asymmetry and x is not x_hat:
+            change = max(change, _largest_square_sum(_as_summed(x, keep, problem) - near, problem))
+    return _Size(inputs, change, rows, all_rows)
+
+
+def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
+    """Which rows of a microbatch count, `(rows,)`, or None for all."""
+    keep = rows_that_count(target, mask, problem.geometry.channel_dim)
+    return None if keep is None else keep.reshape(-1).to(problem.device)
+
+
+def _as_summed(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> Tensor:
+    """An input in the precision of the sums; that of a Linear layer without rows that are padding."""
+    x = x.to(problem.device, problem.dtype)
+    return x if keep is None or problem.geometry.num_spatial_dims else x.reshape(-1, x.shape[-1])[keep]
+
+
+def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
+    """Largest sum over one channel of squares; infinite where a value is not finite."""
+    sums = channel_sums(x.square(), None, problem.geometry.channel_dim)
+    # Not NaN, which max() would pass over.
+    return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
+
+
+def _row_step(problem: LayerProblem, num_rows: int) -> int:
+    """Of how many rows moments take one."""
+    if problem.rows_per_input is None:
+        return 1
+    return max(1, num_rows // (problem.rows_per_input * problem.geometry.inputs_per_output))
+
+
+def _spread_evenly(step: int, num_positions: int, index: int) -> tuple[int, int]:
+    """First row and step in one microbatch, near `step`. num_positions: of a sample; index: of the microbatch.
+
+    A step that shares a factor with the positions of a sample would meet the same ones in every sample.
+    """
+    step = next(n for n in range(step, 0, -1) if math.gcd(n, num_positions) == 1)
+    # Multiples of the golden ratio fall evenly on the first rows.
+    return int(index * 0.6180339887498949 % 1 * step), step
+
+
+def _pieces(problem: LayerProblem, differs: bool, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time: one row of `step`, and none that is padding."""
+    acts, geometry = problem.activations, problem.geometry
+    for index, x_hat, x, target, mask in zip(
+        acts.indices, acts.inputs, acts.float_inputs, acts.float_outputs, acts.masks, strict=True
+    ):
+        per_sample = max(1, target.numel() // geometry.out_channels // max(1, target.shape[0]))
+        first, every = _spread_evenly(step, per_sample, index)
+        keep = _counting(target, mask, problem)
+        keep = None if keep is None else keep[first::every]
+        near = x_hat.to(problem.device, problem.dtype)
+        streams = [near]
+        if differs:
+            streams.append(x.to(problem.device, problem.dtype) - near)
+        start = 0
+        for parts in zip(*(unfolded_pieces(stream, geometry, first, every) for stream in streams), strict=True):
+            stop = start + parts[0].shape[1]
+            if keep is not None:
+                parts = tuple(part[:, keep[start:stop]] for part in parts)
+            yield parts[0], (parts[1] if differs else None)
+            start = stop

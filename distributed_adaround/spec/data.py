@@ -1,0 +1,48 @@
+"""The section `data` of a job: calibration data, and how it is cut."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from distributed_adaround.spec.explain import Section
+from distributed_adaround.spec.fields import ImportPath, PositiveInt, Text, TextOrTexts
+
+
+class DataSpec(Section):
+    """Calibration data, and how it is cut."""
+
+    uri: TextOrTexts = Field(
+        description="Files with samples: path or URI of a file, a folder or a glob, or a list of these. Types: .npy, "
+        ".npz, .safetensors, .pt, .pth, .parquet, .jsonl.",
+        examples=["s3://calib/images-*.npz"],
+    )
+    checksums: Text | None = Field(
+        None,
+        description="Path or URI of a list of the files' SHA-256, as sha256sum writes it; every file must be in it and "
+        "agree with it. null: files are only proven to stay the same while the job runs.",
+        examples=["s3://calib/SHA256SUMS"],
+    )
+    num_samples: PositiveInt | None = Field(None, description="How many samples to use; null: all.")
+    microbatch_size: PositiveInt = Field(32, description="Samples that pass through the model at once.")
+    virtual_shards: PositiveInt = Field(
+        64,
+        description="Parts the data is cut into and dealt to the ranks; a property of the job, so that the number of "
+        "ranks does not change the result. More ranks than this have nothing to do.",
+    )
+    fields: dict[Text, Text] | None = Field(
+        None,
+        description="Field of the data files for each input name of the model, as {input: field}; null: all numeric "
+        "fields, under their own names.",
+    )
+    one_sample_per_file: bool = Field(False, description="Each file is one sample; no first dimension counts samples.")
+    transform: ImportPath | None = Field(
+        None,
+        description="Callable, as module:callable, that takes each microbatch (a dict of tensors) and returns the "
+        "one that the model gets.",
+        examples=["my_models:normalize"],
+    )
+    mask_field: Text = Field(
+        "attention_mask", description="Field that is nonzero where a token counts and 0 where it is padding."
+    )
+    pad_value: float = Field(0.0, description="Value that fills up the shorter samples of a microbatch.")
+    prefetch: int = Field(2, ge=0, le=1024, description="Microbatches that are read ahead; 0: none.")

@@ -1,0 +1,90 @@
+"""The job: what a user may ask for, in sections, each field with a description. Imports no torch.
+
+A job file is checked here, on a login node, before anything is started. Validators refuse and never change what the
+user wrote; a preset only fills fields that were not given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.explain import Section
+from distributed_adaround.spec.model import ModelSpec
+from distributed_adaround.spec.number_format import stale_fields
+from distributed_adaround.spec.output import OutputSpec
+from distributed_adaround.spec.presets import PRESETS
+from distributed_adaround.spec.quantize import QuantizeSpec
+from distributed_adaround.spec.rounding import RoundingSpec
+from distributed_adaround.spec.runtime import RuntimeSpec
+
+
+class MethodSpec(Section):
+    """What is done to the weights, and where it runs: a job without model, data and output."""
+
+    preset: Literal["pytorch", "paper"] | None = Field(
+        None,
+        description="Settings for fields that are not given. pytorch: those of PyTorch's AdaptiveRoundingOptimizer; "
+        "paper: those of the AdaRound paper.",
+    )
+    quantize: QuantizeSpec = Field(QuantizeSpec(), description="Number format of the weights.")
+    rounding: RoundingSpec = Field(RoundingSpec(), description="How the rounding of each layer is learned.")
+    runtime: RuntimeSpec = Field(RuntimeSpec(), description="Where the job runs.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        name = data.get("preset") if isinstance(data, dict) else None
+        preset = PRESETS.get(name) if isinstance(name, str) else None
+        if preset is None:
+            return data
+        return data | {section: _filled(data.get(section, {}), defaults) for section, defaults in preset.items()}
+
+
+def _filled(given: Any, defaults: Mapping[str, Any]) -> Any:
+    if isinstance(given, Section):
+        given = given.model_dump(exclude_unset=True)
+    if not isinstance(given, dict):
+        return given
+    # The preset's range belongs to the preset's dtype.
+    stale = stale_fields(given.get("dtype"))
+    return {name: value for name, value in defaults.items() if name not in stale} | given
+
+
+class JobSpec(MethodSpec):
+    """A job of distributed_adaround."""
+
+    model: ModelSpec = Field(description="The trained network.")
+    data: DataSpec = Field(description="Calibration data.")
+    output: OutputSpec = Field(description="Where the results go, and as what.")
+
+    def job_digest(self) -> str:
+        """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""
+        text = self.model_dump_json(exclude={"runtime"})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def result_digest(self) -> str:
+        """SHA-256, in hex, of everything here that changes the result.
+
+        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; data.uri and
+        data.checksums, since the manifest has checksums of the files. Resolved values count, not the preset that they
+        came from.
+        """
+        content = {
+            "quantize": self.quantize.model_dump(mode="json"),
+            "rounding": self.rounding.resolved(),
+            "seed": self.runtime.seed,
+            "data": self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch"}),
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, with the description and default of every field."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | JobSpec.model_json_schema()

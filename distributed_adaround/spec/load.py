@@ -1,0 +1,176 @@
+"""A job file's bytes (YAML, JSON, TOML) as a plain mapping, with `--set a.b=c` applied. Knows nothing of the fields.
+
+YAML is read as version 1.2 means it: `1e-3` is a number, `no` and `2024-01-01` are text. Aliases are not taken, so a
+small file cannot grow into a large one. A key may appear once. Every fault is a SpecError that names the place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from distributed_adaround.errors import SpecError, redact
+from distributed_adaround.spec.explain import shorten, shown
+
+MAX_BYTES = 1 << 18  # what PyYAML, written in Python, reads in a second or two
+_MAX_PATH_PARTS = 16
+_MAX_INDEX_DIGITS = 4
+
+
+def parse_job(path: str, data: bytes, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a job file as a mapping, with `section.field=value` overrides applied in order.
+
+    path: of the file; its suffix says what it is. Raises SpecError when the data are larger than 256 KiB, not valid, or
+    an override cannot be applied.
+    """
+    parsed = _parse(path, _text(path, data))
+    if not isinstance(parsed, dict):
+        raise SpecError(
+            f"{_named(path)}: must be a mapping of sections, not {shown(parsed)}; begin with 'model:' and 'data:'"
+        )
+    job: dict[str, Any] = parsed
+    for assignment in overrides:
+        job = _apply(job, assignment)
+    return job
+
+
+def check_suffix(path: str) -> None:
+    """Raises SpecError when the name is not that of a job file."""
+    if not path.lower().endswith((".yaml", ".yml", ".json", ".toml")):
+        raise SpecError(f"{_named(path)}: a job file must end in .yaml, .yml, .json or .toml; rename it")
+
+
+def _named(path: str) -> str:
+    return shorten(redact(path))
+
+
+def _text(path: str, data: bytes) -> str:
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"{_named(path)}: {len(data)} bytes are more than 256 KiB; this is not a job file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{_named(path)}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
+
+
+def _parse(path: str, text: str) -> Any:
+    suffix = path.lower().rpartition(".")[2]
+    try:
+        if suffix == "json":
+            return json.loads(text, object_pairs_hook=_unique)
+        return tomllib.loads(text) if suffix == "toml" else _parse_yaml(text)
+    except RecursionError:
+        raise SpecError(f"{_named(path)}: nested too deeply; write fewer brackets") from None
+    except (yaml.YAMLError, ValueError) as error:
+        kind = "JSON" if suffix == "json" else "TOML" if suffix == "toml" else "YAML"
+        # Not from the error, which quotes the file.
+        raise SpecError(f"{_named(path)}: not valid {kind}: {_where(error)}; correct it there") from None
+
+
+def _where(error: Exception) -> str:
+    """Place and problem, without the text around it, which could hold credentials."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {shorten(error.problem or 'unreadable')}"
+    return shorten(str(error).partition("\n")[0])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {shown(key)} appears twice")
+        result[key] = value
+    return result
+
+
+class _JobLoader(yaml.SafeLoader):
+    """YAML's JSON-like core, and nothing else."""
+
+    # Own tables: PyYAML's hold the types of YAML 1.1.
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_constructors = {  # noqa: RUF012
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "float", "str", "seq", "map")
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not accepted, write the value out, or quote a text that starts with *",
+                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            problem = "appears twice" if isinstance(key, str) and key in seen else "must be text"
+            if problem == "appears twice" or not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"the key {shown(key)} {problem}", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _integer(_: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)
+
+
+_JobLoader.add_constructor("tag:yaml.org,2002:int", _integer)
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+(_[0-9]+)*",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _JobLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_JobLoader)  # a SafeLoader with fewer types
+
+
+def _apply(job: dict[str, Any], assignment: str) -> dict[str, Any]:
+    path, equals, text = assignment.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts) or len(parts) > _MAX_PATH_PARTS:
+        raise SpecError(
+            f"--set {shown(assignment)}: must have the form section.field=value; for instance rounding.max_iter=2000"
+        )
+    try:
+        # An unquoted "*.npz" would be an alias, which a value on the command line cannot be.
+        value = text if text.startswith("*") else _parse_yaml(text)
+    except RecursionError:
+        raise SpecError(f"--set {shorten(path)}: nested too deeply; write fewer brackets") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(
+            f"--set {shorten(path)}: {shown(text)} is not a YAML value: {_where(error)}; quote it"
+        ) from None
+    result: dict[str, Any] = _assigned(job, parts, value, path)
+    return result
+
+
+def _assigned(node: Any, parts: list[str], value: Any, path: str) -> Any:
+    """A copy of node with the value at the end of the path. Missing sections are made, a list may grow by one."""
+    if not parts:
+        return value
+    head, rest = parts[0], parts[1:]
+    if node is None:
+        node = [] if head.isdecimal() else {}
+    if isinstance(node, dict):
+        return node | {head: _assigned(node.get(head), rest, value, path)}
+    if not isinstance(node, list):
+        raise SpecError(f"--set {shorten(path)}: {shorten(head)} lies inside {shown(node)}, not a section; correct it")
+    if not head.isdecimal() or len(head) > _MAX_INDEX_DIGITS or int(head) > len(node):
+        raise SpecError(
+            f"--set {shorten(path)}: {shorten(head)} is not a place in a list of {len(node)}; use 0 to {len(node)}"
+        )
+    index = int(head)
+    return [*node[:index], _assigned(dict(enumerate(node)).get(index), rest, value, path), *node[index + 1 :]]

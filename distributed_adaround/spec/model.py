@@ -1,0 +1,64 @@
+"""The section `model` of a job: the trained network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from distributed_adaround.spec.explain import ABSENT, ContradictionError, Section, one_rule
+from distributed_adaround.spec.fields import Arguments, ImportPath, Text
+
+Sha256 = Annotated[
+    str, Field(pattern=r"^[0-9a-fA-F]{64}$"), one_rule("must be 64 hexadecimal digits; write what sha256sum prints")
+]
+
+
+class ModelSpec(Section):
+    """The trained network: a factory with weights, or an exported program."""
+
+    factory: ImportPath | None = Field(
+        None,
+        description="Callable that returns the torch.nn.Module, as module:callable. It is imported and run, so name "
+        "only code that you trust.",
+        examples=["my_models:resnet50"],
+    )
+    factory_args: Arguments = Field({}, description="Keyword arguments of the factory.")
+    weights: Text | None = Field(
+        None,
+        description="State dict for the factory's module: path or URI of a .safetensors, .pt or .pth file; null: the "
+        "factory returns a module with its weights.",
+        examples=["s3://models/resnet50.safetensors"],
+    )
+    program: Text | None = Field(
+        None,
+        description="Path or URI of a program saved by torch.export.save (.pt2), instead of a factory.",
+        examples=["resnet50.pt2"],
+    )
+    sha256: Sha256 | None = Field(
+        None,
+        description="SHA-256, in hex, that the file of weights or of the program must have, so that a damaged or "
+        "exchanged one is not used; null: any.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.factory is None and self.program is None:
+            raise ContradictionError(
+                ("factory",), ABSENT, "is missing, and program too; give factory (module:callable) or program (.pt2)"
+            )
+        if self.factory is not None and self.program is not None:
+            raise ContradictionError(("program",), self.program, "and factory exclude each other; remove one of them")
+        if self.factory is None and (self.weights is not None or self.factory_args):
+            name = "weights" if self.weights is not None else "factory_args"
+            raise ContradictionError((name,), getattr(self, name), "needs a factory, not a program; remove it")
+        if self.sha256 is not None and self.weights is None and self.program is None:
+            raise ContradictionError(("sha256",), self.sha256, "needs a file, weights or program; remove it")
+        _check_suffix("weights", self.weights, (".safetensors", ".pt", ".pth"))
+        _check_suffix("program", self.program, (".pt2",))
+        return self
+
+
+def _check_suffix(name: str, uri: str | None, suffixes: tuple[str, ...]) -> None:
+    if uri is not None and not uri.lower().partition("?")[0].endswith(suffixes):
+        raise ContradictionError((name,), uri, f"must end in {' or '.join(suffixes)}; convert or rename the file")

@@ -1,0 +1,32 @@
+"""The section `output` of a job: where the results go, and as what."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from distributed_adaround.spec.explain import ContradictionError, Section
+from distributed_adaround.spec.fields import Text
+
+
+class OutputSpec(Section):
+    """Where the results go, and as what."""
+
+    uri: Text = Field(
+        description="Folder for the results, a path or URI; commits of finished layers and reports go there too.",
+        examples=["s3://out/resnet50-w4"],
+    )
+    formats: list[Literal["safetensors", "dequantized"]] = Field(
+        ["safetensors", "dequantized"],
+        min_length=1,
+        description="safetensors: codes, scales and zero points; dequantized: float weights on the grid "
+        "under the model's own parameter names.",
+    )
+    overwrite: bool = Field(False, description="Replace finished results that are already in the folder.")
+
+    @model_validator(mode="after")
+    def _formats_once(self) -> Self:
+        if len(set(self.formats)) < len(self.formats):
+            raise ContradictionError(("formats",), self.formats, "names a format twice; remove the second one")
+        return self

@@ -1,0 +1,179 @@
+"""The section `quantize` of a job: the number format of the weights, and which layers have another one or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from distributed_adaround.errors import SpecError
+from distributed_adaround.spec.explain import ContradictionError, Section, shorten, shown
+from distributed_adaround.spec.fields import PositiveInt, Text, TextOrTexts
+from distributed_adaround.spec.number_format import Dtype, LayerFormat, Observer, QScheme, resolve, stale_fields
+
+_DEFAULT_PERCENTILE = 99.9
+
+Percentile = Annotated[float, Field(gt=50, le=100)]
+
+
+class Override(Section):
+    """Another format for some layers. Fields that are not given stay as they are in the section `quantize`."""
+
+    match: TextOrTexts = Field(
+        description="Layers this applies to: a class name (Linear), an exact layer name, or 're:' and a regular "
+        "expression that must match from the start of the layer name. One, or a list.",
+        examples=["re:.*head"],
+    )
+    dtype: Dtype | None = Field(
+        None,
+        description="Number format of these layers; resets quant_min and quant_max, and mxfp8, mxfp4 and nvfp4 also "
+        "qscheme and group_size.",
+    )
+    qscheme: QScheme | None = Field(
+        None, description="What shares a scale in these layers, and the kind of zero point."
+    )
+    group_size: PositiveInt | None = Field(None, description="Inputs that share a scale, with a per_group qscheme.")
+    quant_min: int | None = Field(None, description="Smallest integer code of these layers.")
+    quant_max: int | None = Field(None, description="Largest integer code of these layers.")
+    observer: Observer | None = Field(None, description="How the scales of these layers are found.")
+    percentile: Percentile | None = Field(None, description="Percentile of these layers, with observer: percentile.")
+
+    @field_validator("match")
+    @classmethod
+    def _patterns_compile(cls, value: str | list[str]) -> str | list[str]:
+        for pattern in _as_list(value):
+            _check_pattern(pattern)
+        return value
+
+
+class QuantizeSpec(Section):
+    """Number format of the weights."""
+
+    dtype: Dtype = Field(
+        "int4",
+        description="Type of the quantized weights. qint8 and int8 are the same, fp8 is short for float8_e4m3fn, fp4 "
+        "for float4_e2m1fn. mxfp8, mxfp4: blocks of 32 inputs that share a power of two as scale; nvfp4: blocks of 16 "
+        "inputs with e4m3 scales, and one float32 scale per tensor.",
+    )
+    qscheme: QScheme | None = Field(
+        None,
+        description="What shares a scale: the whole tensor, one output channel, or group_size inputs of one output "
+        "channel; symmetric: fixed zero point, affine (integers only): each scale has its own zero point. null: that "
+        "of the dtype for mxfp8, mxfp4 and nvfp4, else per_channel_symmetric.",
+    )
+    group_size: PositiveInt | None = Field(
+        None,
+        description="Consecutive inputs that share a scale, with the per_group schemes only; fixed for mxfp8, mxfp4 "
+        "and nvfp4. Must divide the number of inputs of one output (for a convolution: input channels per group times "
+        "kernel elements).",
+        examples=[128],
+    )
+    quant_min: int | None = Field(None, description="Smallest code of an integer type; null: the smallest it has.")
+    quant_max: int | None = Field(None, description="Largest code of an integer type; null: the largest it has.")
+    observer: Observer = Field(
+        "mse",
+        description="How scales are found from the weights: minmax covers the largest weight, mse minimizes the "
+        "squared rounding error, percentile cuts off the largest weights; output_mse weighs each weight's error by the "
+        "mean square of its input.",
+    )
+    percentile: Percentile = Field(
+        _DEFAULT_PERCENTILE, description="Share of the weights, in percent, that observer: percentile keeps in range."
+    )
+    ignore: list[Text] = Field(
+        [],
+        description="Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular "
+        "expression that must match from the start of the layer name.",
+    )
+    overrides: list[Override] = Field(
+        [], description="Other formats for some layers, applied in order; where several match, the later one wins."
+    )
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns_compile(cls, value: list[str]) -> list[str]:
+        for index, pattern in enumerate(value):
+            _check_pattern(pattern, (index,))
+        return value
+
+    @model_validator(mode="after")
+    def _formats_exist(self) -> Self:
+        base = self._base()
+        resolve(base)
+        used = {base["observer"], *(override.observer for override in self.overrides)}
+        if self.percentile != _DEFAULT_PERCENTILE and "percentile" not in used:
+            raise ContradictionError(
+                ("percentile",),
+                self.percentile,
+                f"counts only with observer: percentile, not {self.observer}; set the observer or remove it",
+            )
+        for index, override in enumerate(self.overrides):
+            try:
+                merged = _merged(base, override)
+                if override.percentile is not None and merged["observer"] != "percentile":
+                    raise ContradictionError(
+                        ("percentile",),
+                        override.percentile,
+                        f"counts only with observer: percentile, not {merged['observer']}; set the observer here too",
+                    )
+                resolve(merged)
+            except ContradictionError as error:
+                raise ContradictionError(("overrides", index, *error.loc), error.value, error.text) from None
+        return self
+
+    def for_layer(self, name: str, module_class: str) -> LayerFormat | None:
+        """Format of the layer with this name in `named_modules` and this class name; None when it is ignored.
+
+        Raises SpecError when several overrides that match this layer contradict each other.
+        """
+        if any(_matches(pattern, name, module_class) for pattern in self.ignore):
+            return None
+        fields = self._base()
+        for override in self.overrides:
+            if any(_matches(pattern, name, module_class) for pattern in _as_list(override.match)):
+                fields = _merged(fields, override)
+        try:
+            return resolve(fields)
+        except ContradictionError as error:
+            raise SpecError(f"layer {shown(name)}, all its overrides together: {error.line(('quantize',))}") from None
+
+    def unmatched(self, layers: Sequence[tuple[str, str]]) -> list[str]:
+        """Patterns of `ignore` and `overrides` that match none of these (name, class name) pairs."""
+        patterns = [*self.ignore, *(pattern for override in self.overrides for pattern in _as_list(override.match))]
+        return [
+            pattern
+            for pattern in dict.fromkeys(patterns)
+            if not any(_matches(pattern, name, module_class) for name, module_class in layers)
+        ]
+
+    def _base(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in Override.model_fields if name != "match"}
+
+
+def _as_list(match: str | list[str]) -> list[str]:
+    return [match] if isinstance(match, str) else match
+
+
+def _matches(pattern: str, name: str, module_class: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern in (name, module_class)
+
+
+def _check_pattern(pattern: str, loc: tuple[int, ...] = ()) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
+            text = f"is not a regular expression: {shorten(str(error))}; correct it"
+            raise ContradictionError(loc, pattern, text) from None
+
+
+def _merged(fields: Mapping[str, Any], override: Override) -> dict[str, Any]:
+    """The fields of a format with an override on top. A new dtype or qscheme drops what belonged to the old one."""
+    given = {name: value for name in fields if (value := getattr(override, name)) is not None}
+    reset = dict.fromkeys(stale_fields(given.get("dtype")))
+    if "qscheme" in given and not given["qscheme"].startswith("per_group"):
+        reset |= {"group_size": None}
+    return {**fields, **reset, **given}
