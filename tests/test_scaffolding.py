@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from distributed_adaround import errors
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -45,3 +47,10 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
 
 def test_torch_is_pinned_for_cpu_and_cuda_builds() -> None:
     assert "\ntorch==2.13.0\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def test_every_exit_code_is_explained() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    classes = [errors.AdaRoundError, errors.SpecError, errors.InputError, errors.OutputError, errors.PeerError]
+    for code in {cls.exit_code for cls in classes}:
+        assert f"\n| {code} | " in readme
