@@ -160,13 +160,13 @@ def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
         print(f"\nNote: {note}")
     print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
     print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
-    print(f"Time: about {plan.seconds:,.0f} s on this machine ({_how(spec)})")
+    print(f"Time: about {plan.seconds:,.0f} s on this machine ({_how(spec, plan)})")
     if spec.rounding.solver == "minibatch":
         print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
 
 
-def _how(spec: JobSpec) -> str:
-    steps = spec.rounding.num_steps
+def _how(spec: JobSpec, plan: JobPlan) -> str:
+    steps = plan.num_steps
     return spec.rounding.solver + (
         f", {steps} {'sweeps' if spec.rounding.solver == 'gram' else 'steps'}" if steps else ""
     )
@@ -177,14 +177,14 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
     if getattr(options, "debug", False):
         # Its lines hold what libraries raised, which know nothing of credentials.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-    told_by = getattr(error, "told_by", None)
-    if told_by is None and isinstance(error, SpecError | StoppedError):
+    reported_by = getattr(error, "reported_by", None)
+    if reported_by is None and isinstance(error, SpecError | StoppedError):
         # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
         silent = os.environ.get("LOCAL_RANK", "0") != "0"
-    elif told_by is None:
+    elif reported_by is None:
         silent = isinstance(error, PeerError)
     else:
-        silent = told_by != rank
+        silent = reported_by != rank
     ended_by_torchrun = hasattr(options, "stop") and options.stop.requested
     if (silent or isinstance(error, PeerError)) and not ended_by_torchrun:
         time.sleep(_LET_OTHERS_SPEAK_SECONDS)

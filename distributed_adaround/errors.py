@@ -38,11 +38,11 @@ _secrets: set[str] = set()
 class AdaRoundError(Exception):
     """Base of all errors raised on purpose. `exit_code` follows sysexits.h.
 
-    told_by: the one rank that tells the user, where several raise; None: whoever raises. layer: being rounded then.
+    reported_by: the one rank that tells the user, where several raise; None: whoever raises. layer: being rounded then.
     """
 
     exit_code = 70
-    told_by: int | None = None
+    reported_by: int | None = None
     layer: str | None = None
 
 
@@ -126,3 +126,9 @@ def remember_secrets(uri: str) -> None:
             found += [query, *(value for key, _, value in pairs if _SECRET_KEY.search(key) or len(value) >= _LONG)]
         forms = (form for part in found for form in (part, unquote(part), quote(part, safe="")))
         _secrets.update(form for form in forms if len(form) >= _MIN_SECRET)
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of what a library raised."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {shorten(lines[0])}" if lines else type(error).__name__

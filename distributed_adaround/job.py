@@ -1,77 +1,45 @@
-"""A job from its file to its results: the composition root, and the last place that sees the whole spec.
+"""A job from its file to its results, as one straight line.
 
-spec ─► ranks ─► data (manifest, shards) ─► model (capture) ─► plan ─► rounding, layer by layer ─► export ─► report
+spec ─► ranks ─► data (manifest, shards) ─► model ─► capture ─► rounding, unit by unit ─► export ─► report
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import Tensor
 
 from distributed_adaround import __version__
-from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import fixed_batch_size, placeholder_names
-from distributed_adaround.capture.sites import ModelInputs, Walker
+from distributed_adaround.capture.open import CapturedModel, capture_model
 from distributed_adaround.checkpoint.commits import JobCommits
+from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.loader import SampleLoader
-from distributed_adaround.data.manifest import Manifest, build_manifest, prove_coverage
+from distributed_adaround.data.manifest import Manifest, prove_coverage
+from distributed_adaround.data.microbatches import Microbatches, ModelInputs, bind_inputs, call_transform
 from distributed_adaround.errors import InputError, redact
-from distributed_adaround.export.state_dict import write_codes, write_dequantized
+from distributed_adaround.export.result import Exporter, ExportResult, exporters, result_files
 from distributed_adaround.files import jsontext, storage, uris
-from distributed_adaround.model.load import (
-    bind_inputs,
-    call_transform,
-    forward_parameters,
-    load_callable,
-    load_factory,
-    load_program,
-)
-from distributed_adaround.report.console import Progress, SilentProgress
+from distributed_adaround.model.source import OpenedModel, open_model
+from distributed_adaround.report.console import Progress
 from distributed_adaround.report.events import EventLog
+from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.report.status import JobStatus
 from distributed_adaround.report.table import LayerTable
-from distributed_adaround.rounding import (
-    NetworkResult,
-    NetworkRounder,
-    PlannedLayer,
-    activation_store,
-    agree_on_weights,
-    make_walker,
-    plan_layers,
-)
+from distributed_adaround.rounding import NetworkResult, NetworkRounder
 from distributed_adaround.runtime.comm import Comm, phase
 from distributed_adaround.runtime.context import RankContext, process_group
+from distributed_adaround.runtime.imports import implementation, load_callable
 from distributed_adaround.runtime.signals import StopRequest
-from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.data import ENCODERS, DataSpec
 from distributed_adaround.spec.job import JobSpec
-from distributed_adaround.spec.model import ModelSpec
 
 logger = logging.getLogger(__name__)
-
-
-class FileMicrobatches:
-    """Microbatches of a manifest as the model takes them."""
-
-    def __init__(self, loader: SampleLoader, convert: Callable[[Mapping[str, Tensor]], ModelInputs]) -> None:
-        self._loader = loader
-        self._convert = convert
-        self.total = loader.total
-        self.owned: Sequence[int] = loader.owned
-
-    def load(self, index: int) -> ModelInputs:
-        return self._convert(self._loader.load(index))
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        for index, batch in self._loader:
-            yield index, self._convert(batch)
 
 
 @dataclass(frozen=True)
@@ -82,20 +50,10 @@ class PreparedJob:
     context: RankContext
     comm: Comm
     manifest: Manifest
-    microbatches: FileMicrobatches
-    store: ActivationStore
-    model: nn.Module | ExportedProgram
-    model_digest: str
-    walker: Walker
-    planned: list[PlannedLayer]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's tensors under its own names."""
-        return _state_dict(self.model)
-
-
-def _state_dict(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
-    return dict(model.state_dict if isinstance(model, ExportedProgram) else model.state_dict())
+    opened: OpenedModel
+    microbatches: Microbatches
+    captured: CapturedModel
+    exporters: list[Exporter]
 
 
 @contextmanager
@@ -119,20 +77,16 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
         manifest = _deal_data(spec.data, comm)
         with phase(comm, "load the model"):
-            model = _load_model(spec.model, folder)
-        digest = agree_on_weights(_state_dict(model), comm)
+            opened = open_model(spec.model, folder)
+            _check_batch_size(opened, manifest)
         with phase(comm, "read the calibration data"):
             loader = stack.enter_context(_loader(spec.data, manifest, comm))
-            microbatches = FileMicrobatches(loader, _converter(spec.data, model, folder))
-            example, other = microbatches.load(0), microbatches.load(microbatches.total - 1)
-        store = activation_store(spec.runtime, context)
-        with phase(comm, "capture the model"):
-            if isinstance(model, ExportedProgram):
-                _check_fixed_batch(model, manifest)
-            varying = any(None in field.shape for field in manifest.fields)
-            walker = make_walker(model, example, other=other, varying=varying, device=context.device, store=store)
-            planned = plan_layers(walker, spec.quantize)
-        yield PreparedJob(spec, context, comm, manifest, microbatches, store, model, digest, walker, planned)
+            microbatches = Microbatches.of_files(loader, _converter(spec.data, opened, folder))
+        captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
+        chosen = exporters(spec.output.formats)
+        for exporter in chosen:
+            exporter.check(captured.planned)
+        yield PreparedJob(spec, context, comm, manifest, opened, microbatches, captured, chosen)
 
 
 def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None = None) -> LayerTable:
@@ -145,29 +99,19 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
     started = time.monotonic()
     stop = StopRequest() if stop is None else stop
     with prepare(spec, folder) as job:
-        fingerprint = {
-            "model": job.model_digest,
-            "data": job.manifest.digest(),
-            "spec": spec.result_digest(),
-        }
+        fingerprint = {"model": job.captured.digest, "data": job.manifest.digest(), "spec": spec.result_digest()}
         with stop.deferred():
-            commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, job.comm)
+            commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, result_files(), job.comm)
             with phase(job.comm, "write to the output"):
-                events = EventLog(spec.output.uri, job.comm.rank)
-                _log_start(job, events, commits)
-                layers = sum(layer.format is not None for layer in job.planned)
-                status = JobStatus(spec.output.uri, spec.job_digest(), layers, job.comm.rank)
-                status.running(len(commits.names))
-            with _progress(job) as progress:
-                where = (job.comm, job.context.device, job.store)
-                rounder = NetworkRounder(spec, *where, progress, events, commits, stop, layer_done=status.running)
-                result = rounder.run(job.walker, job.planned, job.microbatches)
+                log = _open_log(job, len(commits.names))
+            with log:
+                rounder = NetworkRounder(spec, job.comm, log, commits, stop)
+                result = rounder.run(job.captured, job.microbatches)
             with phase(job.comm, "write the results"):
+                seconds = time.monotonic() - started
                 if job.comm.rank == 0:
-                    _export(job, result, time.monotonic() - started)
-                events.write("done", seconds=time.monotonic() - started, output_error=result.output_error)
-                events.flush()
-                status.done()
+                    _export(job, result, seconds)
+                log.job_done(seconds, result.output_error)
     return result.table
 
 
@@ -202,22 +146,6 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
     return manifest
 
 
-def _load_model(model: ModelSpec, folder: Path | None) -> nn.Module | ExportedProgram:
-    with ExitStack() as stack:
-        uri = model.weights or model.program
-        path = None if uri is None else stack.enter_context(storage.local_file(uri))
-        if path is not None and model.sha256 is not None and storage.sha256_file(path) != model.sha256.lower():
-            raise InputError(
-                f"{redact(uri or '')}: its SHA-256 is not model.sha256: it is damaged or another file; get it "
-                "again, or correct the field"
-            )
-        if model.program is not None:
-            assert path is not None
-            return load_program(path)
-        assert model.factory is not None
-        return load_factory(model.factory, model.factory_args, path, folder)
-
-
 def _loader(data: DataSpec, manifest: Manifest, comm: Comm) -> SampleLoader:
     return SampleLoader(
         manifest,
@@ -225,15 +153,16 @@ def _loader(data: DataSpec, manifest: Manifest, comm: Comm) -> SampleLoader:
         pad_value=data.pad_value,
         mask_field=data.mask_field,
         prefetch=data.prefetch,
+        encoder=implementation(ENCODERS, data.encoder)(data.encoder_args),
     )
 
 
 def _converter(
-    data: DataSpec, model: nn.Module | ExportedProgram, folder: Path | None
+    data: DataSpec, opened: OpenedModel, folder: Path | None
 ) -> Callable[[Mapping[str, Tensor]], ModelInputs]:
     """From a microbatch's fields to the model's arguments."""
     transform = None if data.transform is None else load_callable(data.transform, folder)
-    parameters = placeholder_names(model) if isinstance(model, ExportedProgram) else forward_parameters(model)
+    parameters = opened.parameters
 
     def convert(batch: Mapping[str, Tensor]) -> ModelInputs:
         if transform is not None:
@@ -244,8 +173,8 @@ def _converter(
     return convert
 
 
-def _check_fixed_batch(program: ExportedProgram, manifest: Manifest) -> None:
-    size = fixed_batch_size(program)
+def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
+    size = opened.batch_size
     sizes = {len(microbatch.samples) for microbatch in manifest.microbatches}
     if size is not None and sizes != {size}:
         raise InputError(
@@ -254,51 +183,48 @@ def _check_fixed_batch(program: ExportedProgram, manifest: Manifest) -> None:
         )
 
 
-def _progress(job: PreparedJob) -> SilentProgress:
-    if job.comm.rank != 0:
-        return SilentProgress()
-    shapes = [layer.site.geometry for layer in job.planned if layer.format is not None]
-    return Progress(len(shapes), costs=[float(shape.out_channels * shape.inputs_per_output) for shape in shapes])
-
-
-def _log_start(job: PreparedJob, events: EventLog, commits: JobCommits) -> None:
-    for note in job.walker.notes if job.comm.rank == 0 else ():
-        logger.warning("%s", note)
-    if commits.names:
-        logger.info("%d finished layers found in the output; the job goes on behind them", len(commits.names))
-    events.write(
-        "start",
+def _open_log(job: PreparedJob, layers_done: int) -> JobLog:
+    """The job's listener; rank 0 shows progress and keeps the status."""
+    spec, captured, rank = job.spec, job.captured, job.comm.rank
+    progress = None
+    if rank == 0:
+        shapes = [planned.site.geometry for planned in captured.planned if planned.format is not None]
+        costs = [float(shape.out_channels * shape.inputs_per_output) for shape in shapes]
+        progress = Progress(len(costs), costs=costs)
+    if layers_done:
+        logger.info("%d finished layers found in the output; the job goes on after them", layers_done)
+    status = JobStatus(spec.output.uri, spec.job_digest(), captured.num_layers, rank)
+    log = JobLog(progress, EventLog(spec.output.uri, rank), status)
+    log.job_started(
+        captured.num_layers,
+        layers_done,
         version=__version__,
         torch=torch.__version__,
         world_size=job.comm.world_size,
         device=str(job.context.device),
         threads=torch.get_num_threads(),
         owned=list(job.microbatches.owned),
-        finished=len(commits.names),
     )
-    events.flush()
+    return log
 
 
 def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
     """Write the checkpoints the job asks for, then report.json."""
-    uri, state = job.spec.output.uri, job.state_dict()
-    described = [asdict(parameter) for parameter in result.float_parameters]
-    if "safetensors" in job.spec.output.formats:
-        records = [(site.weight_name, record) for site, record in result.records]
-        write_codes(uri, state, records, {"float_parameters": described})
-    if "dequantized" in job.spec.output.formats:
-        write_dequantized(uri, state)
+    spec, uri = job.spec, job.spec.output.uri
+    described = [asdict(parameter) for parameter in job.captured.float_parameters]
+    records = [(site.weight_name, record) for site, record in result.records]
+    for exporter in job.exporters:
+        exporter.write(ExportResult(job.opened.weights, records, described, job.opened.files), uri)
     report = {
         "version": __version__,
-        "spec": job.spec.model_dump(mode="json", include={"quantize", "preset"})
-        | {"rounding": job.spec.rounding.resolved()},
+        "spec": spec.model_dump(mode="json", include={"quantize", "preset"}) | {"rounding": spec.rounding.resolved()},
         "layers": result.table.to_dicts(),
         "totals": result.table.totals.to_dict(),
         "output_error": result.output_error,
         "float_parameters": described,
-        "notes": list(job.walker.notes),
+        "notes": list(job.captured.walker.notes),
         "world_size": job.comm.world_size,
-        "peak_activation_bytes": job.store.peak,
+        "peak_activation_bytes": job.captured.store.peak,
         "seconds": seconds,
     }
     text = jsontext.dumps(report, indent=1) + "\n"

@@ -7,28 +7,27 @@ layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.sites import FloatParameter, ModelInputs, SiteActivations
+from distributed_adaround.capture.open import PlannedUnit
+from distributed_adaround.capture.sites import Batch, FloatParameter
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.job import PreparedJob, prepare
-from distributed_adaround.rounding import PlannedLayer, float_parameters
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.measure import layer_moments
-from distributed_adaround.solve.problem import MomentCache, Monitor
-from distributed_adaround.solve.setup import describe_format, make_problem, make_solver, solver_of, weighted_grid
+from distributed_adaround.solve.measure import measure
+from distributed_adaround.solve.problem import LayerProblem, Monitor
+from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
 from distributed_adaround.spec.job import JobSpec
 from distributed_adaround.spec.rounding import RoundingSpec
 
 # Of minibatch; a sweep of gram costs as much as many of them.
-_TRIAL_STEPS = {"minibatch": 10, "gram": 1}
+_TRIAL_STEPS = {"minibatch": 10}
 _UNLIMITED = 1 << 62
 
 
@@ -49,58 +48,46 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """Estimates of a job on this machine. samples_per_rank: for the world size the plan was made with. gram_seconds:
-    with the solver gram instead."""
+    """Estimates of a job on this machine. samples_per_rank: for the world size the plan was made with. num_steps: of
+    the solver in each layer, 0 where it has none. gram_seconds: with the solver gram instead."""
 
     layers: tuple[LayerPlan, ...]
     float_parameters: tuple[FloatParameter, ...]
     notes: tuple[str, ...]
     samples_per_rank: tuple[int, ...]
     activation_bytes: int
+    num_steps: int
     seconds: float
     gram_seconds: float
 
 
 def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
-    """Look at a job without solving it; runs on one process and plans for `world_size` ranks."""
+    """Try a job without solving it; runs on one process and plans for `world_size` ranks."""
     with prepare(spec, folder) as job:
         owned = [job.manifest.owned(rank, world_size) for rank in range(world_size)]
         sizes = {m.index: len(m.samples) for m in job.manifest.microbatches}
         samples = tuple(sum(sizes[index] for index in mine) for mine in owned)
-        store = ActivationStore(job.context.device, device_budget=_UNLIMITED, host_budget=_UNLIMITED)
-        trial = _Trial(job, store, scale=job.manifest.num_samples / sizes[0], rank_share=max(samples) / sizes[0])
+        trial = _Trial(job, scale=job.manifest.num_samples / sizes[0], rank_share=max(samples) / sizes[0])
         layers = tuple(trial.layers())
         return JobPlan(
             layers=layers,
-            float_parameters=float_parameters(job.walker, job.planned),
-            notes=tuple(job.walker.notes),
+            float_parameters=job.captured.float_parameters,
+            notes=tuple(job.captured.walker.notes),
             samples_per_rank=samples,
             activation_bytes=int(trial.frontier_bytes * trial.rank_share) + max(layer.cache_bytes for layer in layers),
+            num_steps=make_solver(spec.rounding.solver, spec.rounding).num_steps,
             seconds=sum(layer.seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
             gram_seconds=sum(layer.gram_seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
         )
 
 
-class _OneMicrobatch:
-    total = 1
-    owned: Sequence[int] = (0,)
-
-    def __init__(self, inputs: ModelInputs) -> None:
-        self._inputs = inputs
-
-    def load(self, index: int) -> ModelInputs:
-        return self._inputs
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        yield 0, self._inputs
-
-
 class _Trial:
-    """A walk with one microbatch that measures and leaves the weights as they are."""
+    """A walk with one microbatch that measures and leaves the weights as they are. scale: samples of the job for each
+    one here; rank_share: samples of one rank likewise."""
 
-    def __init__(self, job: PreparedJob, store: ActivationStore, scale: float, rank_share: float) -> None:
-        self._job = job
-        self._store = store
+    def __init__(self, job: PreparedJob, scale: float, rank_share: float) -> None:
+        self._job, self._walker = job, job.captured.walker
+        self._store = ActivationStore(job.context.device, device_budget=_UNLIMITED, host_budget=_UNLIMITED)
         self._scale = scale
         self.rank_share = rank_share
         self.frontier_bytes = 0
@@ -108,86 +95,71 @@ class _Trial:
         self._seconds_of_kind: dict[object, float] = {}
 
     def layers(self) -> Iterator[LayerPlan]:
-        walker = self._job.walker
-        walker.start(_OneMicrobatch(self._job.microbatches.load(0)))
-        for layer in self._job.planned:
+        self._walker.start(self._job.microbatches.first())
+        for planned in self._job.captured.planned:
             started = time.monotonic()
-            activations = walker.reach(layer.site)
+            (batch,) = self._walker.reach(planned.unit)
             self.forward_seconds += time.monotonic() - started
-            yield self._layer(layer, activations)
+            yield self._layer(planned, batch)
             started = time.monotonic()
-            walker.commit(layer.site, None)
+            self._walker.commit(planned.unit, {})
             self.forward_seconds += time.monotonic() - started
-        self.frontier_bytes = sum(self._job.store.peak.values())
+        self.frontier_bytes = sum(self._job.captured.store.peak.values())
 
-    def _layer(self, layer: PlannedLayer, activations: SiteActivations) -> LayerPlan:
-        site = layer.site
-        target = activations.float_outputs[0]
-        rows = target.numel() // site.geometry.out_channels
-        cached = _bytes(activations.inputs) + _bytes(activations.float_outputs) if layer.format is not None else 0
+    def _layer(self, planned: PlannedUnit, batch: Batch) -> LayerPlan:
+        site, rounding = planned.site, self._job.spec.rounding
+        rows = batch.y.numel() // site.geometry.out_channels
+        cached = batch.x_hat.nbytes + batch.y.nbytes if planned.format is not None else 0
         return LayerPlan(
             name=site.name,
             kind=site.module_class,
             shape=site.geometry.weight_shape,
-            format=None if layer.format is None else describe_format(layer.format),
+            format=None if planned.format is None else str(planned.format),
             rows=round(rows * self._scale),
             cache_bytes=round(cached * self.rank_share),
-            seconds=self._seconds(layer, activations, self._job.spec.rounding),
-            gram_seconds=self._seconds(layer, activations, self._job.spec.rounding.with_solver("gram")),
+            seconds=self._seconds(planned, batch, rounding),
+            gram_seconds=self._seconds(planned, batch, rounding.with_solver("gram")),
         )
 
-    def _seconds(self, layer: PlannedLayer, activations: SiteActivations, rounding: RoundingSpec) -> float:
+    def _seconds(self, planned: PlannedUnit, batch: Batch, rounding: RoundingSpec) -> float:
         """Seconds to solve a layer, measured once for each kind of layer and solver."""
-        if layer.format is None:
+        if planned.format is None:
             return 0.0
-        key = (layer.site.geometry, layer.format, layer.site.activation, rounding.solver)
+        key = (planned.site.geometry, planned.format, planned.site.activation, rounding.solver)
         if key not in self._seconds_of_kind:
-            self._seconds_of_kind[key] = self._measure(layer, activations, rounding)
+            self._seconds_of_kind[key] = self._measure(planned, planned.format, batch, rounding)
         return self._seconds_of_kind[key]
 
-    def _measure(self, layer: PlannedLayer, activations: SiteActivations, rounding: RoundingSpec) -> float:
+    def _measure(self, planned: PlannedUnit, layer_format: LayerFormat, batch: Batch, rounding: RoundingSpec) -> float:
         """Steps of the job times the time of one, plus what is done once, plus three passes over the data."""
-        assert layer.format is not None
-        job, comm = self._job, SoloComm()
-        problem = make_problem(
-            job.spec.model_copy(update={"rounding": rounding}),
-            job.walker,
-            layer.site,
-            layer.format,
-            activations,
-            1,
-            job.context.device,
-            self._store,
-            MomentCache(),
-        )
-        candidates = [problem.grid.dequantize(problem.grid.quantize(problem.weight))]
-        nearest = output_errors(problem, candidates, comm)
-
-        def seconds(work: Callable[[], object]) -> float:
-            started = time.monotonic()
-            work()
-            if job.context.device.type == "cuda":
-                torch.cuda.synchronize(job.context.device)
-            return time.monotonic() - started
-
-        def solve(steps: int) -> object:
-            return make_solver(rounding.with_steps(steps))(problem, nearest, comm, Monitor())
-
-        total = 3 * seconds(lambda: output_errors(problem, candidates, comm)) * self.rank_share
-        if rounding.needs_moments or layer.format.observer == "output_mse":
-            total += seconds(lambda: layer_moments(problem, comm)) * self.rank_share
-            problem = weighted_grid(problem, layer.format, comm)
-        solver = solver_of(rounding, problem)
-        num_steps = rounding.with_solver(solver).num_steps
+        site, comm = planned.site, SoloComm()
+        spec = self._job.spec.model_copy(update={"rounding": rounding})
+        problem = make_problem(spec, self._walker, site, layer_format, [batch], 1, self._store)
+        nearest = [problem.grid.dequantize(problem.grid.quantize(problem.weight))]
+        total = 3 * self._timed(lambda: output_errors(problem, nearest, comm)) * self.rank_share
+        name = solver_name(rounding, site)
+        needs_moments = make_solver(name, rounding).needs_moments or rounding.polishes
+        if needs_moments or layer_format.observer == "output_mse":
+            total += self._timed(lambda: measure(problem, comm)) * self.rank_share
+            problem = with_moments(problem, measure(problem, comm), layer_format)
+        num_steps = make_solver(name, rounding).num_steps
         if not num_steps:
-            return total + (seconds(partial(solve, 1)) if rounding.needs_moments else 0.0)
+            return total + (self._solve(problem, name, rounding, 1) if needs_moments else 0.0)
         # The difference of two runs: the first steps pay for what is set up once.
-        trial = _TRIAL_STEPS[solver]
-        few, more = (seconds(partial(solve, steps)) for steps in (trial, 3 * trial))
+        trial = _TRIAL_STEPS.get(name, 1)
+        few, more = (self._solve(problem, name, rounding, steps) for steps in (trial, 3 * trial))
         per_step = max(0.0, more - few) / (2 * trial)
-        once = max(0.0, few - trial * per_step) if rounding.needs_moments else 0.0
+        once = max(0.0, few - trial * per_step) if needs_moments else 0.0
         return total + once + per_step * num_steps
 
+    def _solve(self, problem: LayerProblem, name: str, rounding: RoundingSpec, num_steps: int) -> float:
+        """Seconds of a solver with so many steps."""
+        solver = make_solver(name, rounding.with_steps(num_steps))
+        return self._timed(lambda: solver.solve(problem, SoloComm(), Monitor()))
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def _timed(self, work: Callable[[], object]) -> float:
+        started = time.monotonic()
+        work()
+        if self._store.device.type == "cuda":
+            torch.cuda.synchronize(self._store.device)
+        return time.monotonic() - started

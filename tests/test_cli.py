@@ -324,7 +324,7 @@ def test_an_interrupt_ends_without_a_word(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def told(error: Exception, rank: int) -> Exception:
-    error.told_by = rank  # type: ignore[attr-defined]
+    error.reported_by = rank  # type: ignore[attr-defined]
     return error
 
 

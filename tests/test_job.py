@@ -244,7 +244,7 @@ def run_on_rank(path: str) -> tuple[str, str, int | None]:
     try:
         run(Path(path))
     except (InputError, PeerError) as error:
-        return type(error).__name__, str(error), error.told_by
+        return type(error).__name__, str(error), error.reported_by
     return "", "", None
 
 
@@ -267,7 +267,7 @@ def test_ranks_write_events_each_and_results_once(pool: RankPool, mlp: Path, tmp
     assert read_json(tmp_path, "report.json")["world_size"] == 2
 
 
-def test_an_output_that_cannot_be_written_is_told_by_one_rank(pool: RankPool, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported_by_one_rank(pool: RankPool, tmp_path: Path) -> None:
     path = write_job(tmp_path, "mlp")
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     results = pool.run(output_failure, 2, str(path))
@@ -280,7 +280,7 @@ def output_failure(path: str) -> tuple[str, int | None]:
     try:
         run(Path(path))
     except OSError as error:
-        return type(error).__name__, getattr(error, "told_by", None)
+        return type(error).__name__, getattr(error, "reported_by", None)
     return "", None
 
 

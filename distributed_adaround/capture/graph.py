@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from distributed_adaround.capture.operations import (
     layer_bias,
@@ -33,8 +32,10 @@ from distributed_adaround.capture.operations import (
     unusable,
     what_follows,
 )
-from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, ModelInputs, Site
+from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site
+from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
+from distributed_adaround.model.source import fixed_batch_size
 
 
 @dataclass(frozen=True)
@@ -138,21 +139,6 @@ def _odd_batch(example: ModelInputs) -> ModelInputs:
 
     args = tuple(resize(value) for value in example.args)
     return replace(example, args=args, kwargs={name: resize(value) for name, value in example.kwargs.items()})
-
-
-def placeholder_names(program: ExportedProgram) -> list[str]:
-    """Names of the program's inputs, in order."""
-    return [str(name) for name in program.graph_signature.user_inputs]
-
-
-def fixed_batch_size(program: ExportedProgram) -> int | None:
-    """Batch size that the program was exported with, if it takes no other."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        is_input = node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-        if is_input and isinstance(value, Tensor) and value.dim() and is_concrete_int(value.shape[0]):
-            return int(value.shape[0])
-    return None
 
 
 def straight_line(program: ExportedProgram) -> GraphModule:
@@ -289,7 +275,8 @@ def _find_sites(
 
 
 def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> Site:
-    bias = layer_bias(node)
+    bias, source = layer_bias(node), node.args[0]
+    assert isinstance(source, Node)
     path, _, leaf = weight_name.rpartition(".")
     batch_norm, activation = what_follows(node)
     return Site(
@@ -302,6 +289,7 @@ def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> 
         activation=activation,
         num_calls=num_calls,
         shift_name=_shift_name(module, bias, batch_norm, num_calls),
+        source=source.name,
     )
 
 

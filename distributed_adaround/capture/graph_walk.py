@@ -12,7 +12,7 @@ segment that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +25,8 @@ from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import CapturedGraph, attribute
-from distributed_adaround.capture.sites import (
-    FloatParameter,
-    Microbatches,
-    ModelInputs,
-    Site,
-    SiteActivations,
-    counting_rows,
-)
+from distributed_adaround.capture.sites import Batch, FloatParameter, Unit, counting_rows
+from distributed_adaround.data.microbatches import Microbatches, ModelInputs
 from distributed_adaround.errors import InputError
 
 FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
@@ -57,23 +51,24 @@ class _Microbatch:
 class GraphWalker:
     """Walker over a captured graph; the only owner of activations."""
 
-    def __init__(self, graph: CapturedGraph, device: torch.device, store: ActivationStore) -> None:
+    def __init__(self, graph: CapturedGraph, store: ActivationStore) -> None:
         self._graph = graph
-        self._device = device
+        self._device = store.device
         self._store = store
+        self._units = tuple(Unit((site,)) for site in graph.sites)
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._last_reads = _last_reads(graph.nodes)
         self._site_nodes = {site.name: node for node, site in graph.first_calls.items()}
         self._microbatches: list[_Microbatch] = []
         self._cursor = 0
-        self._reached: Site | None = None
+        self._reached: Unit | None = None
         self._constants: Values = {}
         self._weights: Values = {}
         self._float_weights: dict[str, Tensor] = {}
 
     @property
-    def sites(self) -> Sequence[Site]:
-        return self._graph.sites
+    def units(self) -> Sequence[Unit]:
+        return self._units
 
     @property
     def float_parameters(self) -> Sequence[FloatParameter]:
@@ -102,44 +97,37 @@ class GraphWalker:
             self._microbatches.append(batch)
 
     @torch.no_grad()
-    def reach(self, site: Site) -> SiteActivations:
-        node = self._site_nodes[site.name]
+    def reach(self, unit: Unit) -> list[Batch]:
+        node = self._site_nodes[unit.site.name]
         self._advance_to(node)
         source = node.args[0]
         assert isinstance(source, Node)
-        batches = self._microbatches
-        inputs = [batch.get(QUANTIZED, source) for batch in batches]
-        float_inputs = [batch.get(FLOAT, source) for batch in batches]
+        inputs = [(held.get(QUANTIZED, source), held.get(FLOAT, source)) for held in self._microbatches]
         self._run([node], (FLOAT,))
-        self._reached = site
-        return SiteActivations(
-            indices=[batch.index for batch in batches],
-            inputs=inputs,
-            float_inputs=float_inputs,
-            float_outputs=[batch.values[FLOAT][node] for batch in batches],
-            masks=[batch.mask for batch in batches],
-            batch_sizes=[batch.size for batch in batches],
-            source=source.name,
-        )
+        self._reached = unit
+        return [
+            Batch(held.index, x_hat, x, held.values[FLOAT][node], held.mask, held.size)
+            for held, (x_hat, x) in zip(self._microbatches, inputs, strict=True)
+        ]
 
     @torch.no_grad()
-    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
-        if self._reached != site:
-            self.reach(site)
-        node = self._site_nodes[site.name]
-        parameter = self.tensor(site.weight_name)
-        if weight is not None:
-            if site.num_calls > 1:
-                self._float_weights[site.weight_name] = parameter.clone()
-            parameter.copy_(weight)
-        if shift is not None:
-            assert site.shift_name is not None
-            tensor = self.tensor(site.shift_name)
-            # The float stream has yet to pass a batch norm behind the site.
-            self._float_weights[site.shift_name] = tensor.clone()
-            tensor.copy_(site.shifted(tensor, shift))
+    def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+        if self._reached != unit:
+            self.reach(unit)
+        node = self._site_nodes[unit.site.name]
+        for name, value in tensors.items():
+            tensor = self.tensor(name)
+            if self._read_after(node, name):
+                # The float stream has yet to read it.
+                self._float_weights[name] = tensor.clone()
+            tensor.copy_(value)
         self._run([node], (QUANTIZED,))
         self._cursor = self._order[node] + 1
+
+    def _read_after(self, node: Node, name: str) -> bool:
+        """Whether a tensor of the model is read after the node."""
+        sources = (other for other in self._graph.nodes if other.op == "get_attr" and str(other.target) == name)
+        return any(self._order[user] > self._order[node] for source in sources for user in source.users)
 
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:

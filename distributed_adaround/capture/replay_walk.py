@@ -10,7 +10,7 @@ What follows a layer cannot be seen by hooks, so sites have no batch norm and no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +21,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distributed_adaround.capture.layer_modules import find_layers, float_reasons, geometry_of
-from distributed_adaround.capture.sites import (
-    FloatParameter,
-    Microbatches,
-    ModelInputs,
-    Site,
-    SiteActivations,
-    counting_rows,
-)
+from distributed_adaround.capture.sites import Batch, FloatParameter, Site, Unit, counting_rows
+from distributed_adaround.data.microbatches import Microbatches, ModelInputs
 from distributed_adaround.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -90,12 +84,13 @@ class ReplayWalker:
         ]
         layers, refused = find_layers(self._module)
         num_calls, with_output_size = self._count_calls(layers, example)
-        self._sites = _sites(self._module, layers, num_calls, refused, with_output_size)
-        self._float_parameters = float_reasons(self._module, self._sites, layers, refused)
+        sites = _sites(self._module, layers, num_calls, refused, with_output_size)
+        self._units = tuple(Unit((site,)) for site in sites)
+        self._float_parameters = float_reasons(self._module, sites, layers, refused)
 
     @property
-    def sites(self) -> Sequence[Site]:
-        return self._sites
+    def units(self) -> Sequence[Unit]:
+        return self._units
 
     @property
     def float_parameters(self) -> Sequence[FloatParameter]:
@@ -111,39 +106,30 @@ class ReplayWalker:
     def start(self, microbatches: Microbatches) -> None:
         self._microbatches = microbatches
 
-    def reach(self, site: Site) -> SiteActivations:
-        """Activations of the site's first call in each microbatch.
+    def reach(self, unit: Unit) -> list[Batch]:
+        """What the site's first call sees in each microbatch.
 
         A microbatch whose float forward does not run the layer is left out; where only the quantized forward misses
         it, or brings another number of rows, x stands in for x̂. Both are noted.
         """
+        site = unit.site
         with self._float_weights():
             floats = self._run_up_to(site, with_output=True)
         quantized = self._run_up_to(site, with_output=False)
-        assert self._microbatches is not None
-        result = SiteActivations([], [], [], [], [])
-        strayed = 0
+        batches, strayed = [], 0
         for index, captured in floats.items():
             if captured is None or captured.y is None:
                 continue
             twin = quantized[index]
             if twin is None or twin.x.shape != captured.x.shape:
                 twin, strayed = captured, strayed + 1
-            result.indices.append(index)
-            result.inputs.append(twin.x)
-            result.float_inputs.append(captured.x)
-            result.float_outputs.append(captured.y)
-            result.masks.append(captured.mask)
-            result.batch_sizes.append(captured.size)
-        self._note_gaps(site, len(floats) - len(result.indices), strayed, len(floats))
-        return result
+            batches.append(Batch(index, twin.x, captured.x, captured.y, captured.mask, captured.size))
+        self._note_gaps(site, len(floats) - len(batches), strayed, len(floats))
+        return batches
 
-    def commit(self, site: Site, weight: Tensor | None, shift: Tensor | None = None) -> None:
-        if weight is not None:
-            self._replace(site.weight_name, weight)
-        if shift is not None:
-            assert site.shift_name is not None
-            self._replace(site.shift_name, site.shifted(self.tensor(site.shift_name), shift))
+    def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            self._replace(name, value)
 
     def _replace(self, name: str, value: Tensor) -> None:
         """Another value for a tensor of the quantized model."""

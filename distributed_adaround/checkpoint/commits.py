@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from distributed_adaround.checkpoint.layer_files import Checkpoint, LayerRecord
+from distributed_adaround.checkpoint.layer_files import Checkpoint
 from distributed_adaround.checkpoint.solver_states import SolverStates
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files import storage, uris
 from distributed_adaround.runtime.comm import Comm, phase
-
-RESULTS = ("quantized.safetensors", "dequantized.safetensors", "report.json")
+from distributed_adaround.solve.record import LayerRecord
 
 
 class Commits:
@@ -36,13 +35,22 @@ class Commits:
 class JobCommits(Commits):
     """Those of a job file, in its output. Rank 0 reads and writes records, all ranks get them.
 
-    fingerprint: digests of what the result depends on.
-
     Raises:
         InputError: the output holds another job's commits or results, and may not be overwritten.
     """
 
-    def __init__(self, uri: str, fingerprint: Mapping[str, str], overwrite: bool, comm: Comm) -> None:
+    def __init__(
+        self, uri: str, fingerprint: Mapping[str, str], overwrite: bool, results: Sequence[str], comm: Comm
+    ) -> None:
+        """Open the output. A collective.
+
+        Args:
+            uri: of the output.
+            fingerprint: digests of what the result depends on.
+            overwrite: replace what another job has left there.
+            results: names of the files that jobs leave.
+            comm: of all ranks.
+        """
         self._comm = comm
         self._checkpoint: Checkpoint | None = None
         with phase(comm, "open the output"):
@@ -53,7 +61,7 @@ class JobCommits(Commits):
                     storage.remove_leftovers(uris.join(uri, folder))
                 self._checkpoint = Checkpoint.open(uri, fingerprint, overwrite)
                 if not (self._checkpoint.committed or overwrite):
-                    _refuse_to_replace(uri)
+                    _refuse_to_replace(uri, results)
         self.names: tuple[str, ...] = comm.broadcast_object(
             () if self._checkpoint is None else self._checkpoint.committed
         )
@@ -82,9 +90,9 @@ class JobCommits(Commits):
         return self._states.load(layer, key)
 
 
-def _refuse_to_replace(uri: str) -> None:
+def _refuse_to_replace(uri: str, results: Sequence[str]) -> None:
     """Results without commits of this job are somebody else's."""
-    for name in RESULTS:
+    for name in results:
         if storage.exists(uris.join(uri, name)):
             raise InputError(
                 f"{redact(uri)}: {name} is there already, from another job; choose another output.uri, or set "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, MapStyleWrapper, Prefetcher
 
+from distributed_adaround.data.encode import ArraysEncoder, Encoder
 from distributed_adaround.data.manifest import FieldInfo, Manifest
 from distributed_adaround.data.readers import SampleFile, open_samples
 from distributed_adaround.errors import InputError, redact
@@ -38,7 +39,8 @@ class SampleLoader:
     owned: indices of this rank's microbatches. pad_value: fills fields that vary in size, at the end, up to the longest
     sample of the microbatch. mask_field: where a field varies and the data has no field of this name, it is added:
     int64 `(N, T)`, 1 for real, 0 for padding, T the first varying dimension of the first varying field. Where the data
-    has it, it is padded with 0. prefetch: microbatches read ahead by a thread; 0 for none.
+    has it, it is padded with 0. prefetch: microbatches read ahead by a thread; 0 for none. encoder: makes the tensors
+    of each sample; None: arrays as they are.
 
     Each file is compared with the manifest's size and checksum before its first sample is used; remote files are
     downloaded once, and removed by `close`.
@@ -55,13 +57,16 @@ class SampleLoader:
         pad_value: int | float = 0,
         mask_field: str,
         prefetch: int = 2,
+        encoder: Encoder | None = None,
     ) -> None:
         self._manifest = manifest
+        self._encode = encoder or ArraysEncoder({})
+        self._fields = self._encode.fields(manifest.fields)
         self._owned = tuple(sorted(owned))
         self._mask_field = mask_field
         self._prefetch = prefetch
-        varying = [info for info in manifest.fields if None in info.shape]
-        names = {info.name for info in manifest.fields}
+        varying = [info for info in self._fields if None in info.shape]
+        names = {info.name for info in self._fields}
         self._masked_by = varying[0] if varying and mask_field not in names else None
         self._pad_values = {info.name: 0 if info.name == mask_field else pad_value for info in varying}
         for info in varying:
@@ -78,6 +83,11 @@ class SampleLoader:
         return len(self._manifest.microbatches)
 
     @property
+    def varying(self) -> bool:
+        """Samples differ in size."""
+        return any(None in info.shape for info in self._fields)
+
+    @property
     def owned(self) -> tuple[int, ...]:
         """Global indices of this rank's microbatches, ascending. May be empty."""
         return self._owned
@@ -88,7 +98,7 @@ class SampleLoader:
             assert not self._closed, "the loader is closed"
             assert 0 <= index < self.total, f"microbatch {index} of {self.total}"
             located = map(self._manifest.locate, self._manifest.microbatches[index].samples)
-            samples = [self._open(file).read(row) for file, row in located]
+            samples = [self._encode(self._open(file).read(row)) for file, row in located]
         return self._collate(samples)
 
     def __iter__(self) -> Iterator[tuple[int, Loaded]]:
@@ -139,7 +149,7 @@ class SampleLoader:
 
     def _collate(self, samples: Sequence[Mapping[str, Tensor]]) -> Loaded:
         batch = {}
-        for info in self._manifest.fields:
+        for info in self._fields:
             rows = [sample[info.name] for sample in samples]
             batch[info.name] = _stack(rows, self._pad_values[info.name]) if None in info.shape else torch.stack(rows)
         if self._masked_by is not None:

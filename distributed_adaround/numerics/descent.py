@@ -2,11 +2,11 @@
 
 Shape legend: G conv groups, J inputs of one output, R out channels of a group, p inputs of a block.
 
-The loss of a row, `d A dᵀ - 2 d pᵀ` with d = ŵ - w, is smooth and cheap, and rows do not depend on each other. A sweep
-visits the inputs in blocks, inputs of large A_jj first. Inside a block it takes proximal gradient steps,
+The loss of a channel, `d A dᵀ - 2 d pᵀ` with d = ŵ - w, is smooth and cheap, and channels do not depend on each other.
+A sweep visits the inputs in blocks, inputs of large A_jj first. Inside a block it takes proximal gradient steps,
 
     c = ŵ - (A_block d - p) / (L diag A)        L: largest eigenvalue of the block's A, scaled to a diagonal of ones
-    ŵ = S_(mu/L)(c)                             soft rounding (numerics/lattice.py)
+    ŵ = S_(mu/L)(c)                             soft rounding (numerics/grid.py)
 
 then the gradient of all inputs that come after is brought up to date: one matrix product per block, one product of the
 whole matrix per sweep. Blocks of one input make it coordinate descent, where each step is the exact minimum.
@@ -21,16 +21,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distributed_adaround.numerics.lattice import Lattice, LatticeRun
+from distributed_adaround.numerics.grid import Grid, GridRun
 from distributed_adaround.numerics.moments import Quadratic, permuted
 
-# Inputs whose gradient is kept up to date inside a sweep; those behind them are updated once for all of them.
+# Inputs whose gradient is kept up to date inside a sweep; the others are updated once for all of them.
 _FRONT = 128
 
 
@@ -43,36 +42,41 @@ class _Block(NamedTuple):
 
 
 class Descent:
-    """State of the descent of some rows.
+    """State of the descent of some channels.
 
-    levels: weights over scales, `(G, J, R)`, inputs in the order of the descent. lattice: the scales change.
+    levels: weights over scales, `(G, J, R)`, inputs in the order of the descent. Scales are refitted in place.
     """
 
     def __init__(
-        self, quadratic: Quadratic, lattice: Lattice, levels: Tensor | None = None, *, block: int, steps: int
+        self, quadratic: Quadratic, grid: Grid, levels: Tensor | None = None, *, block: int, steps: int
     ) -> None:
-        """levels: `(G, R, J)` to start from, in the weight's order; None: the float weights. block: inputs at once;
-        steps: proximal steps in each block."""
-        # Scales are refitted in place.
-        self.lattice = replace(lattice, scale=lattice.scale.clone())
-        self._steps = steps
-        self._runs = lattice.scale.shape[1]
+        """Begin at the float weights, or at levels.
+
+        Args:
+            quadratic: of the channels.
+            grid: of the channels; it stays as it is.
+            levels: `(G, R, J)` to start from, in the weight's order; None: the float weights.
+            block: inputs visited at once.
+            steps: proximal steps in each block.
+        """
+        self._grid, self._steps = grid, steps
+        self._runs = grid.runs()
         diagonal = quadratic.second.diagonal(dim1=1, dim2=2)
-        self._order = _order(diagonal, self._runs, block)
+        self._order = _order(diagonal, len(self._runs), block)
         self._second = permuted(quadratic.second, self._order)
         self._diagonal = diagonal.gather(1, self._order)
         self._weight = self._inputs_first(quadratic.weight)
-        self._pull = None if quadratic.pull is None else self._inputs_first(quadratic.pull)
+        self._linear = None if quadratic.linear is None else self._inputs_first(quadratic.linear)
         # A W + P, so that A Ŵ = gradient + this.
         self._aim = torch.bmm(self._second, self._weight)
-        if self._pull is not None:
-            self._aim += self._pull
+        if self._linear is not None:
+            self._aim += self._linear
         self.levels = torch.empty_like(self._weight) if levels is None else self._inputs_first(levels)
         for start, stop, run in self._each_run() if levels is None else ():
             wanted = self._weight[:, start:stop] / run.scale
             self.levels[:, start:stop] = torch.minimum(torch.maximum(wanted, run.low), run.high)
         blocks = self._make_blocks(block)
-        size = self.levels.shape[1] // self._runs
+        size = self.levels.shape[1] // len(self._runs)
         self._fronts = [_fronts(mine) for _, mine in itertools.groupby(blocks, lambda one: one.start // size)]
         largest = torch.tensor([one.lipschitz for one in blocks for _ in range(one.start, one.stop)])
         self._curvature = (self._diagonal * largest.to(self._diagonal))[:, :, None]
@@ -81,8 +85,8 @@ class Descent:
         """Visit all inputs once; if refit, find the best scale of a run of inputs before they are visited."""
         gradient = self._gradient()
         for index, (start, stop, run) in enumerate(self._each_run()):
-            if refit and self.lattice.per_row:
-                run = self._refit(index, start, stop, gradient)
+            if refit and self._grid.per_channel:
+                self._refit(run, start, stop, gradient)
             curvature = self._curvature[:, start:stop]
             # Step in levels per unit of slope. An input that is always 0 has no slope and no curvature: it stays.
             rate = torch.where(curvature > 0, 1 / curvature / run.scale, 0.0)
@@ -96,7 +100,7 @@ class Descent:
                 change = (self.levels[:, first:last] - before).mul_(run.scale)
                 gradient[:, last:].baddbmm_(self._second[:, last:, first:last], change)
 
-    def _visit(self, block: _Block, last: int, run: LatticeRun, rate: Tensor, gradient: Tensor, mu: float) -> None:
+    def _visit(self, block: _Block, last: int, run: GridRun, rate: Tensor, gradient: Tensor, mu: float) -> None:
         """Proximal steps of one block; the gradient is right up to `last` afterwards. rate: `(G, p, R)`."""
         a, b = block.start, block.stop
         levels, slope = self.levels[:, a:b], gradient[:, a:b]
@@ -113,33 +117,32 @@ class Descent:
 
     def _gradient(self) -> Tensor:
         """Half the derivative by the weights, `A D - P`, `(G, J, R)`."""
-        gradient = torch.bmm(self._second, self.lattice.weights(self.levels) - self._weight)
-        return gradient if self._pull is None else gradient.sub_(self._pull)
+        gradient = torch.bmm(self._second, self._weights() - self._weight)
+        return gradient if self._linear is None else gradient.sub_(self._linear)
 
-    def _refit(self, index: int, start: int, stop: int, gradient: Tensor) -> LatticeRun:
+    def _refit(self, run: GridRun, start: int, stop: int, gradient: Tensor) -> None:
         """The scale with the least loss for the present levels of one run, where its format can hold it.
 
         s = s - <q, g> / <q, A q>, q the levels of the run: the minimum of a parabola over s.
         """
-        run, levels = self.lattice.run(index), self.levels[:, start:stop]
-        if self._runs == 1:
+        levels = self.levels[:, start:stop]
+        if len(self._runs) == 1:
             product = (gradient + self._aim).div_(run.scale)
         else:
             product = torch.bmm(self._second[:, start:, start:stop], levels)
         slope = (levels * gradient[:, start:stop]).sum(dim=1, keepdim=True)
         curvature = (levels * product[:, : stop - start]).sum(dim=1, keepdim=True)
-        wanted = self.lattice.representable(run.scale - slope / curvature)
+        wanted = self._grid.representable(run.scale - slope / curvature)
         change = wanted - run.scale
         # NaN and what rounding of the scale made worse fail this test.
         better = (curvature > 0) & (change * (2 * slope + change * curvature) < 0)
         gradient[:, start:].add_(product.mul_(torch.where(better, change, 0.0)))
         run.scale.copy_(torch.where(better, wanted, run.scale))
-        return self.lattice.run(index)
 
-    def _each_run(self) -> Iterator[tuple[int, int, LatticeRun]]:
-        size = self.levels.shape[1] // self._runs
-        for index in range(self._runs):
-            yield index * size, (index + 1) * size, self.lattice.run(index)
+    def _each_run(self) -> Iterator[tuple[int, int, GridRun]]:
+        size = self.levels.shape[1] // len(self._runs)
+        for index, run in enumerate(self._runs):
+            yield index * size, (index + 1) * size, run
 
     def _make_blocks(self, size: int) -> list[_Block]:
         """All blocks, of `size` inputs at most, in the order of the visits. Those of one input have L = 1."""
@@ -166,7 +169,7 @@ class Descent:
         return found
 
     def unsettled(self, tolerance: float) -> Tensor:
-        """How many levels are further than `tolerance` from the lattice."""
+        """How many levels are further than `tolerance` from the grid."""
         away = torch.zeros((), dtype=torch.int64, device=self.levels.device)
         for start, stop, run in self._each_run():
             levels = self.levels[:, start:stop]
@@ -174,28 +177,40 @@ class Descent:
         return away
 
     def settle(self) -> None:
-        """Every level to the nearest one of the lattice."""
+        """Every level to the nearest one of the grid."""
         for start, stop, run in self._each_run():
             self.levels[:, start:stop] = run.round(self.levels[:, start:stop])
 
     def losses(self) -> Tensor:
-        """Loss less its constant of each row, `(G, R)`."""
-        difference = self.lattice.weights(self.levels) - self._weight
+        """Loss without its constant of each channel, `(G, R)`."""
+        difference = self._weights() - self._weight
         gradient = self._gradient()
-        if self._pull is not None:
-            gradient -= self._pull
+        if self._linear is not None:
+            gradient -= self._linear
         return (gradient * difference).sum(dim=1)
 
-    def weights(self) -> Tensor:
-        """Weights `(G, R, J)` of the present levels, in the weight's order."""
-        return self._outputs_first(self.lattice.weights(self.levels))
+    @property
+    def scale(self) -> Tensor:
+        """Present scales `(G, R, n)`."""
+        return torch.cat([run.scale for run in self._runs], dim=1).transpose(1, 2).contiguous()
 
     def codes(self) -> Tensor:
         """Codes `(G, R, J)` of levels that have settled, in the weight's order."""
-        return self._outputs_first(self.lattice.codes(self.levels))
+        return self._grid.codes(self._outputs_first(self.levels))
 
-    def _inputs_first(self, rows: Tensor) -> Tensor:
-        return rows.transpose(1, 2).gather(1, self._order[:, :, None].expand(-1, -1, rows.shape[1]))
+    def weights(self) -> Tensor:
+        """Weights `(G, R, J)` of the present levels, in the weight's order."""
+        return self._outputs_first(self._weights())
+
+    def _weights(self) -> Tensor:
+        """The same in the order of the descent, `(G, J, R)`."""
+        scale = torch.stack([run.scale for run in self._runs], dim=1)
+        groups, inputs, channels = self.levels.shape
+        by_run = self.levels.view(groups, len(self._runs), -1, channels)
+        return (by_run * scale).view(groups, inputs, channels)
+
+    def _inputs_first(self, values: Tensor) -> Tensor:
+        return values.transpose(1, 2).gather(1, self._order[:, :, None].expand(-1, -1, values.shape[1]))
 
     def _outputs_first(self, values: Tensor) -> Tensor:
         place = self._order[:, :, None].expand_as(values)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_adaround.numerics.lattice import Lattice
+from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.moments import Quadratic, permuted
 
 _FRONT = 128
@@ -21,7 +21,7 @@ _FRONT = 128
 
 @dataclass(frozen=True)
 class GptqFactors:
-    """What all rows of a layer share.
+    """What all channels of a layer share.
 
     order: of the inputs, int64 `(G, J)`. lower: Cholesky factor of the damped A in that order, `(G, J, J)` float64.
     spread: upper Cholesky factor of its inverse, `(G, J, J)`: how the error of one input goes to those after it.
@@ -55,27 +55,28 @@ class GptqFactors:
         return GptqFactors(self.order[index], self.lower[index], self.spread[index])
 
 
-def gptq_codes(quadratic: Quadratic, lattice: Lattice, factors: GptqFactors) -> Tensor:
-    """Codes `(G, R, J)`. With a pull P the float weight first moves to the least squares solution, `W + P A^-1`."""
+def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor:
+    """Codes `(G, R, J)`. With a linear part P the float weight first moves to the least squares solution `W + P
+    A^-1`."""
     order = factors.order
     place = order[:, :, None].expand(-1, -1, quadratic.weight.shape[1])
     left = quadratic.weight.transpose(1, 2).gather(1, place)
-    if quadratic.pull is not None:
-        pull = quadratic.pull.transpose(1, 2).gather(1, place).double()
-        left += torch.cholesky_solve(pull, factors.lower).to(left.dtype)
-    run_of_input = order // (order.shape[1] // lattice.scale.shape[1])
-    levels = _round_in_order(left, factors.spread, lattice, run_of_input)
-    return lattice.codes(torch.empty_like(levels).scatter_(1, place, levels)).transpose(1, 2)
+    if quadratic.linear is not None:
+        linear = quadratic.linear.transpose(1, 2).gather(1, place).double()
+        left += torch.cholesky_solve(linear, factors.lower).to(left.dtype)
+    run_of_input = order // (order.shape[1] // grid.scale.shape[2])
+    levels = _round_in_order(left, factors.spread, grid, run_of_input)
+    return grid.codes(torch.empty_like(levels).scatter_(1, place, levels).transpose(1, 2))
 
 
-def _round_in_order(left: Tensor, spread: Tensor, lattice: Lattice, run_of_input: Tensor) -> Tensor:
+def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, run_of_input: Tensor) -> Tensor:
     """Levels `(G, J, R)` of weights `(G, J, R)`, which are changed, both in the order of the inputs."""
     levels = torch.empty_like(left)
     for first in range(0, left.shape[1], _FRONT):
         last = min(first + _FRONT, left.shape[1])
         errors = torch.empty_like(left[:, first:last])
         for j in range(first, last):
-            chosen = lattice.of_inputs(run_of_input[:, j : j + 1])
+            chosen = grid.of_inputs(run_of_input[:, j : j + 1])
             now = left[:, j : j + 1]
             levels[:, j : j + 1] = chosen.round(now / chosen.scale)
             error = (now - levels[:, j : j + 1] * chosen.scale) / spread[:, j : j + 1, j : j + 1]

@@ -1,45 +1,52 @@
-"""The grid that weights are rounded to: integers, or the values of a small floating-point format, times a scale.
+"""The grid that weights are rounded to: integers, or the values of a small float, times a scale.
 
-Shape legend: O out channels, I inputs of one output, n groups of one row (1 unless per group), V values of a format.
+Shape legend: G conv groups, R out channels of a group, J inputs of one output, n runs of J/n inputs that share a scale,
+V values of a format.
 
     integers    code = round(w / scale) + zero_point, clamped to qmin..qmax    w = (code - zero_point) * scale
     floats      code = place of the value nearest to w / scale                 w = values[code] * scale
 
-Codes are kept as floating-point tensors while they are worked on: every code of up to 8 bits is exact in float32.
+A *level* is a weight in units of its scale: an integer less the zero point, or a value, for weights on the grid. Codes
+are kept as floating-point tensors while they are worked on: every code of up to 24 bits is exact in float32.
+
+Soft rounding of a level c between its neighbours lo <= c <= hi, f = (c - lo) / (hi - lo), is
+
+    S_m(c) = lo + (hi - lo) * clamp((f - m/2) / (1 - m), 0, 1)
+
+the point that minimizes (v - c)² + m (hi - lo)² f_v (1 - f_v) over v: the regularizer of AdaRound at beta = 2, with
+weight m. S_0 leaves c as it is, S_1 is rounding to the nearest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-# float32: any. e8m0: a power of two (OCP Microscaling Formats v1.0). e4m3: an 8-bit float times one factor for the
-# whole tensor (NVFP4).
-ScaleFormat = Literal["float32", "e8m0", "e4m3"]
+from distributed_adaround.formats import ScaleFormat
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zero points of one weight matrix `(O, I)`.
+    """Scales and zero points of a weight `(G, R, J)`.
 
-    scale, zero_point: floating point, `(1, 1)` per tensor, `(O, 1)` per channel, `(O, n)` per group of I/n
-    consecutive inputs. qmin, qmax: smallest and largest code. values: `(V,)`, the representable values in ascending
-    order, in units of the scale; codes are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None:
-    integers. scale_format: what a scale may be. tensor_scale: `(1, 1)`, the factor of the whole tensor, with e4m3
-    scales only; `scale` holds it already.
+    scale, zero_point: floating point, `(G, R, n)`, or `(1, 1, 1)` for the whole tensor. qmin, qmax: smallest and
+    largest code. scale_format: what a scale may be. values: `(V,)`, the representable values in ascending order; codes
+    are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None: integers. tensor_scale: `(1, 1, 1)`, the
+    factor of the whole tensor where the scale format has one; `scale` holds it already.
     """
 
     scale: Tensor
     zero_point: Tensor
     qmin: int
     qmax: int
+    scale_format: ScaleFormat
     values: Tensor | None = None
-    scale_format: ScaleFormat = "float32"
     tensor_scale: Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Grid:
@@ -52,80 +59,155 @@ class Grid:
             tensor_scale=None if self.tensor_scale is None else self.tensor_scale.to(device, dtype),
         )
 
-    def _expand(self, values: Tensor, num_inputs: int) -> Tensor:
-        """`(1|O, n)` to something that broadcasts against `(O, I)`."""
-        groups = values.shape[1]
-        return values if groups == 1 else values.repeat_interleave(num_inputs // groups, dim=1)
+    @property
+    def per_channel(self) -> bool:
+        """Channels have scales of their own, which can be refitted; else there is one for the whole tensor."""
+        return self.scale.numel() > 1
 
-    def scale_like(self, weight: Tensor) -> Tensor:
-        """Scale of every weight, broadcastable to `(O, I)`."""
-        return self._expand(self.scale, weight.shape[1])
-
-    def zero_point_like(self, weight: Tensor) -> Tensor:
-        """Zero point of every weight, broadcastable to `(O, I)`."""
-        return self._expand(self.zero_point, weight.shape[1])
+    def part(self, place: tuple[slice, slice]) -> Grid:
+        """The part of some conv groups and of some out channels in each of them."""
+        if not self.per_channel:
+            return self
+        return replace(self, scale=self.scale[place], zero_point=self.zero_point[place])
 
     def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes `(O, I)` of a weight `(O, I)`.
+        """Nearest codes `(G, R, J)` of a weight `(G, R, J)`.
 
         Ties go to the even integer; of a float format, to the value whose last bit is 0, as IEEE 754 rounds. Weights
         beyond the ends take the end.
         """
-        steps = weight / self.scale_like(weight)
+        steps = weight / _of_inputs(self.scale, weight)
         if self.values is not None:
             return torch.bucketize(steps.to(self.values.dtype), _boundaries(self.values)).to(self.scale.dtype)
-        return (torch.round(steps) + self.zero_point_like(weight)).clamp_(self.qmin, self.qmax)
+        return (torch.round(steps) + _of_inputs(self.zero_point, weight)).clamp_(self.qmin, self.qmax)
 
     def levels(self, codes: Tensor) -> Tensor:
-        """Weights `(O, I)` of codes `(O, I)` in units of the scale, in its dtype."""
+        """Levels `(G, R, J)` of codes `(G, R, J)`, in the dtype of the scale."""
         if self.values is not None:
             return self.values[codes.long()]
-        codes = codes.to(self.scale.dtype)
-        return codes - self.zero_point_like(codes)
+        return codes.to(self.scale.dtype) - _of_inputs(self.zero_point, codes)
+
+    def codes(self, levels: Tensor) -> Tensor:
+        """Codes `(G, R, J)` of levels `(G, R, J)` on the grid."""
+        if self.values is not None:
+            return torch.searchsorted(self.values, levels.contiguous()).to(levels.dtype)
+        return levels + _of_inputs(self.zero_point, levels)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Weights `(O, I)` of codes `(O, I)`, in the dtype of the scale."""
-        return self.levels(codes) * self.scale_like(codes)
+        """Weights `(G, R, J)` of codes `(G, R, J)`, in the dtype of the scale."""
+        return self.levels(codes) * _of_inputs(self.scale, codes)
 
     def neighbours(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the grid values below and above each weight, both clamped to the range; `(O, I)` each.
+        """Codes of the grid values below and above each weight, both clamped to the range; `(G, R, J)` each.
 
         A weight on the grid is its own value below. Beyond the ends of the range both are the end itself: there is
         nothing to choose.
         """
-        steps = weight / self.scale_like(weight)
+        steps = weight / _of_inputs(self.scale, weight)
         if self.values is None:
-            below = torch.floor(steps) + self.zero_point_like(weight)
+            below = torch.floor(steps) + _of_inputs(self.zero_point, weight)
         else:
             below = torch.bucketize(steps.to(self.values.dtype), self.values, right=True).to(self.scale.dtype) - 1
         return below.clamp(self.qmin, self.qmax), (below + 1).clamp(self.qmin, self.qmax)
 
-    def with_scale(self, scale: Tensor) -> Grid:
-        """The grid with another scale of the same shape, each entry at the nearest one that scale_format can hold.
+    def representable(self, scale: Tensor) -> Tensor:
+        """The nearest scales that the format can hold, of any shape and in their dtype; NaN where there is none.
 
-        Nearest on a linear axis: with the codes kept, the squared error is a parabola over the scale. Entries that
-        are not finite or below the smallest normal float32 are no scale: there the grid keeps its own.
+        Nearest on a linear axis: with the codes kept, the squared error is a parabola over the scale.
         """
+        narrow = scale.float()
+        usable = torch.isfinite(narrow) & (narrow >= _TINY)
+        rounded = round_scale(torch.where(usable, narrow, 1.0), self.scale_format, self.tensor_scale)
+        return torch.where(usable, rounded.to(scale.dtype), torch.nan)
+
+    def with_scale(self, scale: Tensor) -> Grid:
+        """The grid with another scale of the same shape, as the format can hold it. Entries that are not finite or
+        below the smallest normal float32 are no scale: there the grid keeps its own."""
         assert scale.shape == self.scale.shape, (scale.shape, self.scale.shape)
-        scale = scale.to(torch.float32)
-        usable = torch.isfinite(scale) & (scale >= _TINY)
-        chosen = torch.where(usable, scale, self.scale.to(torch.float32))
-        return replace(self, scale=round_scale(chosen, self.scale_format, self.tensor_scale).to(self.scale.dtype))
+        held = self.representable(scale).to(self.scale.dtype)
+        return replace(self, scale=torch.where(held.isnan(), self.scale, held))
+
+    def at_shares(self, shares: Sequence[float]) -> Grid:
+        """Copies of the channels of each group, one copy of all of them after the other, each with one share of the
+        scales."""
+        copies = [self.with_scale(self.scale * share).scale for share in shares]
+        return replace(self, scale=torch.cat(copies, dim=1), zero_point=self.zero_point.repeat(1, len(shares), 1))
+
+    def runs(self) -> list[GridRun]:
+        """What each run of inputs that share scales has in common; copies."""
+        return [self._run(index) for index in range(self.scale.shape[2])]
+
+    def _run(self, index: int) -> GridRun:
+        scale, zero_point = (part[:, None, :, index].contiguous() for part in (self.scale, self.zero_point))
+        return self._run_of(scale.clone(), zero_point)
+
+    def of_inputs(self, index: Tensor) -> GridRun:
+        """The same for one input of each conv group. index: int64 `(G, 1)`, the run that the input is in."""
+        if self.scale.shape[2] == 1:
+            return self._run(0)
+        place = index[:, :, None].expand(-1, self.scale.shape[1], -1)
+        return self._run_of(*(part.gather(2, place).transpose(1, 2) for part in (self.scale, self.zero_point)))
+
+    def _run_of(self, scale: Tensor, zero_point: Tensor) -> GridRun:
+        if self.values is not None:
+            return GridRun(scale, self.values[0], self.values[-1], self.values)
+        return GridRun(scale, self.qmin - zero_point, self.qmax - zero_point, None)
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """A run of inputs that share scales, with the inputs first. scale: `(G, 1, R)`; low, high: smallest and largest
+    level."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    values: Tensor | None
+
+    def round(self, levels: Tensor, softness: float = 1.0) -> Tensor:
+        """S_m of levels `(G, p, R)`, m = softness; 1 is the nearest level."""
+        if self.values is not None:
+            return self._round_to_values(levels, softness)
+        nearest = levels.round()
+        if softness < 1:
+            rest = F.softshrink(levels - nearest, softness / 2)
+            nearest.add_(rest, alpha=1 / (1 - softness))
+        return torch.minimum(torch.maximum(nearest, self.low, out=nearest), self.high, out=nearest)
+
+    def _round_to_values(self, levels: Tensor, softness: float) -> Tensor:
+        assert self.values is not None
+        last = self.values.numel() - 1
+        below = (torch.searchsorted(self.values, levels.contiguous(), right=True) - 1).clamp_(0, last)
+        lo, hi = self.values[below], self.values[(below + 1).clamp_(max=last)]
+        width = hi - lo
+        fraction = ((levels - lo) / torch.where(width > 0, width, 1.0)).clamp_(0, 1)
+        if softness < 1:
+            soft = fraction.sub_(softness / 2).div_(1 - softness).clamp_(0, 1)
+        else:
+            soft = (fraction > 0.5).to(levels.dtype)
+        return lo + soft * width
 
 
 def round_scale(scale: Tensor, scale_format: ScaleFormat, tensor_scale: Tensor | None = None) -> Tensor:
-    """Positive float32 scales to the nearest ones that the format can hold; float32, normal, of the same shape."""
-    if scale_format == "e8m0":
-        # Adding half of the mantissa's range carries into the exponent from 1.5 on. 2^-127 is left out: float32
-        # holds it as a denormal number only, and those are flushed to 0 while a job runs.
-        bits = scale.clamp(_TINY, 2.0**127).view(torch.int32)
+    """Positive float32 scales to the nearest ones that the format can hold; float32, of the same shape."""
+    smallest, largest = scale_format.smallest, scale_format.largest
+    if scale_format.powers_of_two:
+        # Adding half of the mantissa's range carries into the exponent from 1.5 on.
+        bits = scale.clamp(smallest, largest).view(torch.int32)
         return ((bits + 0x0040_0000) & 0x7F80_0000).view(torch.float32)
-    if scale_format == "e4m3":
-        assert tensor_scale is not None, "e4m3 scales need the factor of the whole tensor"
+    if scale_format.per_tensor:
+        assert tensor_scale is not None, f"{scale_format.name} scales need the factor of the whole tensor"
         factor = tensor_scale.to(torch.float32)
-        # The cast makes 0 of what is far below the smallest value; that it stops at the largest, 448, is not promised.
-        return (scale / factor).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).to(torch.float32) * factor
-    return scale
+        # The cast makes 0 of what is far below the smallest value; that it stops at the largest is not promised.
+        return (scale / factor).clamp(smallest, largest).to(torch.float8_e4m3fn).to(torch.float32) * factor
+    dtype: torch.dtype = getattr(torch, scale_format.storage)
+    return scale if dtype == torch.float32 else scale.clamp(smallest, largest).to(dtype).to(torch.float32)
+
+
+def _of_inputs(values: Tensor, like: Tensor) -> Tensor:
+    """`(G, R, n)` to something that broadcasts against `like`, `(G, R, J)`."""
+    runs = values.shape[2]
+    return values if runs == 1 else values.repeat_interleave(like.shape[2] // runs, dim=2)
 
 
 def _boundaries(values: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Geometry of the layers whose weights are rounded: one matrix view for all of them.
+"""Geometry of the layers whose weights are rounded: one view of the weight for all of them.
 
-Shape legend: O out channels, I inputs of one output (`C_in / groups * prod(kernel)`), G groups of the layer,
-N samples, C channels, L one or more spatial dimensions.
+Shape legend: O out channels, I or J inputs of one output (`C_in / groups * prod(kernel)`), G groups of the layer,
+R = O / G out channels of a group, N samples, C channels, L one or more spatial dimensions.
 
 Whatever a layer is (Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, grouped, depthwise), the rest of the program
-sees its weight as a matrix `(O, I)` whose row o holds all weights that make output channel o.
+sees its weight as `(G, R, J)`: all weights that make one output channel lie side by side. It enters that view once, by
+`to_channels`, and leaves it once, by `from_channels`.
 """
 
 from __future__ import annotations
@@ -71,18 +72,18 @@ class LayerGeometry:
         """I, the number of weights that make one output."""
         return self.in_channels // self.groups * math.prod(self.kernel_size)
 
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """Weight in torch's shape to the matrix `(O, I)`, I flattened as (C_in/G, *kernel)."""
+    def to_channels(self, weight: Tensor) -> Tensor:
+        """Weight in torch's shape to `(G, R, J)`, J flattened as (C_in/G, *kernel)."""
         if not self.transposed:
-            return weight.reshape(self.out_channels, self.inputs_per_output)
+            return weight.reshape(self.groups, -1, self.inputs_per_output)
         split = weight.reshape(self.groups, -1, self.weight_shape[1], *self.kernel_size)
-        return split.transpose(1, 2).reshape(self.out_channels, self.inputs_per_output)
+        return split.transpose(1, 2).reshape(self.groups, -1, self.inputs_per_output)
 
-    def from_matrix(self, matrix: Tensor) -> Tensor:
-        """Inverse of `to_matrix`."""
+    def from_channels(self, channels: Tensor) -> Tensor:
+        """Inverse of `to_channels`."""
         if not self.transposed:
-            return matrix.reshape(self.weight_shape)
-        split = matrix.reshape(self.groups, self.weight_shape[1], -1, *self.kernel_size)
+            return channels.reshape(self.weight_shape)
+        split = channels.reshape(self.groups, self.weight_shape[1], -1, *self.kernel_size)
         return split.transpose(1, 2).reshape(self.weight_shape)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -93,7 +93,7 @@ class Moments:
     """Means over all rows of all ranks, float64.
 
     second: A, `(G, J, J)`. mean: of x̂, `(G, J)`. cross: C, `(G, J, J)`, and cross_mean, of x - x̂, `(G, J)`: None where
-    both streams are the same or the asymmetry is 0.
+    both streams are the same or the asymmetry is 0. every_row: all rows are in them, not an even selection.
     """
 
     second: Tensor
@@ -101,6 +101,7 @@ class Moments:
     cross: Tensor | None
     cross_mean: Tensor | None
     num_rows: int
+    every_row: bool = True
 
     def reordered(self, index: Tensor) -> Moments:
         """The same with the inputs in another order. index: int64 `(J,)`."""
@@ -111,7 +112,19 @@ class Moments:
             None if self.cross is None else self.cross[pairs],
             None if self.cross_mean is None else self.cross_mean[:, index],
             self.num_rows,
+            self.every_row,
         )
+
+    def error_sums(self, difference: Tensor, weight: Tensor, asymmetry: float) -> Tensor:
+        """Squared output error of each channel, `(G, R)` float64, without its constant `sum ||α W (x - x̂)||²`.
+
+        Summed over the rows of the moments; without a correction of the bias. difference: D, weight: W, `(G, R, J)`.
+        """
+        difference = difference.double()
+        by_weight = torch.bmm(difference, self.second)
+        if self.cross is not None and asymmetry:
+            by_weight -= 2 * asymmetry * torch.bmm(weight.double(), self.cross)
+        return (by_weight * difference).sum(dim=2) * self.num_rows
 
     def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> Quadratic:
         """The quadratic of a layer. weight: `(G, R, J)`, whose dtype the result has. centred: the bias is corrected."""
@@ -122,42 +135,42 @@ class Moments:
             noise = _SUM_ERROR * torch.finfo(weight.dtype).eps * self.second.diagonal(dim1=1, dim2=2)
             varies = (second.diagonal(dim1=1, dim2=2) > noise).to(second.dtype)
             second = second * varies[:, :, None] * varies[:, None, :]
-        pull = None
+        linear = None
         if cross is not None and asymmetry:
             assert self.cross_mean is not None
             if centred:
                 cross = (cross - self.cross_mean[:, :, None] * self.mean[:, None, :]) * varies[:, None, :]
-            pull = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
-        return Quadratic(second.to(weight.dtype), weight, pull)
+            linear = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
+        return Quadratic(second.to(weight.dtype), weight, linear)
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """`tr(D A Dᵀ) - 2 tr(D Pᵀ)` of a layer or some of its rows.
+    """`tr(D A Dᵀ) - 2 tr(D Pᵀ)` of a layer or some of its out channels.
 
-    second: A, `(G, J, J)`. weight: W, `(G, R, J)`. pull: P, `(G, R, J)`, or None for 0.
+    second: A, `(G, J, J)`. weight: W, `(G, R, J)`. linear: P, `(G, R, J)`, or None for 0.
     """
 
     second: Tensor
     weight: Tensor
-    pull: Tensor | None
+    linear: Tensor | None
 
-    def rows(self, groups: slice, rows: slice) -> Quadratic:
-        """The part of some groups and of some out channels in them."""
-        pull = None if self.pull is None else self.pull[groups, rows]
-        return Quadratic(self.second[groups], self.weight[groups, rows], pull)
+    def part(self, place: tuple[slice, slice]) -> Quadratic:
+        """The part of some conv groups and of some out channels in each of them."""
+        linear = None if self.linear is None else self.linear[place]
+        return Quadratic(self.second[place[0]], self.weight[place], linear)
 
     def repeated(self, times: int) -> Quadratic:
-        """The rows of each group so often, one copy of all of them after the other."""
-        pull = None if self.pull is None else self.pull.repeat(1, times, 1)
-        return Quadratic(self.second, self.weight.repeat(1, times, 1), pull)
+        """The channels of each group so often, one copy of all of them after the other."""
+        linear = None if self.linear is None else self.linear.repeat(1, times, 1)
+        return Quadratic(self.second, self.weight.repeat(1, times, 1), linear)
 
     def loss(self, rounded: Tensor) -> Tensor:
-        """Loss less its constant of each row, `(G, R)`, of weights `(G, R, J)`."""
+        """Loss without its constant of each channel, `(G, R)`, of weights `(G, R, J)`."""
         difference = rounded - self.weight
         gradient = torch.bmm(difference, self.second)
-        if self.pull is not None:
-            gradient -= 2 * self.pull
+        if self.linear is not None:
+            gradient -= 2 * self.linear
         return (gradient * difference).sum(dim=2)
 
 

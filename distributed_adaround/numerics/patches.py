@@ -123,18 +123,18 @@ def gather_rows(features: Tensor, positions: Tensor, geometry: LayerGeometry) ->
     return taken.view(rows, kernel, groups, inputs // kernel).permute(2, 0, 1, 3).reshape(groups, rows, inputs)
 
 
-def to_patch_layout(matrix: Tensor, geometry: LayerGeometry) -> Tensor:
-    """`(O, I)` in torch's order (C/G, K) to `(G, O/G, J)` in the order of `gather_rows` (K, C/G)."""
+def to_patch_layout(weight: Tensor, geometry: LayerGeometry) -> Tensor:
+    """`(G, R, J)` in torch's order (C/G, K) to the order of `gather_rows` (K, C/G)."""
     kernel = math.prod(geometry.kernel_size)
-    split = matrix.reshape(geometry.groups, geometry.out_channels // geometry.groups, -1, kernel)
-    return split.transpose(2, 3).reshape(*split.shape[:2], -1).contiguous()
+    split = weight.reshape(*weight.shape[:2], -1, kernel)
+    return split.transpose(2, 3).reshape(weight.shape).contiguous()
 
 
 def from_patch_layout(patches: Tensor, geometry: LayerGeometry) -> Tensor:
     """Inverse of `to_patch_layout`."""
     kernel = math.prod(geometry.kernel_size)
     split = patches.reshape(*patches.shape[:2], kernel, -1)
-    return split.transpose(2, 3).reshape(geometry.out_channels, -1)
+    return split.transpose(2, 3).reshape(patches.shape)
 
 
 def weight_order(geometry: LayerGeometry) -> Tensor:

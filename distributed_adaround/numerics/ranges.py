@@ -1,6 +1,6 @@
 """Observers: from a weight matrix to the scale and zero point of its grid.
 
-All observers reduce the matrix `(O, I)` to blocks `(B, K)` that share one scale: one block for the whole tensor, one
+All observers reduce a weight `(G, R, J)` to blocks `(B, K)` that share one scale: one block for the whole tensor, one
 per out channel, or one per group of consecutive inputs. Scale and zero point follow torch's observers:
 symmetric `scale = max|w| / ((qmax - qmin) / 2)`, affine `scale = (max - min) / (qmax - qmin)`, zero always on the grid.
 Float formats: `scale = max|w| / largest value`, brought to what the scale format can hold:
@@ -18,16 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distributed_adaround.numerics.floats import ElementFormat, float_values, nearest_values
-from distributed_adaround.numerics.grid import Grid, ScaleFormat, round_scale
-
-Observer = Literal["minmax", "mse", "percentile"]
-Strategy = Literal["tensor", "channel", "group"]
+from distributed_adaround.formats import LayerFormat
+from distributed_adaround.numerics.floats import nearest_values
+from distributed_adaround.numerics.grid import Grid, round_scale
 
 # Shares of the min-max range that the mse observer tries. Integers: below 0.2 every case measured was far off; a
 # little above 1 pays because a symmetric range of 2^b codes has one code less on the positive side.
@@ -39,81 +36,91 @@ _FLOAT_CANDIDATES = torch.linspace(0.3, 2.1, 91).tolist()
 _POWERS = [0.25, 0.5, 1.0, 2.0]
 
 
-def choose_grid(
-    weight: Tensor,
-    *,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-    zero_point: int,
-    strategy: Strategy,
-    group_size: int | None,
-    observer: Observer,
-    percentile: float = 99.9,
-    element_format: ElementFormat | None = None,
-    scale_format: ScaleFormat = "float32",
-    importance: Tensor | None = None,
-) -> Grid:
-    """Grid of a weight matrix `(O, I)`, in float32 whatever the weight's dtype.
+def choose_grid(weight: Tensor, layer_format: LayerFormat, importance: Tensor | None = None) -> Grid:
+    """Grid of a weight `(G, R, J)`, in float32 whatever the weight's dtype. Scales are rounded to their format.
 
-    zero_point: of symmetric grids; affine grids find their own. group_size: divides I, with strategy "group".
-    percentile: share of |w| (in percent) that the percentile observer keeps inside the range. element_format: of the
-    values, symmetric only, with qmin 0 and qmax the number of values less 1; None: integers. importance: `(O, I)`, how
-    much the squared error of each weight counts for the mse observer; None: all the same.
+    importance: `(G, R, J)`, how much the squared error of each weight counts where the observer minimizes it; None: all
+    the same, also for output_mse, whose grid before the moments are known is that of mse.
     """
-    rows, inputs = weight.shape
-    block = {"tensor": rows * inputs, "channel": inputs, "group": group_size or inputs}[strategy]
+    groups, channels, inputs = weight.shape
+    per_tensor = layer_format.strategy == "tensor"
+    block = weight.numel() if per_tensor else layer_format.group_size or inputs
     blocks = weight.to(torch.float32).reshape(-1, block)
-    low, high = _percentile_range(blocks, percentile) if observer == "percentile" else blocks.aminmax(dim=1)
+    observer = layer_format.observer
+    cut = observer == "percentile"
+    low, high = _percentile_range(blocks, layer_format.percentile) if cut else blocks.aminmax(dim=1)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    shape = (1, 1) if strategy == "tensor" else (rows, -1)
-
-    values = None if element_format is None else float_values(element_format).to(weight.device)
-    tensor_scale = None if values is None or scale_format != "e4m3" else _tensor_scale(low, high, values)
-
-    def grid_of_range(low: Tensor, high: Tensor) -> Grid:
-        if values is None:
-            return _integer_grid(low, high, qmin, qmax, symmetric, zero_point)
-        return _float_grid(low, high, values, scale_format, tensor_scale)
-
-    def rounded(blocks: Tensor, grid: Grid) -> Tensor:
-        if element_format is None:
-            return grid.dequantize(grid.quantize(blocks))
-        return nearest_values(blocks / grid.scale, element_format).mul_(grid.scale)
-
-    if observer == "mse":
-        floats = _POWERS if scale_format == "e8m0" else _FLOAT_CANDIDATES
-        shares = _CANDIDATES if values is None else floats
+    grid_of_range, rounded = _ways_to_round(layer_format, low, high)
+    if observer in ("mse", "output_mse"):
         counts = None if importance is None else importance.to(torch.float32).reshape(-1, block)
         if counts is not None:
             # Where nothing counts (inputs that are always 0) every range would do; that of the weights does no harm.
             counts = torch.where(counts.any(dim=1, keepdim=True), counts, 1.0)
-        share = _best_share(blocks, counts, low, high, grid_of_range, rounded, shares)
+        share = _best_share(blocks, counts, low, high, grid_of_range, rounded, _shares(layer_format))
         low, high = low * share, high * share
     best = grid_of_range(low, high)
-    return replace(best, scale=best.scale.reshape(shape), zero_point=best.zero_point.reshape(shape))
+    shape = (1, 1, 1) if per_tensor else (groups, channels, -1)
+    factor = None if best.tensor_scale is None else best.tensor_scale.reshape(1, 1, 1)
+    return replace(
+        best, scale=best.scale.reshape(shape), zero_point=best.zero_point.reshape(shape), tensor_scale=factor
+    )
 
 
-def _tensor_scale(low: Tensor, high: Tensor, values: Tensor) -> Tensor:
-    """Factor `(1, 1)` of the whole tensor: with it the largest scale of a block is 448, the largest e4m3 value."""
-    largest = torch.maximum(-low, high).max() / (values[-1] * 448)
-    # Also its product with the smallest e4m3 value must be a normal number.
-    return largest.clamp(min=2.0**-117).reshape(1, 1)
+def _shares(layer_format: LayerFormat) -> Sequence[float]:
+    if layer_format.number.element is None:
+        return _CANDIDATES
+    return _POWERS if layer_format.scale.powers_of_two else _FLOAT_CANDIDATES
+
+
+def _ways_to_round(
+    layer_format: LayerFormat, low: Tensor, high: Tensor
+) -> tuple[Callable[[Tensor, Tensor], Grid], Callable[[Tensor, Grid], Tensor]]:
+    """How blocks get a grid from their ranges `(B,)`, and how they are rounded to it, in the layout `(1, B, K)`."""
+    element = layer_format.number.element
+    if element is None:
+        return lambda low, high: _integer_grid(low, high, layer_format), lambda b, grid: grid.dequantize(
+            grid.quantize(b)
+        )
+    values = torch.tensor(element.values, device=low.device)
+    factor = _tensor_scale(low, high, values, layer_format) if layer_format.scale.per_tensor else None
+
+    def grid_of_range(low: Tensor, high: Tensor) -> Grid:
+        return _float_grid(low, high, values, layer_format, factor)
+
+    def rounded(blocks: Tensor, grid: Grid) -> Tensor:
+        return nearest_values(blocks / grid.scale, element).mul_(grid.scale)
+
+    return grid_of_range, rounded
+
+
+def _tensor_scale(low: Tensor, high: Tensor, values: Tensor, layer_format: LayerFormat) -> Tensor:
+    """Factor `(1, 1, 1)` of the whole tensor: with it the largest scale of a block is the format's largest."""
+    largest = torch.maximum(-low, high).max() / (values[-1] * layer_format.scale.largest)
+    # Also its product with the smallest value of the scale format must be a normal number.
+    return largest.clamp(min=2.0**-117).reshape(1, 1, 1)
 
 
 def _float_grid(
-    low: Tensor, high: Tensor, values: Tensor, scale_format: ScaleFormat, tensor_scale: Tensor | None
+    low: Tensor, high: Tensor, values: Tensor, layer_format: LayerFormat, tensor_scale: Tensor | None
 ) -> Grid:
-    """Grid of blocks of a float format, scale and zero point `(B, 1)`, from their ranges `(B,)`."""
-    largest = torch.maximum(-low, high)[:, None]
-    if scale_format == "e8m0":
+    """Grid of blocks of a float format, scale and zero point `(1, B, 1)`, from their ranges `(B,)`.
+
+    Args:
+        low: smallest weight of each block, 0 at most.
+        high: largest weight, 0 at least.
+        values: of the format, `(V,)`.
+        layer_format: of the layer.
+        tensor_scale: factor of the whole tensor, where scales are in units of one.
+    """
+    largest = torch.maximum(-low, high)[None, :, None]
+    if layer_format.scale.powers_of_two:
         half_a_step = (values[-1] - values[-2]) / 2
         # round_scale goes up from 1.5 times a power of two.
         scale = largest / (values[-1] + half_a_step) * 1.5
     else:
         scale = largest / values[-1]
-    scale = round_scale(_usable(scale), scale_format, tensor_scale)
-    return Grid(scale, torch.zeros_like(scale), 0, len(values) - 1, values, scale_format, tensor_scale)
+    scale = round_scale(_usable(scale), layer_format.scale, tensor_scale)
+    return Grid(scale, torch.zeros_like(scale), 0, len(values) - 1, layer_format.scale, values, tensor_scale)
 
 
 def _usable(scale: Tensor) -> Tensor:
@@ -121,12 +128,16 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
 
 
-def _integer_grid(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool, zero_point: int) -> Grid:
-    """Grid of blocks, scale and zero point `(B, 1)`, from their ranges `(B,)`."""
-    span = torch.maximum(-low, high) * 2 if symmetric else high - low
-    scale = _usable(span / (qmax - qmin))
-    zeros = torch.full_like(scale, zero_point) if symmetric else (qmin - torch.round(low / scale)).clamp(qmin, qmax)
-    return Grid(scale[:, None], zeros[:, None], qmin, qmax)
+def _integer_grid(low: Tensor, high: Tensor, layer_format: LayerFormat) -> Grid:
+    """Grid of blocks, scale and zero point `(1, B, 1)`, from their ranges `(B,)`."""
+    qmin, qmax = layer_format.quant_min, layer_format.quant_max
+    span = torch.maximum(-low, high) * 2 if layer_format.symmetric else high - low
+    scale = round_scale(_usable(span / (qmax - qmin)), layer_format.scale)
+    if layer_format.symmetric:
+        zeros = torch.full_like(scale, layer_format.zero_point)
+    else:
+        zeros = (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+    return Grid(scale[None, :, None], zeros[None, :, None], qmin, qmax, layer_format.scale)
 
 
 def _percentile_range(blocks: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
@@ -145,11 +156,21 @@ def _best_share(
     rounded: Callable[[Tensor, Grid], Tensor],
     shares: Sequence[float],
 ) -> Tensor:
-    """Share of the range `(B,)`, of those given, with the smallest (weighted) squared rounding error of the weights."""
+    """Share of the range `(B,)`, of those given, with the smallest (weighted) squared rounding error of the weights.
+
+    Args:
+        blocks: weights that share a scale, `(B, K)`.
+        importance: of each weight, `(B, K)`, or None.
+        low: smallest weight of each block, 0 at most.
+        high: largest weight, 0 at least.
+        grid_of_range: grid of blocks from their ranges.
+        rounded: blocks `(1, B, K)` rounded to a grid.
+        shares: of the range, to choose from.
+    """
     # In units of about the largest weight, where squares do not underflow. Powers of two change no other bit.
-    exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)[:, None]
-    blocks = torch.ldexp(blocks, -exponent)
-    best_error = torch.full((blocks.shape[0],), torch.inf, device=blocks.device)
+    exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)[None, :, None]
+    blocks = torch.ldexp(blocks[None], -exponent)
+    best_error = torch.full_like(low, torch.inf)
     best = torch.ones_like(best_error)
     if importance is not None:
         # Only the ratios inside a block count. Where nothing counts, all count the same.
@@ -158,7 +179,7 @@ def _best_share(
     for share in shares:
         grid = grid_of_range(low * share, high * share)
         grid = replace(grid, scale=torch.ldexp(grid.scale, -exponent))
-        squares = (rounded(blocks, grid) - blocks).square_()
+        squares = (rounded(blocks, grid) - blocks).square_()[0]
         error = squares.sum(dim=1) if importance is None else (squares * importance).sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)

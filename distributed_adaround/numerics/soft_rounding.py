@@ -195,11 +195,6 @@ class SoftRounding:
             _refresh(*piece)
         return self.difference
 
-    def gradient_by_alpha(self, gradient: Tensor) -> Tensor:
-        """Derivative by alpha from the derivative by the clamped sigmoid, in place; 0 where it is clamped."""
-        _to_gradient_by_alpha(gradient, self.sigmoid)
-        return gradient
-
     def descend(self, gradient: Tensor, lr: float, eps: float) -> None:
         """One step of Adam along the derivative by the clamped sigmoid, which is overwritten; then a refresh."""
         parts = zip(self._pieces, self._moments, self._steps, pieces(gradient), strict=True)

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from distributed_adaround.report.table import LayerReport, shorten
+from distributed_adaround.report.table import shorten
+from distributed_adaround.solve.record import LayerFigures
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class SilentProgress:
     def step(self, step: int, loss: float) -> None:
         """`step` steps of the current layer are done. Call it rarely, about every 100 steps."""
 
-    def done(self, report: LayerReport) -> None:
+    def done(self, report: LayerFigures) -> None:
         """The current layer is finished, or was found committed."""
 
 
@@ -105,7 +106,7 @@ class Progress(SilentProgress):
         self._share = step / self._num_steps if self._num_steps else 0.0
         self._show(f" step {step}/{self._num_steps} loss {loss:.3e}")
 
-    def done(self, report: LayerReport) -> None:
+    def done(self, report: LayerFigures) -> None:
         self._share = 1.0
         if not report.resumed:
             self._seconds += self._clock() - self._started

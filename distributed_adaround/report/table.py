@@ -6,12 +6,12 @@ import html
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import overload
 
-from distributed_adaround.errors import InputError
 from distributed_adaround.files import jsontext
+from distributed_adaround.solve.record import LayerFigures
 
 WIDTH = 120
 _MIN_NAME = 8
@@ -23,65 +23,6 @@ _LEGEND = (
     "weights at the end and of the result. flipped: weights not at their nearest grid value. unsettled: soft values "
     "still between 0.01 and 0.99. Totals: means of the errors and of SQNR over layers, shares of all weights."
 )
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer.
-
-    kind: class of the module ("Conv2d"). shape: of the weight in torch. format: for people ("int4
-    per_channel_symmetric"). nearest_error, soft_error, hard_error: sum of squared output errors over sum of squared
-    outputs; NaN where there is none (no soft weights in `nearest`). flipped, unsettled: shares from 0 to 1.
-    kept_nearest: learning did not beat nearest rounding, so that is the result. seconds: wall time.
-    resumed: taken from a commit of an earlier run. note: anything else worth a line.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    format: str
-    solver: str
-    nearest_error: float
-    soft_error: float
-    hard_error: float
-    flipped: float
-    unsettled: float
-    kept_nearest: bool
-    seconds: float
-    resumed: bool = False
-    note: str = ""
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantization noise of the layer's output in dB; inf without error, NaN where that is unknown."""
-        if self.hard_error == 0:
-            return math.inf
-        return -10 * math.log10(self.hard_error) if self.hard_error > 0 else math.nan
-
-    @property
-    def num_weights(self) -> int:
-        return math.prod(self.shape)
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON values with `sqnr_db`; a figure that is not finite becomes None."""
-        values = jsontext.json_safe({**asdict(self), "sqnr_db": self.sqnr_db})
-        assert isinstance(values, dict)
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> LayerReport:
-        """Inverse of `to_dict`; None becomes NaN. Raises InputError when fields are missing or unknown."""
-        names = {field.name for field in fields(cls)}
-        given = {key: value for key, value in values.items() if key != "sqnr_db"}
-        if given.keys() != names:
-            wrong = ", ".join(sorted(given.keys() ^ names))
-            raise InputError(f"the report of layer {values.get('name')} lacks or has unknown fields: {wrong}; redo it")
-        floats = {field.name for field in fields(cls) if field.type == "float"}
-        given |= {key: math.nan for key in floats if given[key] is None}
-        shape = given["shape"]
-        assert isinstance(shape, Sequence)
-        given["shape"] = tuple(shape)
-        return cls(**given)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -107,17 +48,17 @@ class Totals:
         return values
 
 
-class LayerTable(Sequence[LayerReport]):
+class LayerTable(Sequence[LayerFigures]):
     """The rows of all layers in the order of the walk. Immutable; prints as a table, in notebooks as HTML."""
 
-    def __init__(self, rows: Iterable[LayerReport] = ()) -> None:
+    def __init__(self, rows: Iterable[LayerFigures] = ()) -> None:
         self._rows = tuple(rows)
 
     @overload
-    def __getitem__(self, index: int) -> LayerReport: ...
+    def __getitem__(self, index: int) -> LayerFigures: ...
     @overload
     def __getitem__(self, index: slice) -> LayerTable: ...
-    def __getitem__(self, index: int | slice) -> LayerReport | LayerTable:
+    def __getitem__(self, index: int | slice) -> LayerFigures | LayerTable:
         return LayerTable(self._rows[index]) if isinstance(index, slice) else self._rows[index]
 
     def __len__(self) -> int:
@@ -210,7 +151,7 @@ def shorten(name: str, width: int) -> str:
     return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
 
 
-def _figures(row: LayerReport | Totals) -> tuple[str, ...]:
+def _figures(row: LayerFigures | Totals) -> tuple[str, ...]:
     errors = (_number(value, ".2e") for value in (row.nearest_error, row.soft_error, row.hard_error))
     shares = (_number(100 * value, ".1f", "%") for value in (row.flipped, row.unsettled))
     return (*errors, _number(row.sqnr_db, ".1f"), *shares, _number(row.seconds, ".1f"))

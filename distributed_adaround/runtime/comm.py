@@ -124,7 +124,7 @@ class GroupComm:
             who = "another rank" if not missing else f"rank {', '.join(map(str, missing))}"
             lost = PeerError(f"{who} failed or does not answer ({reason}); see its own error")
             # The first survivor tells the user, and where nobody knows who that is, every rank does.
-            lost.told_by = self.rank if missing is None else min({*range(self.world_size)} - {*missing})
+            lost.reported_by = self.rank if missing is None else min({*range(self.world_size)} - {*missing})
             raise lost from error
 
 
@@ -164,7 +164,7 @@ class RollCall:
 
 def agreed(error: _Error) -> _Error:
     """Mark an error that all ranks raise at the same place, so that only rank 0 tells the user."""
-    error.told_by = 0
+    error.reported_by = 0
     return error
 
 
@@ -186,7 +186,7 @@ def phase(comm: Comm, what: str) -> Iterator[None]:
     failures = [(rank, text) for rank, text in enumerate(comm.all_gather_object(described)) if text is not None]
     if error is not None:
         # Where several ranks fail, the first one tells the user.
-        error.told_by = failures[0][0]  # type: ignore[attr-defined]
+        error.reported_by = failures[0][0]  # type: ignore[attr-defined]
         raise error
     if failures:
         rank, text = failures[0]

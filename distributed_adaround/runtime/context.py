@@ -98,7 +98,7 @@ def process_group(context: RankContext, timeout_minutes: float, *, join_only: bo
         reason = str(error).strip().partition("\n")[0][:300]
         alone = PeerError(f"the {context.world_size} ranks did not find each other: {reason}")
         # Nobody knows which ranks are there to tell.
-        alone.told_by = context.rank
+        alone.reported_by = context.rank
         raise alone from error
     try:
         session = GroupComm(_collective_device(context)).broadcast_object(uuid.uuid4().hex)

@@ -1,23 +1,29 @@
 """Solver `minibatch`: AdaRound by stochastic gradient, data parallel.
 
 Every step draws one global batch of rows, whatever the number of ranks: more ranks mean less time per step, not another
-result. How ranks share a step is the learner's business (solve/learner.py, solve/row_learner.py).
+result. How ranks share a step is the learner's business (solve/learner.py, solve/channel_learner.py).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distributed_adaround.errors import InputError, StoppedError
 from distributed_adaround.runtime.comm import Comm, agreed, phase
-from distributed_adaround.solve.channel_learner import RowLearner
-from distributed_adaround.solve.learner import Learner, MinibatchSettings, Normalization, SampleLearner
+from distributed_adaround.solve.channel_learner import ChannelLearner
+from distributed_adaround.solve.learner import Learner, SampleLearner
 from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
+from distributed_adaround.spec.rounding import RoundingSpec
 
-# Steps between two looks at the loss. Reading it waits for the device, so not at every step.
-_LOOK_EVERY = 100
+Normalization = Literal["sum", "mean", "nearest"]
+
+# Steps between two readings of the loss, each of which waits for the device.
+_REPORT_EVERY = 100
 _STATE = "minibatch"
 
 
@@ -37,42 +43,58 @@ def channel_weights(errors: OutputErrors, normalization: Normalization, num_weig
     return torch.full_like(errors.energy, 1.0 if normalization == "sum" else 1 / channels)
 
 
-def solve_minibatch(
-    problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor, *, settings: MinibatchSettings
-) -> Solution:
-    """Learn the rounding of one layer, or go on where a job that was stopped has left it.
+class MinibatchSolver:
+    """settings.max_iter: steps per layer. batch_size, batch_unit, lr, warm_start, beta, reg_param, normalization: of
+    the learning. reproducible: ranks share channels instead of samples."""
 
-    nearest: errors of nearest rounding, for the normalization.
+    needs_moments = False
 
-    Raises:
-        InputError: the loss became infinite or NaN; all ranks raise at the same step.
-        StoppedError: a rank was asked to stop; all raise at the same step, after the state was saved.
-    """
-    weights = channel_weights(nearest, settings.normalization, problem.weight.numel()).to(problem.device, problem.dtype)
-    rows = CalibrationRows(problem)
-    plan = BatchPlan(problem, rows.sample_rows, comm, settings.batch_size, settings.batch_unit)
-    learner = (RowLearner if settings.reproducible else SampleLearner)(problem, rows, plan, weights, comm, settings)
-    num_steps = settings.schedule.num_steps
-    for step in range(_resume(learner, problem, comm, monitor), num_steps):
-        if (step + 1) % _LOOK_EVERY and step + 1 < num_steps:
-            learner.step(step)
-            continue
-        # Rank 0's clock says for all when to save.
-        wishes = (monitor.stop_requested, comm.rank == 0 and monitor.save_due)
-        loss, bad, stop, save = learner.look(step, wishes)
-        if bad:
-            raise agreed(
-                InputError(
-                    f"layer {problem.name}: the loss is not finite by step {step + 1}; lower rounding.lr "
-                    f"(now {settings.lr}) or check the calibration data"
+    def __init__(self, settings: RoundingSpec) -> None:
+        self._settings = settings
+        self.num_steps = settings.max_iter
+
+    def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
+        """Learn the rounding of one layer, or go on where a job that was stopped has left it.
+
+        Raises:
+            InputError: the loss became infinite or NaN; all ranks raise at the same step.
+            StoppedError: a rank was asked to stop; all raise at the same step, after the state was saved.
+        """
+        settings, weight = self._settings, problem.weight
+        rows = CalibrationRows(problem)
+        nearest_weight = problem.grid.dequantize(problem.grid.quantize(weight))
+        nearest = rows.errors([nearest_weight], comm)
+        weights = channel_weights(nearest, settings.normalization, weight.numel()).to(problem.device, problem.dtype)
+        plan = BatchPlan(problem, rows.sample_rows, comm, settings.batch_size, settings.batch_unit)
+        kind = ChannelLearner if settings.reproducible else SampleLearner
+        learner: Learner = kind(problem, rows, plan, weights, comm, settings)
+        self._learn(learner, problem, comm, monitor)
+        solution = learner.solution()
+        assert solution.soft_weight is not None
+        errors = rows.errors([problem.grid.dequantize(solution.codes), solution.soft_weight], comm)
+        return replace(solution, nearest=nearest, errors=errors)
+
+    def _learn(self, learner: Learner, problem: LayerProblem, comm: Comm, monitor: Monitor) -> None:
+        for step in range(_resume(learner, problem, comm, monitor), self.num_steps):
+            last = step + 1 == self.num_steps
+            if (step + 1) % _REPORT_EVERY and not last:
+                learner.step(step)
+                continue
+            # Rank 0's clock says for all when to save.
+            requests = (monitor.stop_requested, comm.rank == 0 and monitor.save_due)
+            loss, bad, stop, save = learner.step_and_report(step, requests)
+            if bad:
+                raise agreed(
+                    InputError(
+                        f"layer {problem.name}: the loss is not finite by step {step + 1}; lower rounding.lr "
+                        f"(now {self._settings.lr}) or check the calibration data"
+                    )
                 )
-            )
-        monitor.step(step + 1, loss)
-        if (stop or save) and step + 1 < num_steps:
-            _save(learner, step + 1, problem, comm, monitor)
-        if stop and step + 1 < num_steps:
-            raise agreed(StoppedError())
-    return learner.solution()
+            monitor.step(step + 1, loss)
+            if (stop or save) and not last:
+                _save(learner, step + 1, problem, comm, monitor)
+            if stop and not last:
+                raise agreed(StoppedError())
 
 
 def _save(learner: Learner, step: int, problem: LayerProblem, comm: Comm, monitor: Monitor) -> None:

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from distributed_adaround.numerics.soft_rounding import OutputTransform, SoftRounding
 from distributed_adaround.runtime.comm import Comm
-from distributed_adaround.solve.by_channel import row_blocks
+from distributed_adaround.solve.by_channel import channel_blocks
 from distributed_adaround.solve.learner import (
     ADAM_EPS,
-    MinibatchSettings,
     add_regularizer,
     fill_bucket,
     rounded,
+    schedule_of,
     soft_start,
 )
 from distributed_adaround.solve.problem import LayerProblem, Solution
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
+from distributed_adaround.spec.rounding import RoundingSpec
 
 # Bytes of rows in one exchange, and most steps: enough to make latency small, few enough to stay in a cache's reach.
 _EXCHANGE, _MOST_STEPS = 1 << 24, 64
@@ -46,7 +47,7 @@ class _Block:
     transform: OutputTransform
 
 
-class RowLearner:
+class ChannelLearner:
     """Each rank learns some of the out channels, from the rows of all ranks."""
 
     def __init__(
@@ -56,22 +57,23 @@ class RowLearner:
         plan: BatchPlan,
         channel_weight: Tensor,
         comm: Comm,
-        settings: MinibatchSettings,
+        settings: RoundingSpec,
     ) -> None:
-        self._problem, self._comm, self._settings = problem, comm, settings
-        self._batches = _Batches(problem, rows, plan, comm, settings)
+        """Start at the float weights. Arguments as of SampleLearner."""
+        self._problem, self._comm, self._schedule = problem, comm, schedule_of(settings)
+        self._lr, self._eps = settings.lr, ADAM_EPS[settings.normalization]
+        self._batches = _Batches(problem, rows, plan, comm, settings.max_iter)
         start = soft_start(problem)
         self._shape = start[0].shape
         groups, channels, _ = self._shape
         size = min(_MOST, max(_FEWEST, -(-channels * groups // _BLOCKS)))
-        places = list(row_blocks(groups, channels, size))[comm.rank :: comm.world_size]
+        places = list(channel_blocks(groups, channels, size))[comm.rank :: comm.world_size]
         self._blocks = [_block(place, start, channel_weight, rows.transform) for place in places]
         self._bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
 
-    def step(self, step: int, look: bool = False) -> None:
-        schedule, settings = self._settings.schedule, self._settings
+    def step(self, step: int, with_value: bool = False) -> None:
         inputs, base, targets = self._batches.take(step)
-        weight, beta = schedule.weight(step), schedule.beta(step)
+        weight, beta = self._schedule.weight(step), self._schedule.beta(step)
         for block in self._blocks:
             soft, bucket = block.soft, block.bucket
             own_base = None if base is None else base[:, block.channels]
@@ -79,14 +81,14 @@ class RowLearner:
             fill_bucket(
                 bucket, soft, inputs[block.place[0]], own_base, targets[:, block.channels], block.transform, share
             )
-            add_regularizer(bucket, soft, weight, beta, 0, 1, with_value=look)
-            soft.descend(bucket[:-3].view_as(soft.alpha), settings.lr, ADAM_EPS[settings.normalization])
+            add_regularizer(bucket, soft, weight, beta, 0, 1, with_value=with_value)
+            soft.descend(bucket[:-3].view_as(soft.alpha), self._lr, self._eps)
             self._bad += bucket[-1]
 
-    def look(self, step: int, wishes: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
-        self.step(step, look=True)
+    def step_and_report(self, step: int, requests: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
+        self.step(step, with_value=True)
         sums = torch.zeros(5, dtype=torch.float64, device=self._bad.device)
-        sums[1:3] = torch.tensor(wishes)
+        sums[1:3] = torch.tensor(requests)
         sums[0] = self._bad
         for block in self._blocks:
             sums[3:] += block.bucket[-3:-1]
@@ -144,10 +146,10 @@ class _Batches:
     """The whole batch of each step on every rank, fetched for many steps at once."""
 
     def __init__(
-        self, problem: LayerProblem, rows: CalibrationRows, plan: BatchPlan, comm: Comm, settings: MinibatchSettings
+        self, problem: LayerProblem, rows: CalibrationRows, plan: BatchPlan, comm: Comm, num_steps: int
     ) -> None:
         self._problem, self._rows, self._plan, self._comm = problem, rows, plan, comm
-        self._num_steps = settings.schedule.num_steps
+        self._num_steps = num_steps
         geometry = problem.geometry
         self._widths = [geometry.groups * geometry.inputs_per_output, geometry.out_channels]
         self._widths += [geometry.out_channels] if rows.has_base else []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distributed_adaround.capture.sites import row_mask
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.errors import InputError
 from distributed_adaround.runtime.comm import Comm, agreed
 from distributed_adaround.solve.finite import non_finite_error
@@ -17,27 +17,48 @@ from distributed_adaround.solve.problem import LayerProblem, OutputErrors
 def output_errors(
     problem: LayerProblem, candidates: Sequence[Tensor], comm: Comm, shift: Tensor | None = None
 ) -> OutputErrors:
-    """Errors of weights `(O, I)` against the float layer, through what follows the layer.
-
-    shift: `(O,)`, added to the outputs of the candidates (a corrected bias), or None.
+    """Errors of weights `(G, R, J)` against the float layer, through what follows the layer. A collective.
 
     Each microbatch's sums fill a place of their own, so the reduction only ever adds zeros to them and the total does
     not depend on the number of ranks.
 
+    Args:
+        problem: of the layer.
+        candidates: the weights.
+        comm: of all ranks.
+        shift: `(O,)`, added to the outputs of the first candidate (a corrected bias), or None.
+
     Raises:
-        InputError: the layer's inputs or outputs are not finite.
+        InputError: the layer's inputs or outputs are not finite, or no row counts.
     """
-    channels = problem.geometry.out_channels
-    sums = torch.zeros(
-        problem.total_microbatches, len(candidates) + 2, channels, dtype=torch.float64, device=problem.device
-    )
-    bias = problem.bias if shift is None else shift if problem.bias is None else problem.bias + shift
-    weights = [problem.geometry.from_matrix(weight) for weight in candidates]
-    activations = problem.activations
-    for index, x, output, mask in zip(
-        activations.indices, activations.inputs, activations.float_outputs, activations.masks, strict=True
-    ):
-        sums[index] = _microbatch_errors(problem, weights, bias, x, output, mask)
+    bias = problem.bias
+    first = bias if shift is None else shift if bias is None else bias + shift
+    biases = [first, *[bias] * (len(candidates) - 1)]
+    sums, dim = error_sums(problem, len(candidates)), problem.geometry.channel_dim
+    for batch in problem.batches:
+        x_hat, keep = problem.on_device(batch.x_hat), batch.keep(dim)
+        base = None if problem.asymmetry == 1 else problem.base(batch, x_hat)
+        target = problem.target(batch, base)
+        expected = problem.transform(target, dim)
+        for place, (weight, own) in enumerate(zip(candidates, biases, strict=True)):
+            outputs = problem.transform(problem.outputs(x_hat, weight, own), dim)
+            sums[batch.index, place] = channel_sums((outputs - expected).square_(), keep, dim)
+        sums[batch.index, -3] = channel_sums(expected.square(), keep, dim)
+        if base is not None and batch.x is not batch.x_hat:
+            difference = problem.transform.linear_part()(target - base, dim)
+            sums[batch.index, -2] = channel_sums(difference.square(), keep, dim)
+        sums[batch.index, -1] = num_rows(batch, keep, dim)
+    return reduced(sums, problem, comm)
+
+
+def error_sums(problem: LayerProblem, num_candidates: int) -> Tensor:
+    """Places `(microbatches, candidates + 3, O)` for the fields of OutputErrors, in their order."""
+    shape = (problem.total_microbatches, num_candidates + 3, problem.geometry.out_channels)
+    return torch.zeros(shape, dtype=torch.float64, device=problem.device)
+
+
+def reduced(sums: Tensor, problem: LayerProblem, comm: Comm) -> OutputErrors:
+    """The errors from the sums of all ranks. A collective. Raises InputError as `output_errors` does."""
     total = comm.all_reduce(sums).sum(dim=0)
     if not bool(torch.isfinite(total).all()):
         raise non_finite_error(problem, comm)
@@ -45,45 +66,15 @@ def output_errors(
         raise agreed(
             InputError(f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask")
         )
-    return OutputErrors(error=total[:-2], energy=total[-2], num_rows=int(total[-1, 0]))
+    return OutputErrors(error=total[:-3], energy=total[-3], asymmetric=total[-2], num_rows=int(total[-1, 0]))
 
 
-def _microbatch_errors(
-    problem: LayerProblem,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    x: Tensor,
-    output: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """`(candidates + 2, O)`: squared error of each candidate, energy of the float output, number of rows."""
-    x = x.to(problem.device, problem.dtype)
-    channel_dim = problem.geometry.channel_dim
-    expected = problem.transform(problem.target(x, output), channel_dim)
-    keep = rows_that_count(expected, mask, channel_dim)
-    errors = [
-        channel_sums(
-            (problem.transform(problem.geometry.apply(x, weight, bias), channel_dim) - expected).square_(),
-            keep,
-            channel_dim,
-        )
-        for weight in weights
-    ]
-    energy = channel_sums(expected.square(), keep, channel_dim)
-    return torch.stack([*errors, energy, num_rows(expected, keep, channel_dim).expand_as(energy)])
-
-
-def rows_that_count(outputs: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor | None:
-    """Which rows of a layer's outputs count, bool of their shape without the channels; None: all."""
-    keep = row_mask(mask, tuple(outputs.movedim(channel_dim, -1).shape[:-1]))
-    return None if keep is None else keep.to(outputs.device)
-
-
-def num_rows(outputs: Tensor, keep: Tensor | None, channel_dim: int) -> Tensor:
-    """How many rows of a layer's outputs count: a number, float64, on their device."""
+def num_rows(batch: Batch, keep: Tensor | None, channel_dim: int) -> Tensor:
+    """How many rows of a microbatch count: a number, float64, on the device of its outputs."""
     if keep is not None:
         return keep.sum(dtype=torch.float64)
-    return torch.full((), outputs.numel() / outputs.shape[channel_dim], dtype=torch.float64, device=outputs.device)
+    count = batch.y.numel() / batch.y.shape[channel_dim]
+    return torch.full((), count, dtype=torch.float64, device=batch.y.device)
 
 
 def channel_sums(values: Tensor, keep: Tensor | None, channel_dim: int) -> Tensor:
@@ -95,5 +86,5 @@ def channel_sums(values: Tensor, keep: Tensor | None, channel_dim: int) -> Tenso
     if keep is None and channel_dim == 1:
         return values.flatten(2).sum(dim=2).sum(dim=0, dtype=torch.float64)
     rows = values.movedim(channel_dim, -1)
-    rows = rows.flatten(0, -2) if keep is None else rows[keep]
+    rows = rows.flatten(0, -2) if keep is None else rows[keep.to(rows.device)]
     return rows.sum(dim=0).double()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from distributed_adaround.capture.sites import row_mask
+from distributed_adaround.capture.sites import Batch, rows_that_count
 from distributed_adaround.errors import InputError
 from distributed_adaround.runtime.comm import Comm, agreed
 from distributed_adaround.solve.problem import LayerProblem
@@ -33,22 +33,20 @@ def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
 
 def _first_place(problem: LayerProblem) -> _Place | None:
     """Of this rank. The float stream comes first: what it cannot compute, the quantized one cannot either."""
-    acts = problem.activations
-    channel_dim = problem.geometry.channel_dim
-    streams = {"float input": acts.float_inputs, "float output": acts.float_outputs, "quantized input": acts.inputs}
-    for position in sorted(range(len(acts.indices)), key=acts.indices.__getitem__):
-        for what, tensors in streams.items():
-            found = _first_sample(tensors[position].to(problem.dtype), acts.masks[position], channel_dim)
+    for batch in sorted(problem.batches, key=lambda batch: batch.index):
+        streams = {"float input": batch.x, "float output": batch.y, "quantized input": batch.x_hat}
+        for what, values in streams.items():
+            found = _first_sample(values.to(problem.dtype), batch, problem.geometry.channel_dim)
             if found is not None:
-                return (acts.indices[position], found[0], what, found[1])
+                return (batch.index, found[0], what, found[1])
     return None
 
 
-def _first_sample(values: Tensor, mask: Tensor | None, channel_dim: int) -> tuple[int, float] | None:
+def _first_sample(values: Tensor, batch: Batch, channel_dim: int) -> tuple[int, float] | None:
     """(position in the microbatch, value) of the first sample with a value that counts and has no finite square."""
-    rows = values.movedim(channel_dim, -1)
+    rows, mask = values.movedim(channel_dim, -1), batch.mask
     bad = ~torch.isfinite(rows.square())
-    keep = row_mask(mask, tuple(rows.shape[:-1]))
+    keep = rows_that_count(mask, tuple(rows.shape[:-1]))
     if keep is not None:
         bad &= keep.to(bad.device).unsqueeze(-1)
     if not bool(bad.any()):

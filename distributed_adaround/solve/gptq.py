@@ -7,36 +7,41 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
 from distributed_adaround.runtime.comm import Comm, agreed
-from distributed_adaround.solve.by_channel import RowProblem, RowSolution, solve_by_rows
-from distributed_adaround.solve.measure import layer_quadratic
-from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
+from distributed_adaround.solve.by_channel import ChannelProblem, ChannelSolution, solve_by_channel
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
+from distributed_adaround.spec.rounding import RoundingSpec
 
 
-def solve_gptq(
-    problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor, *, damping: float
-) -> Solution:
-    """Round one layer under the problem's grid. damping: share of the mean of A's diagonal that is added to it.
+class GptqSolver:
+    """settings.damping: share of the mean of A's diagonal that is added to it."""
 
-    Raises:
-        InputError: the inputs are not finite, or their second moment is singular at this damping.
-    """
-    factors = layer_factors(problem, comm, damping)
+    needs_moments = True
+    num_steps = 0
 
-    def work(part: RowProblem) -> RowSolution:
-        return RowSolution(gptq_codes(part.quadratic, part.lattice, factors.groups(part.place[0])), part.lattice.scale)
+    def __init__(self, settings: RoundingSpec) -> None:
+        self._damping = settings.damping
 
-    codes, grid, _ = solve_by_rows(problem, comm, problem.grid, work, monitor, "gptq")
-    return Solution(codes=codes, grid=grid)
+    def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
+        """Raises InputError when the second moment of the inputs is singular at this damping."""
+        factors = layer_factors(problem, self._damping)
+
+        def work(part: ChannelProblem) -> ChannelSolution:
+            codes = gptq_codes(part.quadratic, part.grid, factors.groups(part.place[0]))
+            return ChannelSolution(codes, part.grid.scale)
+
+        codes, grid, _ = solve_by_channel(problem, comm, problem.grid, work, monitor, "gptq")
+        return Solution(codes=codes, grid=grid)
 
 
-def layer_factors(problem: LayerProblem, comm: Comm, damping: float) -> GptqFactors:
-    """The factors of a layer's second moment, on every rank.
+def layer_factors(problem: LayerProblem, damping: float) -> GptqFactors:
+    """The factors of a layer's second moment.
 
     Raises:
         InputError: it is singular at this damping.
     """
+    assert problem.quadratic is not None, "the layer's quadratic is taken before"
     try:
-        return GptqFactors.of(layer_quadratic(problem, comm).second, damping)
+        return GptqFactors.of(problem.quadratic.second, damping)
     except LinAlgError as error:
         # All ranks hold the same matrix.
         raise agreed(

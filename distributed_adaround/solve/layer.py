@@ -1,25 +1,29 @@
-"""From a layer's problem to its codes: run a solver, restore mean and spread, keep nearest rounding where better."""
+"""From a layer's problem to its result: run a solver, polish, restore mean and spread, keep nearest where better.
+
+problem ─► moments ─► quadratic ─► solver ─► polish ─► restore ─► compare on all data ─► result
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distributed_adaround.numerics.grid import Grid
+from distributed_adaround.numerics.moments import Moments
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.problem import LayerProblem, Monitor, Solver
+from distributed_adaround.solve.polish import polish
+from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution, Solver
 from distributed_adaround.solve.restore import restore_outputs
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Codes `(O, I)` of a layer on `grid`, and how well they do.
+    """Codes `(G, R, J)` of a layer on `grid`, and how well they do.
 
     Errors are relative to the energy of the float outputs. shift: `(O,)`, what is added to the layer's bias, or None.
-    solver: which one it was, where that is not the one asked for.
     """
 
     codes: Tensor
@@ -31,33 +35,98 @@ class LayerResult:
     flipped: float
     unsettled: float
     kept_nearest: bool
-    solver: str | None
 
 
-def round_layer(problem: LayerProblem, solver: Solver, comm: Comm, monitor: Monitor) -> LayerResult:
-    """Solve one layer. The result is never worse on the calibration data than nearest rounding.
+def round_layer(
+    problem: LayerProblem,
+    solver: Solver,
+    comm: Comm,
+    monitor: Monitor,
+    *,
+    moments: Moments | None = None,
+    polishes: bool = False,
+) -> LayerResult:
+    """Solve one layer. The result is never worse on the calibration data than nearest rounding. A collective.
+
+    Args:
+        problem: of the layer, with its quadratic where there are moments.
+        solver: the one to use.
+        comm: of all ranks.
+        monitor: for progress, stops and saved states.
+        moments: of the layer's input, where they were taken.
+        polishes: whether to polish the solver's codes, where no activation is in the loss.
 
     Raises:
         InputError: activations or loss are not finite.
+        StoppedError: a rank was asked to stop.
     """
     nearest_codes = problem.grid.quantize(problem.weight)
-    nearest = output_errors(problem, [problem.grid.dequantize(nearest_codes)], comm)
-    solution = solver(problem, nearest, comm, monitor)
-    grid, shift = restore_outputs(problem, solution.codes, solution.grid or problem.grid, comm)
-    hard = grid.dequantize(solution.codes)
-    candidates = [hard] if solution.soft_weight is None else [hard, solution.soft_weight]
-    solved = output_errors(problem, candidates, comm, shift)
-    kept_nearest = bool(solved.error[0].sum() > nearest.error[0].sum())
+    solution = solver.solve(problem, comm, monitor)
+    if polishes and problem.quadratic is not None:
+        solution = polish(problem, solution, comm, monitor)
+    found = solution.grid or problem.grid
+    grid, shift = restore_outputs(problem, solution.codes, found, comm)
+    if grid is not found or shift is not None:
+        # What the solver has measured was before.
+        solution = replace(solution, errors=None)
+    nearest, solved = _compare(problem, solution, grid, shift, moments, comm)
+    kept_nearest = bool(solved.error[0].sum() > nearest)
     codes = nearest_codes if kept_nearest else solution.codes
+    energy = float(solved.energy.sum())
+    nearest_error = nearest / energy if energy > 0 else nearest
     return LayerResult(
         codes=codes,
         grid=problem.grid if kept_nearest else grid,
         shift=None if kept_nearest else shift,
-        nearest_error=nearest.relative(0),
-        soft_error=solved.relative(len(candidates) - 1),
-        hard_error=nearest.relative(0) if kept_nearest else solved.relative(0),
+        nearest_error=nearest_error,
+        soft_error=solved.relative(0 if solution.soft_weight is None else 1),
+        hard_error=nearest_error if kept_nearest else solved.relative(0),
         flipped=float(torch.count_nonzero(codes != nearest_codes)) / codes.numel(),
         unsettled=solution.unsettled,
         kept_nearest=kept_nearest,
-        solver=solution.solver,
     )
+
+
+def _compare(
+    problem: LayerProblem,
+    solution: Solution,
+    grid: Grid,
+    shift: Tensor | None,
+    moments: Moments | None,
+    comm: Comm,
+) -> tuple[float, OutputErrors]:
+    """Squared error of nearest rounding, and the errors of the solution (hard, and soft where it has that), on all
+    data.
+
+    A collective. The data are passed once more at most, and nearest rounding is not among the candidates where its
+    error is known or follows from moments of all rows.
+
+    Args:
+        problem: of the layer.
+        solution: to compare.
+        grid: with restored scales.
+        shift: `(O,)`, of the outputs, or None.
+        moments: of the layer's input, where they were taken.
+        comm: of all ranks.
+    """
+    if solution.nearest is not None and solution.errors is not None:
+        return float(solution.nearest.error[0].sum()), solution.errors
+    hard = grid.dequantize(solution.codes)
+    nearest = problem.grid.dequantize(problem.grid.quantize(problem.weight))
+    candidates = [hard] if solution.soft_weight is None else [hard, solution.soft_weight]
+    known = solution.nearest is not None or (shift is None and torch.equal(hard, nearest))
+    in_closed_form = (
+        moments is not None and moments.every_row and problem.quadratic is not None and problem.asymmetry < 1
+    )
+    if not (known or in_closed_form):
+        candidates.append(nearest)
+    solved = output_errors(problem, candidates, comm, shift)
+    if solution.nearest is not None:
+        return float(solution.nearest.error[0].sum()), solved
+    if known or not in_closed_form:
+        return float(solved.error[0 if known else -1].sum()), solved
+    assert moments is not None
+    by_channel = moments.error_sums(nearest - problem.weight, problem.weight, problem.asymmetry).flatten()
+    if problem.transform.scale is not None:
+        by_channel *= problem.transform.scale.double().square()
+    return float(by_channel.sum() + solved.asymmetric.sum()), solved

@@ -6,13 +6,12 @@ take the same Adam step.
 
 Layout of the bucket (W weights of the layer):  [ gradient by s: W | data loss | regularizer | non-finite ]
 s is the clamped sigmoid of alpha, in which the soft weights are linear. Its derivative by alpha is the same on all
-ranks and comes after the sum. Two wishes of ranks travel behind the bucket: to stop, and to save.
+ranks and comes after the sum. Two requests travel after the bucket: to stop, and to save.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,9 +27,8 @@ from distributed_adaround.numerics.soft_rounding import (
 )
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.problem import LayerProblem, Solution
-from distributed_adaround.solve.rows import BatchPlan, BatchUnit, CalibrationRows
-
-Normalization = Literal["sum", "mean", "nearest"]
+from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
+from distributed_adaround.spec.rounding import RoundingSpec
 
 # Adam divides by the gradient's size, so where a layer starts without error it would take full steps along rounding
 # noise, another one for each number of ranks. With the normalization `nearest` gradients that matter are about 1 per
@@ -38,32 +36,25 @@ Normalization = Literal["sum", "mean", "nearest"]
 ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
 
 
-@dataclass(frozen=True)
-class MinibatchSettings:
-    """What the job file says about this solver. normalization: see `channel_weights`. reproducible: RowLearner."""
-
-    schedule: RoundingSchedule
-    batch_size: int
-    batch_unit: BatchUnit
-    lr: float
-    normalization: Normalization
-    reproducible: bool = False
+def schedule_of(settings: RoundingSpec) -> RoundingSchedule:
+    """beta and the regularizer's weight as a job asks for them."""
+    return RoundingSchedule(settings.max_iter, settings.warm_start, *settings.beta, settings.regularization)
 
 
 class Learner(Protocol):
-    """The soft rounding of one layer in the making, and how ranks share the work of a step."""
+    """The soft rounding of one layer while it is learned, and how ranks share the work of a step."""
 
     def step(self, step: int) -> None:
         """One step of Adam."""
 
-    def look(self, step: int, wishes: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
-        """One step, and over all ranks: the loss, whether it was ever not finite, and whether any rank wishes."""
+    def step_and_report(self, step: int, requests: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
+        """One step, and over all ranks: the loss, whether it was ever not finite, and whether any rank requests it."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next steps depend on, the same on all ranks. A collective."""
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
-        """Go on behind `step` steps."""
+        """Go on after `step` steps."""
 
     def solution(self) -> Solution:
         """A collective."""
@@ -79,33 +70,44 @@ class SampleLearner:
         plan: BatchPlan,
         channel_weight: Tensor,
         comm: Comm,
-        settings: MinibatchSettings,
+        settings: RoundingSpec,
     ) -> None:
-        self._problem, self._rows, self._plan, self._comm, self._settings = problem, rows, plan, comm, settings
+        """Start at the float weights.
+
+        Args:
+            problem: of the layer.
+            rows: of this rank.
+            plan: which rows each step takes.
+            channel_weight: `(O,)`, of each channel's squared error.
+            comm: of all ranks.
+            settings: of the job.
+        """
+        self._problem, self._rows, self._plan, self._comm = problem, rows, plan, comm
+        self._schedule, self._lr, self._eps = schedule_of(settings), settings.lr, ADAM_EPS[settings.normalization]
         self._channel_weight = channel_weight
         self._soft = SoftRounding(*soft_start(problem))
         num_weights = self._soft.alpha.numel()
         self._flat = torch.zeros(num_weights + 5, dtype=problem.dtype, device=problem.device)
-        self._bucket, self._wishes = self._flat[:-2], self._flat[-2:]
+        self._bucket, self._requests = self._flat[:-2], self._flat[-2:]
         self._bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
 
-    def step(self, step: int, look: bool = False) -> None:
-        schedule, comm, bucket = self._settings.schedule, self._comm, self._bucket
+    def step(self, step: int, with_value: bool = False) -> None:
+        schedule, comm, bucket = self._schedule, self._comm, self._bucket
         local, batch_rows = self._plan.batch(step)
         weights = self._channel_weight / max(1, batch_rows)
         fill_bucket(bucket, self._soft, *self._rows.gather(local), self._rows.transform, weights)
         share = (comm.rank, comm.world_size)
-        add_regularizer(bucket, self._soft, schedule.weight(step), schedule.beta(step), *share, with_value=look)
+        add_regularizer(bucket, self._soft, schedule.weight(step), schedule.beta(step), *share, with_value=with_value)
         comm.all_reduce(self._flat)
         gradient = bucket[:-3].view_as(self._soft.alpha)
-        self._soft.descend(gradient, self._settings.lr, ADAM_EPS[self._settings.normalization])
+        self._soft.descend(gradient, self._lr, self._eps)
         self._bad += bucket[-1]
 
-    def look(self, step: int, wishes: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
-        self._wishes.copy_(torch.tensor(wishes))
-        self.step(step, look=True)
-        data, regularizer, stop, save, bad = torch.stack([*self._bucket[-3:-1], *self._wishes, self._bad]).tolist()
-        self._wishes.zero_()
+    def step_and_report(self, step: int, requests: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
+        self._requests.copy_(torch.tensor(requests))
+        self.step(step, with_value=True)
+        data, regularizer, stop, save, bad = torch.stack([*self._bucket[-3:-1], *self._requests, self._bad]).tolist()
+        self._requests.zero_()
         return data + regularizer, bool(bad), bool(stop), bool(save)
 
     def state(self) -> dict[str, Tensor]:
@@ -145,10 +147,16 @@ def fill_bucket(
     transform: OutputTransform,
     channel_weight: Tensor,
 ) -> None:
-    """Write this rank's data term into the bucket: gradient by s, loss, non-finite flag.
+    """Write this rank's data term into the bucket: gradient by s, loss, non-finite flag. No rows give zeros.
 
-    inputs `(G, R, J)`, base `(R, O)` or None, targets `(R, O)` as CalibrationRows gathers them; no rows give zeros.
-    transform: of base and difference. channel_weight `(O,)`: divided by the rows of the global batch already.
+    Args:
+        bucket: see the top of this file.
+        soft: rounding of the layer.
+        inputs: `(G, N, J)`, as CalibrationRows gathers them; N rows.
+        base: `(N, O)` or None, likewise.
+        targets: `(N, O)`, likewise.
+        transform: of base and difference.
+        channel_weight: `(O,)`, divided by the rows of the global batch already.
     """
     difference = soft.difference
     rows = inputs.shape[1]
@@ -174,7 +182,17 @@ def add_regularizer(
     *,
     with_value: bool = True,
 ) -> None:
-    """Add the regularizer of this rank's share of the weights to the bucket: its gradient; its value if wanted."""
+    """Add the regularizer of this rank's share of the weights to the bucket.
+
+    Args:
+        bucket: see the top of this file.
+        soft: rounding of the layer.
+        reg_param: weight of the regularizer.
+        beta: its exponent.
+        rank: of this process.
+        world_size: number of ranks.
+        with_value: add its value too, not only its gradient.
+    """
     if reg_param == 0:
         return
     size = soft.sigmoid.numel()

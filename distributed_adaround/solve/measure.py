@@ -13,38 +13,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics.layers import LayerGeometry
-from distributed_adaround.numerics.moments import ExactSum, Moments, Quadratic, SymmetricSum
+from distributed_adaround.numerics.moments import ExactSum, Moments, SymmetricSum
 from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
 from distributed_adaround.runtime.comm import Comm
-from distributed_adaround.solve.evaluate import channel_sums, rows_that_count
+from distributed_adaround.solve.evaluate import channel_sums
 from distributed_adaround.solve.finite import non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
 
-def layer_moments(problem: LayerProblem, comm: Comm) -> Moments:
-    """Moments of a layer's inputs, the same bits on any number of ranks. A collective: all ranks ask together.
+class SharedMoments:
+    """Measures moments, and keeps the last ones for the next layers with the same input."""
 
-    Raises:
-        InputError: the inputs are not finite.
-    """
-    cache = problem.moments
-    key = (problem.activations.source or problem.name, _shape_of_rows(problem.geometry), problem.dtype)
-    if cache.moments is None or key != cache.key:
-        cache.moments = None  # frees the old ones first
-        cache.key, cache.moments = key, _measure(problem, comm)
-    return cache.moments
+    def __init__(self) -> None:
+        self._key: object = None
+        self._moments: Moments | None = None
 
-
-def layer_quadratic(problem: LayerProblem, comm: Comm) -> Quadratic:
-    """The quadratic that the layer's squared output error is; a collective likewise."""
-    moments = layer_moments(problem, comm)
-    return moments.quadratic(by_group(problem.weight, problem), problem.asymmetry, problem.correct_bias)
-
-
-def by_group(matrix: Tensor, problem: LayerProblem) -> Tensor:
-    """A matrix `(O, I)` as `(G, R, J)`."""
-    return matrix.reshape(problem.geometry.groups, -1, problem.geometry.inputs_per_output)
+    def measure(self, problem: LayerProblem, comm: Comm) -> Moments:
+        """As the function `measure`; a collective unless the last problem had the same input, on all ranks alike."""
+        key = (problem.source or problem.name, _shape_of_rows(problem.geometry), problem.dtype)
+        if self._moments is None or key != self._key:
+            self._moments = None  # frees the old ones first
+            self._key, self._moments = key, measure(problem, comm)
+        return self._moments
 
 
 def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
@@ -73,7 +65,12 @@ class _Size:
         )
 
 
-def _measure(problem: LayerProblem, comm: Comm) -> Moments:
+def measure(problem: LayerProblem, comm: Comm) -> Moments:
+    """Moments of a layer's inputs, the same bits on any number of ranks. A collective.
+
+    Raises:
+        InputError: the inputs are not finite.
+    """
     size = _Size.of_all(comm.all_gather_object(_own_size(problem)))
     if not (math.isfinite(size.inputs) and math.isfinite(size.change)):
         raise non_finite_error(problem, comm)
@@ -87,7 +84,8 @@ def _measure(problem: LayerProblem, comm: Comm) -> Moments:
     cross = ExactSum((groups, inputs, inputs), 1.01 * total * both, device) if differs else None
     cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    for x_hat, change in _pieces(problem, differs, _row_step(problem, size.all_rows)):
+    step = _row_step(problem, size.all_rows)
+    for x_hat, change in _pieces(problem, differs, step):
         second.add(x_hat)
         mean.add(x_hat.sum(dim=1))
         count += x_hat.shape[1]
@@ -104,10 +102,10 @@ def _measure(problem: LayerProblem, comm: Comm) -> Moments:
         cross=None if cross is None else cross.mean(rows),
         cross_mean=None if cross is None else cross_mean.mean(rows),
         num_rows=rows,
+        every_row=step == 1,
     )
-    return (
-        moments.reordered(weight_order(problem.geometry).to(device)) if problem.geometry.num_spatial_dims else moments
-    )
+    spatial = problem.geometry.num_spatial_dims > 0
+    return moments.reordered(weight_order(problem.geometry).to(device)) if spatial else moments
 
 
 def _reduce(sums: list[Tensor], comm: Comm) -> None:
@@ -120,28 +118,27 @@ def _reduce(sums: list[Tensor], comm: Comm) -> None:
 
 def _own_size(problem: LayerProblem) -> _Size:
     """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
-    acts = problem.activations
     inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
-    for x_hat, x, target, mask in zip(acts.inputs, acts.float_inputs, acts.float_outputs, acts.masks, strict=True):
-        keep = _counting(target, mask, problem)
-        near = _as_summed(x_hat, keep, problem)
+    for batch in problem.batches:
+        keep = _keep(batch, problem)
+        near = _as_summed(batch.x_hat, keep, problem)
         inputs = max(inputs, _largest_square_sum(near, problem))
-        own = target.numel() // problem.geometry.out_channels
+        own = batch.y.numel() // problem.geometry.out_channels
         rows, all_rows = max(rows, own), all_rows + (own if keep is None else int(keep.sum()))
-        if problem.asymmetry and x is not x_hat:
-            change = max(change, _largest_square_sum(_as_summed(x, keep, problem) - near, problem))
+        if problem.asymmetry and batch.x is not batch.x_hat:
+            change = max(change, _largest_square_sum(_as_summed(batch.x, keep, problem) - near, problem))
     return _Size(inputs, change, rows, all_rows)
 
 
-def _counting(target: Tensor, mask: Tensor | None, problem: LayerProblem) -> Tensor | None:
+def _keep(batch: Batch, problem: LayerProblem) -> Tensor | None:
     """Which rows of a microbatch count, `(rows,)`, or None for all."""
-    keep = rows_that_count(target, mask, problem.geometry.channel_dim)
+    keep = batch.keep(problem.geometry.channel_dim)
     return None if keep is None else keep.reshape(-1).to(problem.device)
 
 
 def _as_summed(x: Tensor, keep: Tensor | None, problem: LayerProblem) -> Tensor:
     """An input in the precision of the sums; that of a Linear layer without rows that are padding."""
-    x = x.to(problem.device, problem.dtype)
+    x = problem.on_device(x)
     return x if keep is None or problem.geometry.num_spatial_dims else x.reshape(-1, x.shape[-1])[keep]
 
 
@@ -171,18 +168,14 @@ def _spread_evenly(step: int, num_positions: int, index: int) -> tuple[int, int]
 
 def _pieces(problem: LayerProblem, differs: bool, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time: one row of `step`, and none that is padding."""
-    acts, geometry = problem.activations, problem.geometry
-    for index, x_hat, x, target, mask in zip(
-        acts.indices, acts.inputs, acts.float_inputs, acts.float_outputs, acts.masks, strict=True
-    ):
-        per_sample = max(1, target.numel() // geometry.out_channels // max(1, target.shape[0]))
-        first, every = _spread_evenly(step, per_sample, index)
-        keep = _counting(target, mask, problem)
+    geometry = problem.geometry
+    for batch in problem.batches:
+        per_sample = max(1, batch.y.numel() // geometry.out_channels // max(1, batch.y.shape[0]))
+        first, every = _spread_evenly(step, per_sample, batch.index)
+        keep = _keep(batch, problem)
         keep = None if keep is None else keep[first::every]
-        near = x_hat.to(problem.device, problem.dtype)
-        streams = [near]
-        if differs:
-            streams.append(x.to(problem.device, problem.dtype) - near)
+        near = problem.on_device(batch.x_hat)
+        streams = [near, problem.on_device(batch.x) - near] if differs else [near]
         start = 0
         for parts in zip(*(unfolded_pieces(stream, geometry, first, every) for stream in streams), strict=True):
             stop = start + parts[0].shape[1]

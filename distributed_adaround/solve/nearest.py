@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from distributed_adaround.runtime.comm import Comm
-from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
+from distributed_adaround.spec.rounding import RoundingSpec
 
 
-def solve_nearest(problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor) -> Solution:
-    """Nearest codes; looks at no data."""
-    return Solution(codes=problem.grid.quantize(problem.weight))
+class NearestSolver:
+    """Looks at no data."""
+
+    needs_moments = False
+    num_steps = 0
+
+    def __init__(self, settings: RoundingSpec) -> None:
+        pass
+
+    def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
+        return Solution(codes=problem.grid.quantize(problem.weight))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.sites import SiteActivations
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.layers import LayerGeometry
-from distributed_adaround.numerics.moments import Moments
+from distributed_adaround.numerics.moments import Quadratic
 from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import Comm
+from distributed_adaround.spec.rounding import RoundingSpec
 
 
 class Monitor:
@@ -49,23 +51,16 @@ class Monitor:
         return None
 
 
-@dataclass
-class MomentCache:
-    """Moments of the last input that a solver asked for, and what tells it from others (solve/moments.py)."""
-
-    key: object = None
-    moments: Moments | None = None
-
-
 @dataclass(frozen=True)
 class LayerProblem:
     """Everything about one layer that its rounding depends on.
 
-    weight: `(O, I)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight, in
-    the compute dtype. transform: what follows the layer inside the loss. activations: of this rank.
-    total_microbatches: of all ranks. asymmetry: share of the error in the inputs that the rounding is to make up for.
+    weight: `(G, R, J)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight,
+    in the compute dtype. transform: what follows the layer inside the loss. batches: of this rank. total_microbatches:
+    of all ranks. source: see Site. asymmetry: share of the error in the inputs that the rounding is to make up for.
     correct_bias: the bias will restore the mean of the float outputs; correct_scale: the scales will restore their
     spread. rows_per_input: how many rows moments are taken from, for each input of an output; None: from all.
+    quadratic: the squared output error, where the solver needs moments and no activation is in the loss.
     """
 
     name: str
@@ -74,15 +69,16 @@ class LayerProblem:
     bias: Tensor | None
     grid: Grid
     transform: OutputTransform
-    activations: SiteActivations
+    batches: Sequence[Batch]
     total_microbatches: int
     store: ActivationStore
     seed: int
+    source: str | None = None
     asymmetry: float = 1.0
     correct_bias: bool = False
     correct_scale: bool = False
     rows_per_input: int | None = None
-    moments: MomentCache = field(default_factory=MomentCache)
+    quadratic: Quadratic | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,46 +88,79 @@ class LayerProblem:
     def device(self) -> torch.device:
         return self.weight.device
 
-    def target(self, x_hat: Tensor, output: Tensor) -> Tensor:
+    def on_device(self, activation: Tensor) -> Tensor:
+        """An activation on the compute device, in the compute dtype."""
+        return activation.to(self.device, self.dtype)
+
+    def outputs(self, x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's outputs with another weight `(G, R, J)`. x_hat: as `on_device` gives it."""
+        return self.geometry.apply(x_hat, self.geometry.from_channels(weight), bias)
+
+    def base(self, batch: Batch, x_hat: Tensor) -> Tensor:
+        """`W x̂ + b` of a microbatch; no product where both streams are the same. x_hat: as `on_device` gives it."""
+        return self.on_device(batch.y) if batch.x is batch.x_hat else self.outputs(x_hat, self.weight, self.bias)
+
+    def target(self, batch: Batch, base: Tensor | None) -> Tensor:
         """What the rounded layer is to make of a microbatch: `W (x̂ + asymmetry (x - x̂)) + b`, before batch norm and
-        activation. x_hat: on the compute device in the compute dtype. output: `W x + b`, anywhere.
-        """
-        output = output.to(self.device, self.dtype)
-        if self.asymmetry == 1:
-            return output
-        return torch.lerp(
-            self.geometry.apply(x_hat, self.geometry.from_matrix(self.weight), self.bias), output, self.asymmetry
-        )
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Hard codes `(O, I)` of `grid` (None: the problem's own); where learned, the soft weight `(O, I)` at the end and
-    the share of weights not settled. solver: which one it was, where that is not the one asked for."""
-
-    codes: Tensor
-    grid: Grid | None = None
-    soft_weight: Tensor | None = None
-    unsettled: float = 0.0
-    solver: str | None = None
-
-
-# All solvers have this signature; their own settings are bound beforehand (functools.partial).
-Solver = Callable[[LayerProblem, "OutputErrors", Comm, Monitor], Solution]
+        activation. base: as `base` gives it; with an asymmetry of 1 none is needed."""
+        y = self.on_device(batch.y)
+        return y if base is None else torch.lerp(base, y, self.asymmetry)
 
 
 @dataclass(frozen=True)
 class OutputErrors:
     """Squared output error of candidate weights on the whole calibration set, summed over rows.
 
-    error: `(candidates, O)` float64. energy: `(O,)`, of the float layer's outputs. num_rows: rows that count.
+    error: `(candidates, O)` float64. energy: `(O,)`, of the float layer's outputs. asymmetric: `(O,)`, of the part of
+    the targets that comes from the error of the inputs. num_rows: rows that count.
     """
 
     error: Tensor
     energy: Tensor
+    asymmetric: Tensor
     num_rows: int
 
     def relative(self, candidate: int) -> float:
         """Error of one candidate over the energy of the float outputs; 0 when there is neither."""
         error, energy = float(self.error[candidate].sum()), float(self.energy.sum())
         return error / energy if energy > 0 else error
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Hard codes `(G, R, J)` of `grid` (None: the problem's own); where learned, the soft weight `(G, R, J)` at the end
+    and the share of weights not settled.
+
+    nearest, errors: where the solver has measured them on all data, the errors of nearest rounding, and of the hard and
+    the soft weight.
+    """
+
+    codes: Tensor
+    grid: Grid | None = None
+    soft_weight: Tensor | None = None
+    unsettled: float = 0.0
+    nearest: OutputErrors | None = None
+    errors: OutputErrors | None = None
+
+
+class Solver(Protocol):
+    """One way to round a layer; made from the section `rounding` of a job, as it is.
+
+    needs_moments: whether it works on the layer's quadratic.
+    """
+
+    needs_moments: bool
+
+    def __init__(self, settings: RoundingSpec) -> None: ...
+
+    @property
+    def num_steps(self) -> int:
+        """Steps or sweeps that a layer takes; 0: the solver goes through it once."""
+
+    def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
+        """Round one layer, on all ranks together.
+
+        Raises:
+            InputError: activations or loss are not finite.
+            StoppedError: a rank was asked to stop.
+        """

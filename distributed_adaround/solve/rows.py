@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distributed_adaround.capture.sites import row_mask
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics import patches
 from distributed_adaround.runtime.comm import Comm
-from distributed_adaround.solve.problem import LayerProblem
+from distributed_adaround.solve.evaluate import error_sums, reduced
+from distributed_adaround.solve.problem import LayerProblem, OutputErrors
 
 BatchUnit = Literal["rows", "samples"]
 
@@ -36,32 +37,33 @@ class CalibrationRows:
     """
 
     def __init__(self, problem: LayerProblem) -> None:
-        acts, geometry = problem.activations, problem.geometry
-        self._geometry, self._device = geometry, problem.device
-        channel_dim = geometry.channel_dim
+        geometry = problem.geometry
+        self._problem, self._geometry, self._device = problem, geometry, problem.device
         self.sample_rows: list[list[int]] = []
-        selected = []
-        for y, mask, size in zip(acts.float_outputs, acts.masks, acts.batch_sizes, strict=True):
-            counts, select = _counting_rows(mask, tuple(y.movedim(channel_dim, -1).shape[:-1]), size)
+        self._selected: list[Tensor] = []
+        for batch in problem.batches:
+            counts, select = _counting_rows(batch, geometry.channel_dim)
             self.sample_rows.append(counts)
-            selected.append(select)
+            self._selected.append(select)
         # The sizes are known before any row is copied: only one microbatch at a time lies outside the budget.
-        shape = (sum(map(len, selected)), geometry.out_channels)
+        shape = (sum(map(len, self._selected)), geometry.out_channels)
         self._targets = problem.store.empty(shape, problem.dtype)
         affine = problem.transform.is_affine
         self._base = None if affine else problem.store.empty(shape, problem.dtype)
         # What a solver applies to the base and what the difference adds to it.
         self.transform = problem.transform.linear_part() if affine else problem.transform
-        self._fill_outputs(problem, selected)
+        self._energy: list[Tensor] = []
+        self._fill_outputs()
         self._starts: Tensor | None = None
         self._offsets = torch.zeros(1, math.prod(geometry.kernel_size), dtype=torch.int64)
         self._shape_of_row: Tensor | None = None
+        inputs = [batch.x_hat for batch in problem.batches]
         if geometry.num_spatial_dims:
-            num_positions = self._locate(problem, selected)
-            parts = (patches.channels_last_padded(x, geometry).flatten(0, -2) for x in acts.inputs)
+            num_positions = self._locate()
+            parts = (patches.channels_last_padded(x, geometry).flatten(0, -2) for x in inputs)
         else:
             num_positions = self.num_rows
-            parts = (_take(x, select) for x, select in zip(acts.inputs, selected, strict=True))
+            parts = (_take(x, select) for x, select in zip(inputs, self._selected, strict=True))
         self._features = problem.store.empty((num_positions, geometry.in_channels), problem.dtype)
         _fill(self._features, parts)
 
@@ -73,46 +75,66 @@ class CalibrationRows:
     def has_base(self) -> bool:
         return self._base is not None
 
-    def _fill_outputs(self, problem: LayerProblem, selected: Sequence[Tensor]) -> None:
-        """Targets, and the base where it is needed, one microbatch after the other."""
-        weight = problem.geometry.from_matrix(problem.weight)
-        start = 0
-        for x, y, select in zip(problem.activations.inputs, problem.activations.float_outputs, selected, strict=True):
-            outputs = problem.geometry.apply(x.to(problem.device, problem.dtype), weight, problem.bias)
-            base, output = (
-                _take(values.movedim(problem.geometry.channel_dim, -1), select).to(problem.device, problem.dtype)
-                for values in (outputs, y)
-            )
-            target = torch.lerp(base, output, problem.asymmetry)
+    def _fill_outputs(self) -> None:
+        """Targets, and the base where it is needed, one microbatch after the other; and their energy."""
+        problem, dim, start = self._problem, self._geometry.channel_dim, 0
+        for batch, select in zip(problem.batches, self._selected, strict=True):
+            outputs = problem.base(batch, problem.on_device(batch.x_hat))
+            wanted = problem.target(batch, outputs)
+            base, target = (_take(values.movedim(dim, -1), select) for values in (outputs, wanted))
             rows = slice(start, start + len(select))
+            expected = problem.transform(target)
             if self._base is None:
                 self._targets[rows] = self.transform(target - base)
             else:
                 self._base[rows] = base
-                self._targets[rows] = self.transform(target)
+                self._targets[rows] = expected
+            self._energy.append(expected.square().sum(dim=0).double())
             start += len(select)
 
-    def _locate(self, problem: LayerProblem, selected: Sequence[Tensor]) -> int:
+    def _locate(self) -> int:
         """Find where the rows of a convolution start; returns the number of positions P."""
-        geometry, acts = problem.geometry, problem.activations
+        geometry = self._geometry
         starts, shapes = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         sizes: dict[tuple[int, ...], int] = {}
         position = 0
-        for x, y, select in zip(acts.inputs, acts.float_outputs, selected, strict=True):
-            size = patches.padded_size(tuple(x.shape[2:]), geometry)
-            first = patches.row_positions(size, tuple(y.shape[2:]), geometry)
-            sample = torch.arange(x.shape[0])[:, None] * math.prod(size)
+        for batch, select in zip(self._problem.batches, self._selected, strict=True):
+            num_samples, _, *spatial = batch.x_hat.shape
+            size = patches.padded_size(tuple(spatial), geometry)
+            first = patches.row_positions(size, tuple(batch.y.shape[2:]), geometry)
+            sample = torch.arange(num_samples)[:, None] * math.prod(size)
             starts.append((position + sample + first).flatten()[select])
             shapes.append(torch.full_like(starts[-1], sizes.setdefault(size, len(sizes))))
-            position += x.shape[0] * math.prod(size)
+            position += num_samples * math.prod(size)
         self._starts = torch.cat(starts)
         if sizes:
             self._offsets = torch.stack([patches.kernel_offsets(size, geometry) for size in sizes])
         self._shape_of_row = torch.cat(shapes) if len(sizes) > 1 else None
         return position
 
+    def errors(self, candidates: Sequence[Tensor], comm: Comm) -> OutputErrors:
+        """As `evaluate.output_errors`, from the targets that are here already: one product for each candidate.
+
+        A collective. candidates: weights `(G, R, J)`. Raises InputError likewise.
+        """
+        problem, dim, start = self._problem, self._geometry.channel_dim, 0
+        sums = error_sums(problem, len(candidates))
+        for batch, select, energy in zip(problem.batches, self._selected, self._energy, strict=True):
+            x_hat, rows = problem.on_device(batch.x_hat), slice(start, start + len(select))
+            target = self._targets[rows].to(self._device)
+            for place, weight in enumerate(candidates):
+                outputs = _take(problem.outputs(x_hat, weight - problem.weight, None).movedim(dim, -1), select)
+                if self._base is not None:
+                    outputs = outputs.add_(self._base[rows].to(self._device))
+                error = (self.transform(outputs) - target).square_()
+                sums[batch.index, place] = error.sum(dim=0).double()
+            sums[batch.index, -3] = energy
+            sums[batch.index, -1] = len(select)
+            start += len(select)
+        return reduced(sums, problem, comm)
+
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Inputs `(G, R, J)`, base `(R, O)` or None, and targets `(R, O)` of local rows, int64 `(R,)` on the host."""
+        """Inputs `(G, N, J)`, base `(N, O)` or None, and targets `(N, O)` of local rows, int64 `(N,)` on the host."""
         positions = rows[:, None]
         if self._starts is not None:
             offsets = self._offsets
@@ -129,16 +151,17 @@ class CalibrationRows:
         return values.index_select(0, rows).to(self._device, non_blocking=True)
 
 
-def _counting_rows(mask: Tensor | None, leading: tuple[int, ...], batch_size: int) -> tuple[list[int], Tensor]:
+def _counting_rows(batch: Batch, channel_dim: int) -> tuple[list[int], Tensor]:
     """Rows that count: how many in each sample, and their indices (int64, on the host).
 
-    leading: shape of the layer's output without its channels. Where the batch size does not divide the rows (a
-    model that mixes samples), every row is a sample of its own.
+    Where the batch size does not divide the rows (a model that mixes samples), every row is a sample of its own.
     """
-    keep = row_mask(mask, leading)
-    keep = torch.ones(leading, dtype=torch.bool) if keep is None else keep.cpu()
-    samples = batch_size if batch_size and keep.numel() % batch_size == 0 else keep.numel()
-    return keep.reshape(samples, -1).sum(dim=1).tolist(), keep.reshape(-1).nonzero().squeeze(1)
+    keep = batch.keep(channel_dim)
+    if keep is None:
+        keep = torch.ones(batch.y.movedim(channel_dim, -1).shape[:-1], dtype=torch.bool)
+    samples = batch.size if batch.size and keep.numel() % batch.size == 0 else keep.numel()
+    keep = keep.cpu().reshape(samples, -1)
+    return keep.sum(dim=1).tolist(), keep.flatten().nonzero().squeeze(1)
 
 
 def _take(values: Tensor, select: Tensor) -> Tensor:
@@ -161,7 +184,16 @@ class BatchPlan:
     def __init__(
         self, problem: LayerProblem, local_counts: Sequence[Sequence[int]], comm: Comm, batch_size: int, unit: BatchUnit
     ) -> None:
-        owned = problem.activations.indices
+        """A collective.
+
+        Args:
+            problem: of the layer.
+            local_counts: rows of each sample of each microbatch of this rank.
+            comm: of all ranks.
+            batch_size: of a step, over all ranks together.
+            unit: what batch_size counts.
+        """
+        owned = [batch.index for batch in problem.batches]
         counts = _all_sample_counts(owned, local_counts, problem.total_microbatches, comm)
         flat = torch.tensor([count for microbatch in counts for count in microbatch], dtype=torch.int64)
         self._ends = flat.cumsum(0)

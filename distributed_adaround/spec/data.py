@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from distributed_adaround.spec.explain import Section
-from distributed_adaround.spec.fields import ImportPath, PositiveInt, Text, TextOrTexts
+from distributed_adaround.spec.fields import Arguments, ImportPath, NameIn, PositiveInt, Text, TextOrTexts
+
+# From a record of a file to the tensors of a sample (the contract is data.encode.Encoder).
+ENCODERS: dict[str, str] = {"arrays": "distributed_adaround.data.encode:ArraysEncoder"}
 
 
 class DataSpec(Section):
@@ -35,6 +40,10 @@ class DataSpec(Section):
         "fields, under their own names.",
     )
     one_sample_per_file: bool = Field(False, description="Each file is one sample; no first dimension counts samples.")
+    encoder: Annotated[str, NameIn(ENCODERS)] = Field(
+        "arrays", description="What makes tensors of each sample's record, before samples are collated; arrays: as is."
+    )
+    encoder_args: Arguments = Field({}, description="What another encoder than arrays needs.")
     transform: ImportPath | None = Field(
         None,
         description="Callable, as module:callable, that takes each microbatch (a dict of tensors) and returns the "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -142,7 +143,7 @@ def _explain_one(entry: Mapping[str, Any], cls: type) -> str:
         return _line(loc, ABSENT, _unknown_field(loc, cls))
     rule = _RULES.get(entry["type"], "")
     rule = rule.format_map(context) if rule else shorten(entry["msg"])
-    remedy = _remedy(entry["type"], value, _field(loc, cls))
+    remedy = _remedy(entry["type"], value, _field(loc, cls), str(context.get("expected", "")))
     return _line(loc, ABSENT if entry["type"] == "missing" else value, f"{rule}; {remedy}")
 
 
@@ -151,11 +152,11 @@ def _line(loc: Sequence[str | int], value: object, text: str) -> str:
     return f"{shorten(redact(path)) or 'job'}: {text if value is ABSENT else f'{shown(value)} {text}'}"
 
 
-def _remedy(kind: str, value: object, field: FieldInfo | None) -> str:
+def _remedy(kind: str, value: object, field: FieldInfo | None, expected: str) -> str:
     if field is None:
         return "correct or remove this entry"
     if kind == "literal_error" and isinstance(value, str):
-        names = [arg for arg in _literals(field.annotation) if isinstance(arg, str)]
+        names = re.findall(r"'([^']*)'", expected)
         if near := difflib.get_close_matches(value[:_MAX_SHOWN], names, n=1):
             return f"did you mean {near[0]!r}?"
     if kind in ("int_type", "float_type") and isinstance(value, str):
@@ -171,10 +172,6 @@ def _remedy(kind: str, value: object, field: FieldInfo | None) -> str:
     if isinstance(field.default, tuple):
         return f"use {shown(field.default)}, the default"
     return "correct it, or leave it out"
-
-
-def _literals(annotation: Any) -> list[object]:
-    return [leaf for arg in get_args(annotation) for leaf in (_literals(arg) or [arg])]
 
 
 def _unknown_field(loc: Sequence[str | int], cls: type) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import Field, JsonValue
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from distributed_adaround.spec.explain import one_rule
 
@@ -21,3 +24,24 @@ Arguments = Annotated[
     dict[str, JsonValue],
     one_rule("must map names to text, finite numbers, true, false, null, or lists and mappings of these; correct it"),
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class NameIn:
+    """Marks a text that must be a key of a table, also of one that grows while the program runs."""
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # One error whatever is wrong, as for a Literal.
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def _check(self, name: object) -> str:
+        if isinstance(name, str) and name in self.table:
+            return name
+        *most, last = map(repr, self.table)
+        expected = f"{', '.join(most)} or {last}" if most else last
+        raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": expected})
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": [*self.table]}

@@ -7,7 +7,13 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from distributed_adaround.spec.explain import ABSENT, ContradictionError, Section, one_rule
-from distributed_adaround.spec.fields import Arguments, ImportPath, Text
+from distributed_adaround.spec.fields import Arguments, ImportPath, NameIn, Text
+
+# Where a model comes from: name, and the class that opens it (the contract is model.source.ModelSource).
+SOURCES: dict[str, str] = {
+    "factory": "distributed_adaround.model.factory:FactorySource",
+    "program": "distributed_adaround.model.program:ProgramSource",
+}
 
 Sha256 = Annotated[
     str, Field(pattern=r"^[0-9a-fA-F]{64}$"), one_rule("must be 64 hexadecimal digits; write what sha256sum prints")
@@ -41,8 +47,20 @@ class ModelSpec(Section):
         "exchanged one is not used; null: any.",
     )
 
+    source: Annotated[str, NameIn(SOURCES)] | None = Field(
+        None, description="How the model is opened; null: factory or program, whichever is given."
+    )
+    source_args: Arguments = Field({}, description="What another source than factory and program needs.")
+
+    @property
+    def source_name(self) -> str:
+        """The source that counts."""
+        return self.source or ("program" if self.factory is None else "factory")
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        if self.source not in (None, "factory", "program"):
+            return self
         if self.factory is None and self.program is None:
             raise ContradictionError(
                 ("factory",), ABSENT, "is missing, and program too; give factory (module:callable) or program (.pt2)"

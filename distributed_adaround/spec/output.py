@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from distributed_adaround.spec.explain import ContradictionError, Section
-from distributed_adaround.spec.fields import Text
+from distributed_adaround.spec.fields import NameIn, Text
+
+# What a result is written as (the contract is export.result.Exporter).
+EXPORTERS: dict[str, str] = {
+    "safetensors": "distributed_adaround.export.codes:CodesExporter",
+    "dequantized": "distributed_adaround.export.dequantized:DequantizedExporter",
+}
 
 
 class OutputSpec(Section):
@@ -17,7 +23,7 @@ class OutputSpec(Section):
         description="Folder for the results, a path or URI; commits of finished layers and reports go there too.",
         examples=["s3://out/resnet50-w4"],
     )
-    formats: list[Literal["safetensors", "dequantized"]] = Field(
+    formats: list[Annotated[str, NameIn(EXPORTERS)]] = Field(
         ["safetensors", "dequantized"],
         min_length=1,
         description="safetensors: codes, scales and zero points; dequantized: float weights on the grid "

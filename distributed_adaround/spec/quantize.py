@@ -9,12 +9,14 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from distributed_adaround.errors import SpecError
+from distributed_adaround.formats import FORMATS, LayerFormat, Observer
 from distributed_adaround.spec.explain import ContradictionError, Section, shorten, shown
-from distributed_adaround.spec.fields import PositiveInt, Text, TextOrTexts
-from distributed_adaround.spec.number_format import Dtype, LayerFormat, Observer, QScheme, resolve, stale_fields
+from distributed_adaround.spec.fields import NameIn, PositiveInt, Text, TextOrTexts
+from distributed_adaround.spec.number_format import QScheme, ScaleDtype, resolve, stale_fields
 
 _DEFAULT_PERCENTILE = 99.9
 
+Dtype = Annotated[str, NameIn(FORMATS)]
 Percentile = Annotated[float, Field(gt=50, le=100)]
 
 
@@ -37,6 +39,7 @@ class Override(Section):
     group_size: PositiveInt | None = Field(None, description="Inputs that share a scale, with a per_group qscheme.")
     quant_min: int | None = Field(None, description="Smallest integer code of these layers.")
     quant_max: int | None = Field(None, description="Largest integer code of these layers.")
+    scale_dtype: ScaleDtype | None = Field(None, description="Precision of the scales of these layers.")
     observer: Observer | None = Field(None, description="How the scales of these layers are found.")
     percentile: Percentile | None = Field(None, description="Percentile of these layers, with observer: percentile.")
 
@@ -72,6 +75,11 @@ class QuantizeSpec(Section):
     )
     quant_min: int | None = Field(None, description="Smallest code of an integer type; null: the smallest it has.")
     quant_max: int | None = Field(None, description="Largest code of an integer type; null: the largest it has.")
+    scale_dtype: ScaleDtype | None = Field(
+        None,
+        description="Precision in which scales are stored: they are rounded to it before a layer is solved and after "
+        "every change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else float32.",
+    )
     observer: Observer = Field(
         "mse",
         description="How scales are found from the weights: minmax covers the largest weight, mse minimizes the "

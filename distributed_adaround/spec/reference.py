@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distributed_adaround.formats import FORMATS
 from distributed_adaround.spec.job import json_schema
 
 
@@ -14,7 +15,22 @@ def markdown() -> str:
     for name in ("model", "data", "quantize", "rounding", "output", "runtime"):
         parts.append(_section(f"`{name}`", _definition(schema, schema["properties"][name]), schema))
     parts.append(_section("each of `quantize.overrides`", schema["$defs"]["Override"], schema))
+    parts.append(_number_formats())
     return "\n\n".join(parts) + "\n"
+
+
+def _number_formats() -> str:
+    header = "| dtype | bits | values | a code in `quantized.safetensors` | scales |"
+    lines = ["**number formats**", "", header, "|---|---|---|---|---|"]
+    for name, number in FORMATS.items():
+        low, high = number.code_range
+        element = number.element
+        values = f"{low} to {high}"
+        if element is not None:
+            values = f"{len(element.values)} of {element.name}, to {element.values[-1]:g}"
+        block = f"{number.scale}, one for {number.block_size} inputs" if number.block_size else "`scale_dtype`"
+        lines.append(f"| `{name}` | {number.bits} | {values} | {number.storage} | {block} |")
+    return "\n".join(lines)
 
 
 def _definition(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

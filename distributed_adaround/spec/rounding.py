@@ -7,9 +7,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from distributed_adaround.spec.explain import ContradictionError, Section
-from distributed_adaround.spec.fields import PositiveInt
+from distributed_adaround.spec.fields import Arguments, NameIn, PositiveInt
 
-SolverName = Literal["minibatch", "gram", "gptq", "nearest"]
+# How a layer is rounded (the contract is solve.problem.Solver).
+SOLVERS: dict[str, str] = {
+    "minibatch": "distributed_adaround.solve.adaround:MinibatchSolver",
+    "gram": "distributed_adaround.solve.gram:GramSolver",
+    "gptq": "distributed_adaround.solve.gptq:GptqSolver",
+    "nearest": "distributed_adaround.solve.nearest:NearestSolver",
+}
+
 PositiveFloat = Annotated[float, Field(gt=0)]
 Exponent = Annotated[float, Field(gt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -22,11 +29,12 @@ _REG_PARAMS = {"sum": 0.01, "mean": 0.001, "nearest": 10.0}
 class RoundingSpec(Section):
     """How the rounding of each layer is learned."""
 
-    solver: SolverName = Field(
+    solver: Annotated[str, NameIn(SOLVERS)] = Field(
         "minibatch",
         description="minibatch: AdaRound by gradient steps on batches; gram: descent on the exact quadratic of all "
         "calibration data, faster and closer; gptq, nearest: the baselines.",
     )
+    solver_args: Arguments = Field({}, description="What another solver than these four needs.")
     max_iter: PositiveInt = Field(2000, description="With minibatch: steps per layer.")
     sweeps: PositiveInt = Field(
         100,
@@ -107,12 +115,7 @@ class RoundingSpec(Section):
     )
     compute_dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the learning.")
 
-    @property
-    def num_steps(self) -> int:
-        """Steps or sweeps per layer; 0: the solver goes through a layer once."""
-        return {"minibatch": self.max_iter, "gram": self.sweeps}.get(self.solver, 0)
-
-    def with_solver(self, solver: SolverName) -> RoundingSpec:
+    def with_solver(self, solver: str) -> RoundingSpec:
         """The same with another solver."""
         return self.model_copy(update={"solver": solver})
 
@@ -128,11 +131,6 @@ class RoundingSpec(Section):
     @property
     def polishes(self) -> bool:
         return self.solver == "gram" if self.polish is None else self.polish
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether second moments of the inputs are taken, apart from what an observer asks for."""
-        return self.solver in ("gram", "gptq") or self.polishes
 
     @property
     def corrects_bias(self) -> bool:

@@ -66,7 +66,7 @@ def facts() -> tuple[int, int]:
 
 
 def fails_on(ranks: list[int], kind: type[Exception]) -> tuple[str, str, object]:
-    """Class, message and told_by of what this rank raised, then a collective that must pair on all ranks."""
+    """Class, message and reported_by of what this rank raised, then a collective that must pair on all ranks."""
     comm = group()
     caught: Exception | None = None
     try:
@@ -76,7 +76,7 @@ def fails_on(ranks: list[int], kind: type[Exception]) -> tuple[str, str, object]
     except Exception as error:
         caught = error
     assert comm.all_gather_object(comm.rank) == list(range(comm.world_size))
-    return type(caught).__name__, str(caught), getattr(caught, "told_by", None)
+    return type(caught).__name__, str(caught), getattr(caught, "reported_by", None)
 
 
 def differs_on(ranks: list[int]) -> tuple[str, int | None] | None:
@@ -87,7 +87,7 @@ def differs_on(ranks: list[int]) -> tuple[str, int | None] | None:
     try:
         same_everywhere(comm, [a, b], "layer conv1: the rounding")
     except AdaRoundError as error:
-        return str(error), error.told_by
+        return str(error), error.reported_by
     return None
 
 
@@ -100,7 +100,7 @@ def peer_is_gone(gone: int, port: int | None) -> tuple[str, int | None]:
     try:
         comm.all_reduce(torch.ones(3))
     except PeerError as error:
-        return str(error), error.told_by
+        return str(error), error.reported_by
     return f"the collective worked without rank {gone}", None
 
 
@@ -176,8 +176,8 @@ def test_phase_without_failure_passes(pool: RankPool) -> None:
     ("ranks", "named"), [([2], "ranks [2]"), ([1, 4], "ranks [1, 4]"), ([0], "ranks [1, 2, 3, 4]")]
 )
 def test_a_difference_of_one_bit_is_found_and_the_ranks_are_named(pool: RankPool, ranks: list[int], named: str) -> None:
-    for message, told_by in pool.run(differs_on, 5, ranks):
-        assert told_by == 0
+    for message, reported_by in pool.run(differs_on, 5, ranks):
+        assert reported_by == 0
         assert message.startswith(f"layer conv1: the rounding differs between ranks: {named} do not hold")
 
 
@@ -189,15 +189,15 @@ def test_equal_tensors_are_the_same_everywhere(pool: RankPool, ranks: list[int])
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_lost_peer_is_named_by_the_one_that_is_left(pool: RankPool, gone: int) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    message, told_by = pool.run(peer_is_gone, 2, gone, server.port)[1 - gone]
-    assert told_by == 1 - gone
+    message, reported_by = pool.run(peer_is_gone, 2, gone, server.port)[1 - gone]
+    assert reported_by == 1 - gone
     assert message.startswith(f"rank {gone} failed or does not answer (")
     assert "\n" not in message
 
 
 def test_where_nobody_knows_who_is_gone_every_rank_tells(pool: RankPool) -> None:
-    message, told_by = pool.run(peer_is_gone, 2, 0, None)[1]
-    assert told_by == 1
+    message, reported_by = pool.run(peer_is_gone, 2, 0, None)[1]
+    assert reported_by == 1
     assert message.startswith("another rank failed or does not answer (")
 
 
@@ -226,10 +226,10 @@ def test_one_rank_alone_keeps_its_objects_and_errors() -> None:
     same_everywhere(comm, [torch.ones(2)], "it")
     with pytest.raises(KeyError, match="lost") as caught, phase(comm, "look"):
         raise KeyError("lost")
-    assert caught.value.told_by == 0
+    assert caught.value.reported_by == 0
 
 
-def test_an_agreed_error_is_told_by_rank_0() -> None:
-    assert InputError("x").told_by is None
-    assert agreed(InputError("x")).told_by == 0
+def test_an_agreed_error_is_reported_by_rank_0() -> None:
+    assert InputError("x").reported_by is None
+    assert agreed(InputError("x")).reported_by == 0
     assert not dist.is_initialized()

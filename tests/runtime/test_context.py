@@ -123,4 +123,4 @@ def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     set_ranks(monkeypatch, rank=1, local_rank=1, world=2, local_world=2)
     with pytest.raises(PeerError, match=r"the 2 ranks did not find each other: .*MASTER_ADDR") as caught:
         process_group(RankContext.from_environment("cpu"), 1.0).__enter__()
-    assert caught.value.told_by == 1
+    assert caught.value.reported_by == 1

@@ -150,7 +150,7 @@ def test_a_block_that_fails_on_one_rank_ends_all(
         try:
             solve_by_rows(mine, comm, problem.grid, work, Monitor(), "test")
         except Exception as error:
-            return type(error).__name__, str(error), getattr(error, "told_by", None)
+            return type(error).__name__, str(error), getattr(error, "reported_by", None)
         return "", "", None
 
     peer = ("PeerError", f"rank {failing} failed to round layer block.layer: ValueError: no luck", None)

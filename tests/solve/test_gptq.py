@@ -123,7 +123,7 @@ def test_moments_that_are_singular_in_one_group_are_told_once(
     def work(comm: Any) -> tuple[str, int | None]:
         with pytest.raises(InputError) as caught:
             solver(1e-30)(share(problem, comm.rank, 2), None, comm, NO_PROGRESS)
-        return str(caught.value), caught.value.told_by
+        return str(caught.value), caught.value.reported_by
 
     assert run_ranks(2, work) == [(SINGULAR, 0)] * 2
 

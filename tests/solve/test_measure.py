@@ -371,7 +371,7 @@ def test_moments_are_not_shared_by_layers_of_other_precision(make_problem: Any, 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("stream", ["inputs", "float_inputs"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_inputs_that_are_not_finite_are_told_by_rank_0(
+def test_inputs_that_are_not_finite_are_reported_by_rank_0(
     world_size: int, stream: str, value: float, make_problem: Any, share: Any, run_ranks: Any
 ) -> None:
     inputs = [torch.randn(4, 5) for _ in range(3)]
@@ -381,7 +381,7 @@ def test_inputs_that_are_not_finite_are_told_by_rank_0(
     def work(comm: Any) -> tuple[str, int | None]:
         with pytest.raises(InputError) as caught:
             layer_moments(share(problem, comm.rank, world_size), comm)
-        return str(caught.value), caught.value.told_by
+        return str(caught.value), caught.value.reported_by
 
     what = "quantized input" if stream == "inputs" else "float input"
     message = (

@@ -1,0 +1,208 @@
+"""From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.graph import capture, export_model, straight_line, without_cache
+from distributed_adaround.capture.graph_walk import GraphWalker
+from distributed_adaround.capture.replay_walk import ReplayWalker
+from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker
+from distributed_adaround.data.microbatches import Microbatches, ModelInputs
+from distributed_adaround.errors import InputError
+from distributed_adaround.formats import LayerFormat
+from distributed_adaround.model.source import OpenedModel
+from distributed_adaround.runtime.comm import Comm, agreed, phase
+from distributed_adaround.runtime.context import RankContext
+from distributed_adaround.runtime.memory import free_bytes
+from distributed_adaround.spec.quantize import QuantizeSpec
+from distributed_adaround.spec.runtime import RuntimeSpec, parse_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """A unit and the format of its weights; None: it stays in float because the job says so."""
+
+    unit: Unit
+    format: LayerFormat | None
+
+    @property
+    def site(self) -> Site:
+        return self.unit.site
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model ready to be walked through, on one rank. digest: of its weights, the same on all ranks."""
+
+    walker: Walker
+    planned: tuple[PlannedUnit, ...]
+    store: ActivationStore
+    digest: str
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are quantized."""
+        return sum(planned.format is not None for planned in self.planned)
+
+    @property
+    def float_parameters(self) -> tuple[FloatParameter, ...]:
+        """Every parameter left in float, with its reason."""
+        ignored = (
+            FloatParameter(planned.site.weight_name, planned.site.geometry.weight_shape, "ignored by quantize.ignore")
+            for planned in self.planned
+            if planned.format is None
+        )
+        return (*self.walker.float_parameters, *ignored)
+
+
+def capture_model(
+    opened: OpenedModel,
+    microbatches: Microbatches,
+    quantize: QuantizeSpec,
+    runtime: RuntimeSpec,
+    context: RankContext,
+    comm: Comm,
+) -> CapturedModel:
+    """Compare the weights of all ranks, capture the model and plan its layers. A collective.
+
+    Args:
+        opened: the model.
+        microbatches: calibration data.
+        quantize: formats of the layers.
+        runtime: budgets of memory.
+        context: of this rank.
+        comm: of all ranks.
+
+    Raises:
+        SpecError: the formats do not fit the layers.
+        InputError: ranks hold other weights, or the model cannot be used.
+    """
+    digest = _agree_on_weights(opened, comm)
+    store = activation_store(runtime, context)
+    with phase(comm, "capture the model"):
+        walker = make_walker(opened.model, microbatches.examples, varying=microbatches.varying, store=store)
+        planned = tuple(plan_layers(walker, quantize))
+    for note in walker.notes if comm.rank == 0 else ():
+        logger.warning("%s", note)
+    return CapturedModel(walker, planned, store, digest)
+
+
+def activation_store(runtime: RuntimeSpec, context: RankContext) -> ActivationStore:
+    """Budgets of this rank: as the spec says, else half of what is free now, shared by the ranks of this machine."""
+    host = free_bytes() // (2 * context.local_world_size)
+    device = torch.cuda.mem_get_info(context.device)[0] // 2 if context.device.type == "cuda" else 0
+    return ActivationStore(
+        context.device,
+        host_budget=host if runtime.activation_memory is None else parse_bytes(runtime.activation_memory),
+        device_budget=device if runtime.device_memory is None else parse_bytes(runtime.device_memory),
+        spill_dir=runtime.spill_dir,
+    )
+
+
+def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
+    """Digest of the weights, which all ranks must share: other weights would spoil the result in silence.
+
+    Raises:
+        InputError: ranks hold other weights than rank 0, from a factory that draws at random, say.
+    """
+    with phase(comm, "hash the model"):
+        digest = opened.digest
+    digests = comm.all_gather_object(digest)
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        raise agreed(
+            InputError(
+                f"the model on ranks {odd} has other weights than on rank 0; load the same weights on all ranks, with "
+                "model.weights in a job file, or seed the factory"
+            )
+        )
+    return digest
+
+
+def make_walker(
+    model: nn.Module | ExportedProgram, examples: Sequence[ModelInputs], *, varying: bool, store: ActivationStore
+) -> Walker:
+    """Walk through the exported graph; by hooks and replay where the model cannot be exported, with a note.
+
+    Args:
+        model: module or program.
+        examples: microbatches, of different shapes where the data has them; the graph must do for all.
+        varying: shapes differ between microbatches in more than the number of samples.
+        store: for the activations; its device is that of the walk.
+
+    Raises:
+        InputError: an exported program that cannot be walked; a model whose forward fails.
+    """
+    if isinstance(model, ExportedProgram):
+        return GraphWalker(capture(straight_line(model)), store)
+    try:
+        # Only what torch and the model do is tried here: an error of our own in reading the graph is not to be hidden.
+        graph = straight_line(export_model(model, _beside(model, examples[0]), varying))
+        for inputs in examples:
+            _check_same_output(model, graph, _beside(model, inputs))
+    except Exception as error:
+        # torch.export documents no closed set of errors; whatever stops it, hooks still work.
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        logger.debug("torch.export failed", exc_info=True)
+        return ReplayWalker(model, examples[0], reason=reason[:200], device=store.device, keep=store.keep)
+    return GraphWalker(capture(graph), store)
+
+
+def _beside(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
+    """The inputs on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, inputs.kwargs))
+    return replace(inputs, args=args, kwargs=kwargs)
+
+
+def _check_same_output(model: nn.Module, graph: nn.Module, example: ModelInputs) -> None:
+    with torch.no_grad(), without_cache(model):
+        ours, theirs = (_real_tensors(module(*example.args, **example.kwargs)) for module in (graph, model))
+    # The tolerance covers another order of sums. Rows that are all padding may be NaN.
+    if len(ours) != len(theirs) or not all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ):
+        raise InputError("its exported graph does not compute what the model computes")
+
+
+def _real_tensors(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
+    """Format of every layer, checked before anything is solved.
+
+    Raises:
+        SpecError: a group size does not divide, or overrides contradict each other.
+        InputError: the model has no layer to quantize, or one whose weight is not finite.
+    """
+    planned = [PlannedUnit(unit, quantize.for_layer(unit.site.name, unit.site.module_class)) for unit in walker.units]
+    for layer in planned:
+        if layer.format is not None:
+            layer.format.check(layer.site.name, layer.site.geometry.inputs_per_output)
+            if not bool(torch.isfinite(walker.tensor(layer.site.weight_name)).all()):
+                raise InputError(
+                    f"layer {layer.site.name}: its weight {layer.site.weight_name!r} is not finite; load other "
+                    "weights, or leave the layer in float by quantize.ignore"
+                )
+    for pattern in quantize.unmatched([(layer.site.name, layer.site.module_class) for layer in planned]):
+        logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
+    if not any(layer.format for layer in planned):
+        raise InputError(
+            f"none of the model's {len(planned)} linear and convolution layers is to be quantized; see quantize.ignore"
+        )
+    return planned

@@ -1,0 +1,178 @@
+"""Calibration data as the model takes it: the microbatches of one rank, from files or from a caller's list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distributed_adaround.data.loader import SampleLoader
+from distributed_adaround.data.manifest import owner, prove_coverage
+from distributed_adaround.errors import InputError, first_line
+from distributed_adaround.runtime.comm import Comm, agreed, phase
+
+CallerBatch = Tensor | Sequence[Any] | Mapping[str, Any]
+_MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One microbatch as the model takes it. mask: `(N, T)`, nonzero where a token counts, or None."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    mask: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What must be the same in all microbatches for one graph to do: shapes without the batch, other values."""
+        values = (*enumerate(self.args), *sorted(self.kwargs.items()))
+        return tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
+
+
+@dataclass(frozen=True)
+class Microbatches:
+    """The calibration data of one rank. Indices are global: the same on any number of ranks.
+
+    total: microbatches of the whole job. owned: those of this rank, ascending; may be empty. load: any of the owned.
+    read: all owned, in order. examples: one or two for the capture, of different kinds where the data has them, the
+    same on all ranks. varying: microbatches differ in more than the number of samples.
+    """
+
+    total: int
+    owned: Sequence[int]
+    load: Callable[[int], ModelInputs]
+    read: Callable[[], Iterator[tuple[int, ModelInputs]]]
+    examples: tuple[ModelInputs, ...]
+    varying: bool
+
+    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
+        return self.read()
+
+    @classmethod
+    def of_files(cls, loader: SampleLoader, convert: Callable[[Mapping[str, Tensor]], ModelInputs]) -> Microbatches:
+        """Those of a manifest. convert: from the fields of a microbatch to the model's arguments."""
+
+        def load(index: int) -> ModelInputs:
+            return convert(loader.load(index))
+
+        def read() -> Iterator[tuple[int, ModelInputs]]:
+            for index, fields in loader:
+                yield index, convert(fields)
+
+        return cls(loader.total, loader.owned, load, read, (load(0), load(loader.total - 1)), loader.varying)
+
+    @classmethod
+    def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> Microbatches:
+        """Those of a caller. A collective. sharded: every rank gives its own batches; else all give the same ones.
+
+        Raises:
+            InputError: a batch cannot be used, there is none, or ranks give different numbers of them.
+        """
+        with phase(comm, "read the batches"):
+            given = _read(batches)
+        counts = comm.all_gather_object(len(given))
+        if not sharded and len(set(counts)) > 1:
+            what = f"ranks pass {counts} batches; with sharded=False every rank passes the same ones"
+            raise agreed(InputError(f"{what}, else set sharded=True"))
+        first, total = (sum(counts[: comm.rank]), sum(counts)) if sharded else (0, len(given))
+        if not total:
+            raise agreed(InputError("batches is empty; give at least one calibration batch"))
+        held = {first + position: inputs for position, inputs in enumerate(given)}
+        if not sharded:
+            held = {index: inputs for index, inputs in held.items() if owner(index, comm.world_size) == comm.rank}
+        prove_coverage(total, comm.all_gather_object(tuple(held)))
+        # Every rank captures the same graph, so all look at the same one or two batches.
+        offered = comm.all_gather_object(_of_two_kinds(given))
+        examples = _of_two_kinds([inputs for rank in offered for inputs in rank])
+        return cls(total, tuple(held), held.__getitem__, lambda: iter(held.items()), examples, len(examples) > 1)
+
+    def first(self) -> Microbatches:
+        """The first one alone, as if it were all."""
+        inputs = self.load(0)
+        return Microbatches(1, (0,), lambda index: inputs, lambda: iter([(0, inputs)]), (inputs,), self.varying)
+
+
+def _read(batches: Iterable[CallerBatch]) -> list[ModelInputs]:
+    if isinstance(batches, Tensor | Mapping | str):
+        raise InputError("batches must be a list or another iterable of batches; wrap a single batch in a list")
+    given = [_model_inputs(batch) for batch in batches]
+    for index, inputs in enumerate(given):
+        sizes = [value.shape[:1] for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, Tensor)]
+        if not sizes or (0,) in sizes:
+            what = "is empty" if sizes else "holds no tensor"
+            raise InputError(f"batch {index} {what}; give tensors whose first dimension is the samples")
+    return given
+
+
+def _of_two_kinds(given: Sequence[ModelInputs]) -> tuple[ModelInputs, ...]:
+    """The first batch, and the first one of another kind if there is any."""
+    by_kind: dict[object, ModelInputs] = {}
+    for inputs in given:
+        by_kind.setdefault(inputs.kind, inputs)
+    return tuple(by_kind.values())[:2]
+
+
+def _model_inputs(batch: CallerBatch) -> ModelInputs:
+    if isinstance(batch, Tensor):
+        return ModelInputs((batch,), {})
+    if isinstance(batch, Mapping):
+        mask = batch.get(_MASK)
+        return ModelInputs((), dict(batch), mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return ModelInputs(tuple(batch), {})
+    raise InputError(f"a batch is a {type(batch).__name__}; give a tensor, a tuple of arguments or a dict of keywords")
+
+
+def call_transform(transform: Callable[..., Any], name: str, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`transform(batch)`, checked to be a mapping from field names to tensors. name: for messages."""
+    try:
+        result = transform(dict(batch))
+    except Exception as error:
+        raise InputError(f"data.transform {name!r} failed: {first_line(error)}") from error
+    if not isinstance(result, Mapping) or not result:
+        raise InputError(
+            f"data.transform {name!r} returned a {type(result).__name__}; it must return a dict of tensors"
+        )
+    for field, value in result.items():
+        if not isinstance(field, str) or not isinstance(value, Tensor):
+            raise InputError(
+                f"data.transform {name!r} returned {field!r}: {type(value).__name__}; fields must be tensors"
+            )
+    return dict(result)
+
+
+def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, mask_field: str) -> ModelInputs:
+    """Fields of a batch to the arguments of forward.
+
+    parameters: names that forward takes as keywords, in order; None: any. Fields become keywords of the same name. When
+    there is only one field besides the mask and forward has no such parameter, it is passed by position. The mask goes
+    to the model when forward takes it, and is kept as `ModelInputs.mask` when it is `(N, T)`.
+
+    Raises InputError listing the fields and forward's parameters when they do not match.
+    """
+    mask = batch.get(mask_field)
+    mask_is_passed = mask is not None and (parameters is None or mask_field in parameters)
+    names = [name for name in batch if name != mask_field]
+    unknown = [] if parameters is None else [name for name in names if name not in parameters]
+    takes = "any keyword" if parameters is None else ", ".join(parameters) or "nothing by name"
+    if not names or (unknown and len(names) > 1):
+        raise InputError(
+            f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}; "
+            "rename or leave out fields with data.fields"
+        )
+    if mask is not None and mask.ndim != 2 and not mask_is_passed:
+        raise InputError(
+            f"data field {mask_field!r} has shape {tuple(mask.shape)} and the model's forward, which takes {takes}, "
+            "does not use it; a mask of rows must be (samples, tokens)"
+        )
+    kwargs: dict[str, object] = {name: batch[name] for name in names if name not in unknown}
+    if mask_is_passed:
+        kwargs[mask_field] = mask
+    return ModelInputs(
+        args=tuple(batch[name] for name in unknown),
+        kwargs=kwargs,
+        mask=mask if mask is not None and mask.ndim == 2 else None,
+    )
