@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distributed_adaround import rounding as network
 from distributed_adaround.errors import AdaRoundError, InputError
-from distributed_adaround.export.state_dict import read_codes
+from distributed_adaround.export.codes import read_codes
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
 from distributed_adaround.plan import plan_job

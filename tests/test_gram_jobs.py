@@ -18,7 +18,7 @@ from sample_jobs import write_job
 from torch import Tensor, nn
 
 from distributed_adaround.checkpoint.commits import JobCommits
-from distributed_adaround.export.state_dict import read_codes
+from distributed_adaround.export.codes import read_codes
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
 from distributed_adaround.solve import by_channel as by_rows

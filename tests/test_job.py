@@ -16,7 +16,7 @@ from sample_jobs import images, job, vectors, write_job
 from torch import Tensor, nn
 
 from distributed_adaround.errors import InputError, PeerError
-from distributed_adaround.export.state_dict import read_codes
+from distributed_adaround.export.codes import read_codes
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
 from distributed_adaround.report.table import LayerTable

@@ -9,12 +9,12 @@ from rank_pool import RankPool
 from sample_jobs import job, write_job
 
 from distributed_adaround.checkpoint.commits import Commits
-from distributed_adaround.checkpoint.layer_files import LayerRecord
 from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.numerics.soft_rounding import RoundingSchedule
 from distributed_adaround.report.console import SilentProgress
 from distributed_adaround.report.events import EventLog
 from distributed_adaround.rounding import NetworkRounder
+from distributed_adaround.solve.record import LayerRecord
 from distributed_adaround.solve.rows import BatchPlan
 from distributed_adaround.spec.job import JobSpec
 

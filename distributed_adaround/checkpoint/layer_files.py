@@ -98,7 +98,7 @@ class Checkpoint:
             scale=tensors["scale"],
             zero_point=tensors["zero_point"],
             format=dict(entry.format),
-            figures=LayerFigures.from_dict(entry.metrics),
+            figures=LayerFigures.from_dict(entry.metrics) if entry.metrics else None,
             shift=tensors.get("shift"),
         )
 

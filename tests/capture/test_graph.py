@@ -11,16 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from distributed_adaround.capture.graph import (
-    CapturedGraph,
-    capture,
-    export_model,
-    fixed_batch_size,
-    placeholder_names,
-    straight_line,
-)
-from distributed_adaround.capture.sites import BatchNormAfter, ModelInputs
+from distributed_adaround.capture.graph import CapturedGraph, capture, export_model, straight_line
+from distributed_adaround.capture.sites import BatchNormAfter
+from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
+from distributed_adaround.model.source import OpenedModel, fixed_batch_size
 
 # torch 2.13 warns about a call of its own while it loads a program.
 OWN_WARNING = r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning"
@@ -353,7 +348,7 @@ def test_the_batch_stays_dynamic_whatever_it_equals(size: int) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 2)).eval()
     program = export_model(model, ModelInputs((torch.randn(size, 3, 4),), {}))
     assert fixed_batch_size(program) is None
-    assert placeholder_names(program) == ["input"]
+    assert OpenedModel(program).parameters == ["input"]
     module = straight_line(program)
     for n in (1, 2, 3, 4, 7):
         x = torch.randn(n, 3, 4)

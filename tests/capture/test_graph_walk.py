@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from walks import commit, reach, sites_of
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import capture, export_model, straight_line
 from distributed_adaround.capture.graph_walk import COMMON, FLOAT, QUANTIZED, GraphWalker
-from distributed_adaround.capture.sites import ModelInputs, Site
+from distributed_adaround.capture.sites import Site
+from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 
 CPU = torch.device("cpu")
@@ -58,7 +60,7 @@ def walker_for(
     model: nn.Module, batches: Sequence[ModelInputs], *, varying: bool = False, store: ActivationStore | None = None
 ) -> GraphWalker:
     graph = capture(straight_line(export_model(model.eval(), batches[0], varying)))
-    walker = GraphWalker(graph, CPU, store or store_of())
+    walker = GraphWalker(graph, store or store_of())
     walker.start(Batches(batches))
     return walker
 
@@ -106,10 +108,10 @@ def check_walk(
     """Walk to the end and compare x, x̂, y and the outputs with two models that run in full for every site."""
     before, after = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     walker = walker_for(model, batches, varying=varying, store=store)
-    for site in walker.sites:
+    for site in sites_of(walker):
         weight = None if site.name in ignored else rounded(before.get_parameter(site.weight_name))
         if site.name not in (*ignored, *resumed):
-            found = walker.reach(site)
+            found = reach(walker, site)
             assert found.indices == [10 + position for position in range(len(batches))]
             for inputs, x, quantized_x, y in zip(
                 batches, found.float_inputs, found.inputs, found.float_outputs, strict=True
@@ -121,7 +123,7 @@ def check_walk(
             assert [None if m is None else m.shape for m in found.masks] == [
                 None if each.mask is None else each.mask.shape for each in batches
             ]
-        walker.commit(site, weight)
+        commit(walker, site, weight)
         if weight is not None:
             after.get_parameter(site.weight_name).data.copy_(weight)
             assert torch.equal(model.get_parameter(site.weight_name), weight)
@@ -287,12 +289,12 @@ def test_ignored_layers_stay_float_and_resumed_ones_are_not_reached() -> None:
 def test_a_layer_may_be_reached_again_after_a_new_start() -> None:
     model, batches = Repeated(), rows(3)
     walker = walker_for(model, batches)
-    first = walker.reach(walker.sites[0])
+    first = reach(walker, sites_of(walker)[0])
     walker.start(Batches(batches))
-    again = walker.reach(walker.sites[0])
+    again = reach(walker, sites_of(walker)[0])
     assert torch.equal(first.float_outputs[0], again.float_outputs[0])
-    walker.commit(walker.sites[0], None)
-    walker.commit(walker.sites[1], None)
+    commit(walker, sites_of(walker)[0], None)
+    commit(walker, sites_of(walker)[1], None)
     ((_, before, after),) = walker.finish()
     assert torch.equal(before, after)
 
@@ -300,10 +302,10 @@ def test_a_layer_may_be_reached_again_after_a_new_start() -> None:
 def test_a_new_start_forgets_what_was_reached() -> None:
     batches = rows(3)
     walker = walker_for(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), batches)
-    (site,) = walker.sites
-    walker.reach(site)
+    (site,) = sites_of(walker)
+    reach(walker, site)
     walker.start(Batches(batches))
-    walker.commit(site, None)
+    commit(walker, site, None)
     assert len(list(walker.finish())) == 1
 
 
@@ -324,9 +326,9 @@ def test_every_node_runs_once_per_microbatch_and_stream(kind: type[nn.Module], m
     for node in graph.nodes:
         if node.op == "call_function":
             monkeypatch.setattr(node, "target", counting(node.target, computed, node.name))
-    for site in walker.sites:
-        walker.reach(site)
-        walker.commit(site, rounded(walker.tensor(site.weight_name)))
+    for site in sites_of(walker):
+        reach(walker, site)
+        commit(walker, site, rounded(walker.tensor(site.weight_name)))
     list(walker.finish())
     expected = Counter()
     for node in graph.nodes:
@@ -366,8 +368,8 @@ def test_constants_are_computed_once_and_let_go() -> None:
     computed: Counter[str] = Counter()
     (constant,) = (node for node in walker._graph.constant if node.op == "call_function")
     constant.target = counting(constant.target, computed, "exp")
-    for site in walker.sites:
-        walker.commit(site, None)
+    for site in sites_of(walker):
+        commit(walker, site, None)
         assert not walker._weights
     assert computed == {"exp": 1}
     assert not walker._constants
@@ -416,16 +418,16 @@ def test_values_inside_a_segment_are_let_go(monkeypatch: Any) -> None:
 def test_one_copy_of_the_weights(monkeypatch: Any) -> None:
     model = Convolutions()
     walker = walker_for(model, images(2))
-    for site in walker.sites:
+    for site in sites_of(walker):
         weight = model.get_parameter(site.weight_name)
         assert walker.tensor(site.weight_name).data_ptr() == weight.data_ptr()
-        walker.reach(site)
-        walker.commit(site, rounded(weight))
+        reach(walker, site)
+        commit(walker, site, rounded(weight))
         assert walker.tensor(site.weight_name).data_ptr() == model.get_parameter(site.weight_name).data_ptr()
     assert walker._float_weights == {}
     repeated = walker_for(Repeated(), rows(2))
-    for site in repeated.sites:
-        repeated.commit(site, rounded(repeated.tensor(site.weight_name)))
+    for site in sites_of(repeated):
+        commit(repeated, site, rounded(repeated.tensor(site.weight_name)))
     assert set(repeated._float_weights) == {"a.weight", "b.weight"}
     list(repeated.finish())
     assert repeated._float_weights == {}
@@ -434,12 +436,12 @@ def test_one_copy_of_the_weights(monkeypatch: Any) -> None:
 def test_a_rank_without_microbatches_walks_along() -> None:
     model = Convolutions().eval()
     graph = capture(straight_line(export_model(model, images(3)[0])))
-    walker = GraphWalker(graph, CPU, store_of())
+    walker = GraphWalker(graph, store_of())
     walker.start(Batches([]))
-    for site in walker.sites:
-        found = walker.reach(site)
+    for site in sites_of(walker):
+        found = reach(walker, site)
         assert (found.indices, found.inputs, found.float_outputs) == ([], [], [])
-        walker.commit(site, rounded(model.get_parameter(site.weight_name)))
+        commit(walker, site, rounded(model.get_parameter(site.weight_name)))
     assert list(walker.finish()) == []
     assert torch.equal(model.point.weight, rounded(model.point.weight))
 
@@ -447,7 +449,7 @@ def test_a_rank_without_microbatches_walks_along() -> None:
 def test_masks_and_sizes_go_with_the_activations() -> None:
     batches = texts((3, 7), (2, 7))
     walker = walker_for(Attention(), batches)
-    found = walker.reach(walker.sites[0])
+    found = reach(walker, sites_of(walker)[0])
     assert found.batch_sizes == [3, 2]
     assert all(mask is each.mask for mask, each in zip(found.masks, batches, strict=True))
 
@@ -485,13 +487,13 @@ def test_data_that_an_operation_refuses_is_an_input_error() -> None:
     with pytest.raises(
         InputError, match=r"^microbatch 11: the model fails in aten\.embedding\.default: index out of range"
     ):
-        walker.reach(walker.sites[0])
+        reach(walker, sites_of(walker)[0])
 
 
 def test_sites_and_reasons_are_those_of_the_graph() -> None:
     walker = walker_for(Attention(), texts((3, 7)))
-    assert [site.name for site in walker.sites] == ["qkv", "out", "head"]
-    assert isinstance(walker.sites[0], Site)
+    assert [site.name for site in sites_of(walker)] == ["qkv", "out", "head"]
+    assert isinstance(sites_of(walker)[0], Site)
     assert walker.notes == ()
     assert {parameter.name for parameter in walker.float_parameters} == {
         "table.weight", "qkv.bias", "out.bias", "head.bias"

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from walks import commit, reach, sites_of
 
 from distributed_adaround.capture.replay_walk import ReplayWalker
-from distributed_adaround.capture.sites import ModelInputs, Site
+from distributed_adaround.capture.sites import Site
+from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 
 CPU = torch.device("cpu")
@@ -92,8 +94,8 @@ def test_geometry_on_the_captured_input_gives_the_modules_own_output(layer: nn.M
     model = randomized(nn.Sequential(layer))
     x = torch.randn(shape)
     walker = walker_for(model, [x])
-    (site,) = walker.sites
-    found = walker.reach(site)
+    (site,) = sites_of(walker)
+    found = reach(walker, site)
     bias = walker.tensor(site.bias_name) if site.bias_name else None
     expected = model(x)
     again = site.geometry.apply(found.float_inputs[0], walker.tensor(site.weight_name), bias)
@@ -109,22 +111,22 @@ def test_streams_equal_two_models_run_side_by_side() -> None:
     first, last = copy.deepcopy(model), copy.deepcopy(model)
     data = [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8)]
     walker = walker_for(model, data)
-    assert names(walker.sites) == ["0", "4"]
-    found = walker.reach(walker.sites[0])
+    assert names(sites_of(walker)) == ["0", "4"]
+    found = reach(walker, sites_of(walker)[0])
     for index, x in enumerate(data):
         assert torch.equal(found.inputs[index], x)
         assert torch.equal(found.float_outputs[index], first[0](x))  # not what the in-place ReLU left behind
-    walker.commit(walker.sites[0], rounded(model[0].weight))
+    commit(walker, sites_of(walker)[0], rounded(model[0].weight))
     with torch.no_grad():
         last[0].weight.copy_(rounded(first[0].weight))
-    found = walker.reach(walker.sites[1])
+    found = reach(walker, sites_of(walker)[1])
     assert found.indices == [0, 1]
     for index, x in enumerate(data):
         assert torch.equal(found.float_inputs[index], first[:4](x))
         assert torch.equal(found.float_outputs[index], first(x))
         assert torch.equal(found.inputs[index], last[:4](x))
         assert not torch.equal(found.inputs[index], found.float_inputs[index])
-    walker.commit(walker.sites[1], rounded(model[4].weight))
+    commit(walker, sites_of(walker)[1], rounded(model[4].weight))
     with torch.no_grad():
         last[4].weight.copy_(rounded(first[4].weight))
     assert found.batch_sizes == [4, 2]
@@ -142,8 +144,8 @@ def test_a_site_can_be_committed_without_reaching_it() -> None:
     other = copy.deepcopy(model)
     x = torch.randn(3, 4)
     walker = walker_for(model, [x])
-    walker.commit(walker.sites[0], rounded(model[0].weight))
-    found = walker.reach(walker.sites[1])
+    commit(walker, sites_of(walker)[0], rounded(model[0].weight))
+    found = reach(walker, sites_of(walker)[1])
     assert torch.equal(found.float_inputs[0], other[0](x))
     assert torch.equal(found.inputs[0], F.linear(x, rounded(other[0].weight), other[0].bias))
 
@@ -168,10 +170,10 @@ def test_data_dependent_control_flow() -> None:
     model = randomized(Branching())
     data = [torch.randn(5, 4) * 10, torch.randn(5, 4) * 1e-3, torch.randn(5, 4) * 10]
     walker = walker_for(model, data)
-    assert names(walker.sites) == ["early", "large", "late"]
+    assert names(sites_of(walker)) == ["early", "large", "late"]
     assert reasons(walker)["small.weight"] == "the layer never runs as a module in the forward pass"
     assert "could not be exported: a test" in walker.notes[0]
-    found = walker.reach(walker.sites[1])
+    found = reach(walker, sites_of(walker)[1])
     assert found.indices == [0, 2]
     assert any("does not run in 1 of this rank's 3 microbatches" in note for note in walker.notes)
 
@@ -180,10 +182,10 @@ def test_where_the_quantized_model_takes_another_path_the_float_input_is_used() 
     model = randomized(Branching())
     x = torch.randn(5, 4) * 10
     walker = walker_for(model, [x])
-    walker.commit(walker.sites[0], torch.zeros(4, 4))
+    commit(walker, sites_of(walker)[0], torch.zeros(4, 4))
     with torch.no_grad():
         model.early.bias.zero_()  # zero activations now go through `small`
-    found = walker.reach(walker.sites[1])
+    found = reach(walker, sites_of(walker)[1])
     assert torch.equal(found.inputs[0], found.float_inputs[0])
     assert any("takes another path" in note for note in walker.notes)
 
@@ -203,9 +205,9 @@ def test_shared_and_repeated_layers_are_one_site_learned_at_the_first_call() -> 
     model = randomized(Twice())
     x = torch.randn(3, 4)
     walker = walker_for(model, [x])
-    (site,) = walker.sites
+    (site,) = sites_of(walker)
     assert (site.name, site.weight_name, site.num_calls) == ("a", "a.weight", 3)
-    found = walker.reach(site)
+    found = reach(walker, site)
     assert torch.equal(found.inputs[0], x)
     assert torch.equal(found.float_outputs[0], model.a(x))
     assert reasons(walker) == {"a.bias": "bias", "b.bias": "bias"}
@@ -225,7 +227,7 @@ def test_outputs_of_real_numbers_are_compared_where_the_shapes_agree() -> None:
     layer = copy.deepcopy(model.layer)
     same, other = torch.zeros(2, 3), torch.randn(64, 3)
     walker = walker_for(model, [other, same])
-    walker.commit(walker.sites[0], -model.layer.weight)
+    commit(walker, sites_of(walker)[0], -model.layer.weight)
     ends = list(walker.finish())
     assert [index for index, *_ in ends] == [1, 1]
     assert torch.equal(ends[1][1], layer(same))
@@ -246,8 +248,8 @@ def test_encoder_layers_are_captured_although_torch_has_a_fused_path() -> None:
     model = randomized(Padded()).requires_grad_(False)
     walker = walker_for(model, [torch.randn(2, 3, 8)])
     expected = [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
-    assert names(walker.sites) == expected
-    found = walker.reach(walker.sites[2])
+    assert names(sites_of(walker)) == expected
+    found = reach(walker, sites_of(walker)[2])
     assert found.inputs[0].shape == (2, 3, 8)
     assert not found.inputs[0].is_nested
     assert torch.backends.mha.get_fastpath_enabled()
@@ -275,11 +277,11 @@ def test_a_forward_with_side_effects_leaves_none() -> None:
     kept = copy.deepcopy(data)
     walker = walker_for(model, data)
     state = torch.random.get_rng_state()
-    found = walker.reach(walker.sites[0])
+    found = reach(walker, sites_of(walker)[0])
     assert torch.equal(found.inputs[0], found.float_inputs[0])
     with torch.random.fork_rng([]):
         torch.manual_seed(99)
-        assert torch.equal(found.inputs[1], walker.reach(walker.sites[0]).inputs[1])
+        assert torch.equal(found.inputs[1], reach(walker, sites_of(walker)[0]).inputs[1])
     assert model.count.item() == 0
     assert torch.equal(model.last, torch.zeros(3))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -299,7 +301,7 @@ def test_captured_tensors_are_own_copies_handed_to_keep() -> None:
     mask = torch.ones(2, 1)
     walker = ReplayWalker(model, ModelInputs((x,), {}), reason="a test", device=CPU, keep=keep)
     walker.start(Batches([x], [mask]))
-    found = walker.reach(walker.sites[0])
+    found = reach(walker, sites_of(walker)[0])
     assert len(kept) == 3
     assert found.masks == [mask]
     assert all(tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for tensor in kept)
@@ -323,7 +325,7 @@ def test_a_models_own_exception_handler_does_not_swallow_the_early_stop() -> Non
     model = Careful()
     walker = walker_for(model, [torch.randn(2, 3)])
     assert model.finished == 1
-    assert len(walker.reach(walker.sites[0]).inputs) == 1
+    assert len(reach(walker, sites_of(walker)[0]).inputs) == 1
     assert model.finished == 1
 
 
@@ -334,9 +336,9 @@ def test_a_failing_forward_names_the_microbatch_and_restores_the_weights() -> No
         walker_for(model, [bad])
     walker = walker_for(model, [good, bad])
     weight = rounded(model[0].weight.detach())
-    walker.commit(walker.sites[0], weight)
+    commit(walker, sites_of(walker)[0], weight)
     with pytest.raises(InputError, match=r"forward failed on microbatch 1: RuntimeError") as caught:
-        walker.reach(walker.sites[1])
+        reach(walker, sites_of(walker)[1])
     assert "\n" not in str(caught.value)
     assert torch.equal(model[0].weight, weight)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)

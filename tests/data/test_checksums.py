@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from distributed_adaround.data.checksums import Checksums
-from distributed_adaround.data.manifest import Manifest, build_manifest
+from distributed_adaround.data.listing import build_manifest
+from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.errors import InputError
 
 A, B = hashlib.sha256(b"a").hexdigest(), hashlib.sha256(b"b").hexdigest()

@@ -19,8 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 
 from distributed_adaround.data import loader as loader_module
+from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.loader import SampleLoader
-from distributed_adaround.data.manifest import Manifest, build_manifest
+from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
 

@@ -13,16 +13,8 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from distributed_adaround.data.manifest import (
-    DataFile,
-    FieldInfo,
-    Manifest,
-    build_manifest,
-    cut,
-    owner,
-    prove_coverage,
-    take,
-)
+from distributed_adaround.data.listing import build_manifest
+from distributed_adaround.data.manifest import DataFile, FieldInfo, Manifest, cut, owner, prove_coverage, take
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage, uris
 

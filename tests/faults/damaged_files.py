@@ -19,15 +19,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distributed_adaround.checkpoint.layer_files import Checkpoint, LayerRecord
+from distributed_adaround.checkpoint.layer_files import Checkpoint
 from distributed_adaround.checkpoint.solver_states import SolverStates
+from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.loader import SampleLoader
-from distributed_adaround.data.manifest import build_manifest
 from distributed_adaround.data.readers import open_samples
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
-from distributed_adaround.model.load import load_factory, load_program
+from distributed_adaround.model.factory import load_factory
+from distributed_adaround.model.program import load_program
 from distributed_adaround.report.status import Status, read_status, write_status
+from distributed_adaround.solve.record import LayerRecord
 from tests.faults.byte_changes import Change, changed
 
 IMAGES = torch.arange(5 * 3 * 4, dtype=torch.float32).reshape(5, 3, 4) / 7
@@ -231,10 +233,12 @@ def _record(name: str, shape: tuple[int, ...]) -> LayerRecord:
             "group_size": None,
             "quant_min": -8,
             "quant_max": 7,
+            "element_format": None,
+            "scale_format": "float32",
+            "tensor_scale": None,
             "groups": 1,
             "transposed": False,
         },
-        metrics={"hard_error": 0.25, "seconds": 1.5},
     )
 
 

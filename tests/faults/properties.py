@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distributed_adaround.data.manifest import cut, owner, prove_coverage, take
-from distributed_adaround.numerics.floats import ElementFormat, decode, encode, float_values, nearest_values
+from distributed_adaround.formats import E2M1, E4M3, SCALE_FORMATS, FloatFormat
+from distributed_adaround.numerics.floats import decode, encode, nearest_values
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.moments import ExactSum
 
@@ -34,10 +35,11 @@ def integer_grids(draw: st.DrawFn) -> tuple[Grid, Tensor]:
     entries = outputs * groups
     scale = draw(st.lists(st.floats(2.0**-60, 2.0**60, width=32), min_size=entries, max_size=entries))
     zero = draw(st.lists(st.integers(low, high), min_size=entries, max_size=entries))
-    shape = (outputs, groups)
-    grid = Grid(torch.tensor(scale).reshape(shape), torch.tensor(zero).float().reshape(shape), low, high)
+    shape = (1, outputs, groups)
+    scales, zeros = torch.tensor(scale).reshape(shape), torch.tensor(zero).float().reshape(shape)
+    grid = Grid(scales, zeros, low, high, SCALE_FORMATS["float32"])
     steps = draw(st.lists(_finite(2.0**10), min_size=entries * size, max_size=entries * size))
-    return grid, torch.tensor(steps).reshape(outputs, -1) * grid.scale.repeat_interleave(size, dim=1)
+    return grid, torch.tensor(steps).reshape(1, outputs, -1) * grid.scale.repeat_interleave(size, dim=2)
 
 
 def check_integer_grid(case: tuple[Grid, Tensor]) -> None:
@@ -52,7 +54,7 @@ def check_integer_grid(case: tuple[Grid, Tensor]) -> None:
     assert bool((((above - below) == 1) | (above == below)).all())
     assert bool(((codes == below) | (codes == above)).all())
     inside = above > below
-    step = grid.scale_like(weight).expand_as(weight)
+    step = grid.scale.repeat_interleave(weight.shape[2] // grid.scale.shape[2], dim=2)
     # A little room for the rounding of float32: the weight itself is steps times the scale.
     room = 1e-6 * (weight.abs() + step)
     assert bool((low <= weight + room)[inside].all())
@@ -63,26 +65,27 @@ def check_integer_grid(case: tuple[Grid, Tensor]) -> None:
 
 
 @st.composite
-def float_weights(draw: st.DrawFn) -> tuple[ElementFormat, Tensor]:
-    element = draw(st.sampled_from(["e4m3", "e2m1"]))
-    values = float_values(element).tolist()
+def float_weights(draw: st.DrawFn) -> tuple[FloatFormat, Tensor]:
+    element = draw(st.sampled_from([E4M3, E2M1]))
+    values = list(element.values)
     middles = [(a + b) / 2 for a, b in pairwise(values)]
     numbers = st.sampled_from(values + middles) | _finite(500.0) | _finite(2.0**-6)
     return element, torch.tensor(draw(st.lists(numbers, min_size=1, max_size=8)))
 
 
-def check_float_grid(case: tuple[ElementFormat, Tensor]) -> None:
+def check_float_grid(case: tuple[FloatFormat, Tensor]) -> None:
     element, weight = case
-    values = float_values(element)
-    grid = Grid(torch.ones(1, 1), torch.zeros(1, 1), 0, len(values) - 1, values)
-    codes = grid.quantize(weight[None])
+    values = torch.tensor(element.values)
+    one = torch.ones(1, 1, 1)
+    grid = Grid(one, 0 * one, 0, len(values) - 1, SCALE_FORMATS["float32"], values)
+    codes = grid.quantize(weight[None, None])
     assert torch.equal(decode(encode(codes, element), element), codes)
-    found = grid.dequantize(codes)[0]
+    found = grid.dequantize(codes)[0, 0]
     assert torch.equal(nearest_values(weight, element), found)
     for number, chosen in zip(weight.tolist(), found.tolist(), strict=True):
         distances = [abs(Fraction(number) - Fraction(value)) for value in values.tolist()]
         assert abs(Fraction(number) - Fraction(chosen)) == min(distances)
-    if element == "e4m3":
+    if element is E4M3:
         # torch's own cast, of what it does not clamp.
         assert torch.equal(weight.clamp(-448, 448).to(torch.float8_e4m3fn).float(), found)
 

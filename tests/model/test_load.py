@@ -14,15 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from distributed_adaround.data.microbatches import bind_inputs, call_transform
 from distributed_adaround.errors import InputError
-from distributed_adaround.model.load import (
-    bind_inputs,
-    call_transform,
-    forward_parameters,
-    load_callable,
-    load_factory,
-    model_digest,
-)
+from distributed_adaround.model.factory import load_factory
+from distributed_adaround.model.source import OpenedModel
+from distributed_adaround.model.weights import model_digest
+from distributed_adaround.runtime.imports import load_callable
 
 FACTORIES = """
 import torch
@@ -273,7 +270,7 @@ class Forward:
 def test_forward_parameters(method: str, expected: list[str] | None) -> None:
     module = nn.Identity()
     module.forward = getattr(Forward(), method)
-    assert forward_parameters(module) == expected
+    assert OpenedModel(module).parameters == expected
 
 
 IDS, MASK, BLOCKS = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 1, 3, 3)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from distributed_adaround.report.console import Progress, SilentProgress
-from distributed_adaround.report.table import LayerReport
+from distributed_adaround.solve.record import LayerFigures
 
-REPORT = LayerReport(
+REPORT = LayerFigures(
     name="conv1",
     kind="Conv2d",
     shape=(1, 1),

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from distributed_adaround.errors import InputError
-from distributed_adaround.report.table import LayerReport, LayerTable, shorten
+from distributed_adaround.report.table import LayerTable, shorten
+from distributed_adaround.solve.record import LayerFigures
 
-FIRST = LayerReport(
+FIRST = LayerFigures(
     name="conv1",
     kind="Conv2d",
     shape=(16, 3, 3, 3),
@@ -33,8 +34,8 @@ def test_sqnr_is_the_hard_error_in_decibels() -> None:
 
 def test_a_row_survives_json() -> None:
     row = replace(SECOND, resumed=True, note="runs 3 times in one forward", hard_error=0.0)
-    assert LayerReport.from_dict(json.loads(json.dumps(row.to_dict(), allow_nan=False))) == row
-    unknown = LayerReport.from_dict(replace(row, soft_error=math.nan).to_dict())
+    assert LayerFigures.from_dict(json.loads(json.dumps(row.to_dict(), allow_nan=False))) == row
+    unknown = LayerFigures.from_dict(replace(row, soft_error=math.nan).to_dict())
     assert math.isnan(unknown.soft_error)
     assert replace(unknown, soft_error=row.soft_error) == row
     assert row.to_dict()["sqnr_db"] is None
@@ -45,7 +46,7 @@ def test_a_row_with_missing_or_unknown_fields_is_refused() -> None:
     values = FIRST.to_dict()
     del values["flipped"]
     with pytest.raises(InputError, match=r"conv1 .*flipped, host"):
-        LayerReport.from_dict(values | {"host": "a"})
+        LayerFigures.from_dict(values | {"host": "a"})
 
 
 def test_totals() -> None:

@@ -70,7 +70,7 @@ def test_preset_pytorch_is_the_pytorch_ancestor() -> None:
     spec = MethodSpec(preset="pytorch")
     layer = spec.quantize.for_layer("a", "Linear")
     assert layer is not None
-    assert (layer.num_bits, layer.signed, layer.quant_min, layer.quant_max) == (8, True, -128, 127)
+    assert (layer.number.bits, layer.number.signed, layer.quant_min, layer.quant_max) == (8, True, -128, 127)
     assert (layer.strategy, layer.symmetric, layer.observer) == ("tensor", True, "minmax")
     assert spec.rounding == RoundingSpec(
         max_iter=10000,
@@ -132,7 +132,7 @@ def test_presets_hold_only_known_fields_and_hide_no_fault() -> None:
 
 def test_digest_is_the_hash_of_what_changes_the_result() -> None:
     spec = JobSpec(**JOB, quantize={"overrides": [{"match": "a", "dtype": "int8"}]}, runtime={"seed": 3})
-    none = dict.fromkeys(["qscheme", "group_size", "quant_min", "quant_max", "observer", "percentile"])
+    none = dict.fromkeys(["qscheme", "group_size", "quant_min", "quant_max", "scale_dtype", "observer", "percentile"])
     content = {
         "quantize": {
             "dtype": "int4",
@@ -140,6 +140,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "group_size": None,
             "quant_min": None,
             "quant_max": None,
+            "scale_dtype": None,
             "observer": "mse",
             "percentile": 99.9,
             "ignore": [],
@@ -147,6 +148,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
         },
         "rounding": {
             "solver": "minibatch",
+            "solver_args": {},
             "max_iter": 2000,
             "batch_size": 256,
             "batch_unit": "rows",
@@ -174,6 +176,8 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "virtual_shards": 64,
             "fields": None,
             "one_sample_per_file": False,
+            "encoder": "arrays",
+            "encoder_args": {},
             "transform": None,
             "mask_field": "attention_mask",
             "pad_value": 0.0,

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from distributed_adaround.errors import SpecError
-from distributed_adaround.numerics.floats import float_values
+from distributed_adaround.formats import FORMATS, SCALE_FORMATS, LayerFormat
 from distributed_adaround.spec.job import MethodSpec
-from distributed_adaround.spec.number_format import LayerFormat
 from distributed_adaround.spec.quantize import QuantizeSpec
 
 
@@ -30,7 +29,9 @@ from distributed_adaround.spec.quantize import QuantizeSpec
 )
 def test_ranges_of_dtypes(dtype: Any, num_bits: int, signed: bool, low: int, high: int, zero_point: int) -> None:
     layer = QuantizeSpec(dtype=dtype).for_layer("a", "Linear")
-    assert layer == LayerFormat(dtype, num_bits, signed, low, high, True, "channel", None, "mse", 99.9)
+    scale = SCALE_FORMATS["float32"]
+    assert layer == LayerFormat(FORMATS[dtype], low, high, True, "channel", None, scale, "mse", 99.9)
+    assert (layer.number.bits, layer.number.signed) == (num_bits, signed)
     assert layer.zero_point == zero_point
 
 
@@ -77,9 +78,9 @@ def test_the_later_override_wins_and_ignore_wins_over_all() -> None:
             {"match": ["re:b", "c"], "dtype": "int3"},
         ],
     )
-    assert layer_format(spec, "a", "Conv2d").dtype == "int4"
-    assert (layer_format(spec, "a").dtype, layer_format(spec, "a").observer) == ("int8", "minmax")
-    assert (layer_format(spec, "b").dtype, layer_format(spec, "b").observer) == ("int3", "minmax")
+    assert layer_format(spec, "a", "Conv2d").number.name == "int4"
+    assert (layer_format(spec, "a").number.name, layer_format(spec, "a").observer) == ("int8", "minmax")
+    assert (layer_format(spec, "b").number.name, layer_format(spec, "b").observer) == ("int3", "minmax")
     assert spec.for_layer("c", "Linear") is None
 
 
@@ -117,9 +118,16 @@ FLOATS = {
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_float_formats_and_what_they_imply(dtype: Any) -> None:
     name, bits, last, strategy, size, element, scales = FLOATS[dtype]
-    expected = LayerFormat(name, bits, True, 0, last, True, strategy, size, "mse", 99.9, element, scales)  # type: ignore[arg-type]
+    expected = LayerFormat(FORMATS[name], 0, last, True, strategy, size, SCALE_FORMATS[scales], "mse", 99.9)  # type: ignore[arg-type]
     assert layer_format(QuantizeSpec(dtype=dtype), "a") == expected
-    assert last + 1 == len(float_values(element))  # type: ignore[arg-type]
+    number = expected.number
+    assert number.element is not None
+    assert (number.name, number.bits, number.element.name, last + 1) == (
+        name,
+        bits,
+        element,
+        len(number.element.values),
+    )
     if size is not None:
         given = QuantizeSpec(dtype=dtype, qscheme="per_group_symmetric", group_size=size)
         assert layer_format(given, "a") == expected
@@ -140,19 +148,19 @@ def test_overrides_between_integers_and_block_formats() -> None:
     assert layer_format(spec, "a") == layer_format(QuantizeSpec(dtype="mxfp4"), "a")
     spec = QuantizeSpec(qscheme="per_group_symmetric", group_size=128, overrides=overrides)
     assert layer_format(spec, "a") == layer_format(QuantizeSpec(dtype="mxfp4"), "a")
-    assert (layer_format(spec, "b").dtype, layer_format(spec, "b").group_size) == ("float8_e4m3fn", 128)
+    assert (layer_format(spec, "b").number.name, layer_format(spec, "b").group_size) == ("float8_e4m3fn", 128)
     assert layer_format(spec, "c") == layer_format(QuantizeSpec(dtype="nvfp4"), "c")
     spec = QuantizeSpec(
         dtype="mxfp4", overrides=[{"match": "a", "dtype": "int8"}, {"match": "b", "observer": "minmax"}]
     )
     assert layer_format(spec, "a") == layer_format(QuantizeSpec(dtype="int8"), "a")
-    assert (layer_format(spec, "b").dtype, layer_format(spec, "b").observer) == ("mxfp4", "minmax")
+    assert (layer_format(spec, "b").number.name, layer_format(spec, "b").observer) == ("mxfp4", "minmax")
 
 
 def test_a_block_format_beside_a_preset_and_after_a_dump() -> None:
     spec = MethodSpec(preset="pytorch", quantize={"dtype": "mxfp4"})
     found = layer_format(spec.quantize, "a")
-    assert (found.group_size, found.scale_format, found.observer) == (32, "e8m0", "minmax")
+    assert (found.group_size, found.scale.name, found.observer) == (32, "e8m0", "minmax")
     assert QuantizeSpec(**spec.quantize.model_dump()) == spec.quantize
 
 

@@ -13,19 +13,18 @@ from distributed_adaround.spec.rounding import RoundingSpec
 JOB: dict[str, Any] = {"model": {"factory": "a:b"}, "data": {"uri": "x.npz"}, "output": {"uri": "out"}}
 
 NULLS = ("polish", "correct_bias", "correct_scale", "activation_in_loss", "asymmetry")
-# (polishes, corrects_bias, corrects_scale, sees_activation, damped_asymmetry, num_steps, needs_moments)
+# (polishes, corrects_bias, corrects_scale, sees_activation, damped_asymmetry)
 DEFAULTS = {
-    "minibatch": (False, False, False, True, 0.5, 2000, False),
-    "gram": (True, True, True, False, 0.5, 100, True),
-    "gptq": (False, False, False, False, 0.0, 0, True),
-    "nearest": (False, False, False, False, 0.5, 0, False),
+    "minibatch": (False, False, False, True, 0.5),
+    "gram": (True, True, True, False, 0.5),
+    "gptq": (False, False, False, False, 0.0),
+    "nearest": (False, False, False, False, 0.5),
 }
 
 
 def resolved(spec: RoundingSpec) -> tuple[Any, ...]:
     return (
         spec.polishes, spec.corrects_bias, spec.corrects_scale, spec.sees_activation, spec.damped_asymmetry,
-        spec.num_steps, spec.needs_moments,
     )  # fmt: skip
 
 
@@ -42,10 +41,8 @@ def test_null_is_what_suits_the_solver(solver: Any) -> None:
 def test_a_value_that_is_given_counts(solver: Any) -> None:
     on = RoundingSpec(solver=solver, **dict.fromkeys(NULLS, True) | {"asymmetry": 0.25})
     off = RoundingSpec(solver=solver, **dict.fromkeys(NULLS, False) | {"asymmetry": 0})
-    steps = DEFAULTS[solver][5]
-    assert resolved(on) == (True, True, True, True, 0.25, steps, True)
-    assert resolved(off) == (False, False, False, False, 0.0, steps, solver in ("gram", "gptq"))
-    assert resolved(RoundingSpec(solver=solver, polish=True))[6]
+    assert resolved(on) == (True, True, True, True, 0.25)
+    assert resolved(off) == (False, False, False, False, 0.0)
 
 
 @pytest.mark.parametrize("solver", DEFAULTS)
@@ -57,12 +54,6 @@ def test_nulls_and_the_values_they_stand_for_are_one_job(solver: Any) -> None:
     assert None not in short.resolved().values()
     digests = {JobSpec(**JOB, rounding={"solver": solver} | given).result_digest() for given in ({}, values)}
     assert len(digests) == 1
-
-
-def test_steps_of_a_trial() -> None:
-    for solver, steps in (("minibatch", 7), ("gram", 7), ("gptq", 0), ("nearest", 0)):
-        trial = RoundingSpec(solver=solver, lr=0.5).with_steps(7)
-        assert (trial.num_steps, trial.lr, trial.solver) == (steps, 0.5, solver)
 
 
 def test_presets_are_what_they_were_before_gram() -> None:

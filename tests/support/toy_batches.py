@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from distributed_adaround.capture.sites import ModelInputs
+from distributed_adaround.data.microbatches import ModelInputs
 
 
 class Batches:

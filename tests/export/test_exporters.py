@@ -1,8 +1,9 @@
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -10,9 +11,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from distributed_adaround.checkpoint.layer_files import LayerRecord
 from distributed_adaround.errors import AdaRoundError, InputError, OutputError
-from distributed_adaround.export.state_dict import read_codes, write_codes, write_dequantized
+from distributed_adaround.export.codes import CodesExporter, read_codes
+from distributed_adaround.export.dequantized import DequantizedExporter
+from distributed_adaround.export.result import ExportResult
+from distributed_adaround.solve.record import LayerRecord
+
+
+def write_codes(
+    uri: str, weights: Mapping[str, Tensor], records: Sequence[tuple[str, LayerRecord]], left: Any = ()
+) -> None:
+    CodesExporter().write(ExportResult(weights, records, left), uri)
+
+
+def write_dequantized(uri: str, weights: Mapping[str, Tensor]) -> None:
+    DequantizedExporter().write(ExportResult(weights, []), uri)
 
 
 class Net(nn.Module):
@@ -47,10 +60,12 @@ def _record(name: str, weight: Tensor, strategy: str, groups: int = 1, transpose
             "group_size": weight.numel() // outputs // 3 if strategy == "group" else None,
             "quant_min": 0,
             "quant_max": 15,
+            "element_format": None,
+            "scale_format": "float32",
+            "tensor_scale": None,
             "groups": groups,
             "transposed": transposed,
         },
-        metrics={},
     )
 
 
@@ -81,7 +96,7 @@ def _assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
 def test_codes_and_dequantized_file_give_the_same_weights(tmp_path: Path, strategy: str) -> None:
     net, records = _quantized(strategy)
-    write_codes(str(tmp_path), net.state_dict(), records, {})
+    write_codes(str(tmp_path), net.state_dict(), records)
     write_dequantized(str(tmp_path), net.state_dict())
     plain = safetensors.torch.load_file(tmp_path / "dequantized.safetensors")
     _assert_equal(plain, net.state_dict())
@@ -94,7 +109,7 @@ def test_codes_and_dequantized_file_give_the_same_weights(tmp_path: Path, strate
 
 def test_the_file_of_codes_holds_codes_and_all_other_tensors(tmp_path: Path) -> None:
     net, records = _quantized("channel")
-    write_codes(str(tmp_path), net.state_dict(), records, {})
+    write_codes(str(tmp_path), net.state_dict(), records)
     stored = safetensors.torch.load_file(tmp_path / "quantized.safetensors")
     expected = dict(net.state_dict())
     # The embedding is the linear layer's weight: kept once, as codes.
@@ -107,7 +122,7 @@ def test_the_file_of_codes_holds_codes_and_all_other_tensors(tmp_path: Path) -> 
 def test_the_description_stands_beside_and_inside_the_file(tmp_path: Path) -> None:
     net, records = _quantized("group")
     left = [{"name": "norm.weight", "shape": (4,), "reason": "not the weight of a layer"}]
-    write_codes(str(tmp_path), net.state_dict(), records, {"float_parameters": left})
+    write_codes(str(tmp_path), net.state_dict(), records, left)
     text = json.loads((tmp_path / "quantized.json").read_text())
     with safetensors.safe_open(tmp_path / "quantized.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -115,7 +130,7 @@ def test_the_description_stands_beside_and_inside_the_file(tmp_path: Path) -> No
     assert " " not in metadata["distributed_adaround"].partition('"dequantize"')[0]
     assert text["float_parameters"] == [{"name": "norm.weight", "shape": [4], "reason": "not the weight of a layer"}]
     assert text["tied"] == {"embedding.weight": "linear.weight"}
-    assert (text["format"], text["format_version"]) == ("distributed_adaround", 1)
+    assert (text["format"], text["format_version"]) == ("distributed_adaround", 2)
     assert text["layers"]["up.weight"] == {
         "layer": "up",
         "dtype": "uint4",
@@ -123,6 +138,9 @@ def test_the_description_stands_beside_and_inside_the_file(tmp_path: Path) -> No
         "group_size": 9,
         "quant_min": 0,
         "quant_max": 15,
+        "element_format": None,
+        "scale_format": "float32",
+        "tensor_scale": None,
         "groups": 2,
         "transposed": True,
         "output_axis": 1,
@@ -137,7 +155,7 @@ def test_bytes_depend_on_names_and_values_only(tmp_path: Path) -> None:
     state = net.state_dict()
     for folder, order, items in (("a", list(state), records), ("b", list(reversed(state)), records[::-1])):
         shuffled = {name: state[name] for name in order}
-        write_codes(str(tmp_path / folder), shuffled, items, {"b": 1, "a": 2} if folder == "a" else {"a": 2, "b": 1})
+        write_codes(str(tmp_path / folder), shuffled, items)
         write_dequantized(str(tmp_path / folder), shuffled)
     # Copies on other memory, none tied: the same dequantized file.
     write_dequantized(str(tmp_path / "c"), {name: tensor.clone() for name, tensor in state.items()})
@@ -151,7 +169,7 @@ def test_both_files_go_through_any_store() -> None:
     net, records = _quantized("channel")
     folder = "memory://export-test/out"
     try:
-        write_codes(folder, net.state_dict(), records, {})
+        write_codes(folder, net.state_dict(), records)
         write_dequantized(folder, net.state_dict())
         _assert_equal(read_codes(folder), net.state_dict())
         names = fsspec.filesystem("memory").ls("/export-test/out", detail=False)
@@ -175,7 +193,7 @@ def test_an_unwritable_target_is_an_output_error(tmp_path: Path) -> None:
     net, records = _quantized("channel")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError):
-        write_codes(str(tmp_path / "file"), net.state_dict(), records, {})
+        write_codes(str(tmp_path / "file"), net.state_dict(), records)
     with pytest.raises(OutputError):
         write_dequantized(str(tmp_path / "file/deeper"), net.state_dict())
 
@@ -206,16 +224,14 @@ def test_a_model_tensor_under_the_name_of_a_scale_is_not_overwritten(tmp_path: P
     net, records = _quantized("channel")
     state = {**net.state_dict(), "conv.weight_scale": torch.zeros(6)}
     with pytest.raises(InputError, match=r"conv\.weight_scale"):
-        write_codes(str(tmp_path), state, records, {})
+        write_codes(str(tmp_path), state, records)
 
 
 def test_a_record_that_fits_no_weight_is_our_defect(tmp_path: Path) -> None:
     net, records = _quantized("channel")
     for wrong in ([("conv", records[1][1])], [("up.weight", records[1][1])], [records[0], records[0]]):
         with pytest.raises(AdaRoundError, match="fits no weight"):
-            write_codes(str(tmp_path), net.state_dict(), wrong, {})
-    with pytest.raises(AdaRoundError, match="layers"):
-        write_codes(str(tmp_path), net.state_dict(), records, {"layers": 1})
+            write_codes(str(tmp_path), net.state_dict(), wrong)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,14 +240,14 @@ def test_other_and_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"quantized\.safetensors"):
         read_codes(str(tmp_path))
     net, records = _quantized("channel")
-    write_codes(str(tmp_path), net.state_dict(), records, {})
+    write_codes(str(tmp_path), net.state_dict(), records)
     good = path.read_bytes()
     for bad in (b"", good[:20], good[:-1], good.replace(b"up.weight_scale", b"up.weight_scalf")):
         path.write_bytes(bad)
         with pytest.raises(InputError, match="not a whole file"):
             read_codes(str(tmp_path))
-    path.write_bytes(good.replace(b'\\"format_version\\":1', b'\\"format_version\\":2'))
-    with pytest.raises(InputError, match="format version 2, this program reads 1"):
+    path.write_bytes(good.replace(b'\\"format_version\\":2', b'\\"format_version\\":3'))
+    with pytest.raises(InputError, match="format version 3, this program reads 2"):
         read_codes(str(tmp_path))
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(InputError, match="not a whole file"):

@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_batches import Batches
+from walks import commit, reach, sites_of
 
-from distributed_adaround import rounding as network
+from distributed_adaround.capture import open as capture_open
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import export_model
 from distributed_adaround.capture.graph_walk import GraphWalker
+from distributed_adaround.capture.open import CapturedModel, make_walker, plan_layers
 from distributed_adaround.capture.replay_walk import ReplayWalker
-from distributed_adaround.capture.sites import ModelInputs, Walker
+from distributed_adaround.capture.sites import Walker
+from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError, SpecError
-from distributed_adaround.rounding import describe_format, float_parameters, make_walker, plan_layers
 from distributed_adaround.spec.quantize import QuantizeSpec
 
 CPU = torch.device("cpu")
@@ -41,13 +43,10 @@ def plain(model: Any, x: Tensor) -> Tensor:
 
 
 def walker_of(model: Any, *tensors: Tensor, varying: bool = False) -> Walker:
-    example, *others = [ModelInputs((tensor,), {}) for tensor in tensors]
     return make_walker(
         model.eval() if isinstance(model, nn.Module) else model,
-        example,
-        other=others[0] if others else None,
+        [ModelInputs((tensor,), {}) for tensor in tensors],
         varying=varying,
-        device=CPU,
         store=ActivationStore(CPU, device_budget=0, host_budget=1 << 40),
     )
 
@@ -99,7 +98,7 @@ def test_a_model_that_does_not_export_is_replayed_with_a_note(
     assert note.startswith("could not be exported: ")
     assert reason in note
     assert "\n" not in note
-    assert [site.name for site in walker.sites] == ["first", "second"]
+    assert [site.name for site in sites_of(walker)] == ["first", "second"]
 
 
 def test_a_length_that_is_baked_in_is_found_with_the_other_microbatch() -> None:
@@ -119,9 +118,9 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
     assert [type(walker) for walker in walkers] == [GraphWalker, ReplayWalker]
     for walker in walkers:
         walker.start(Batches(data))
-    for sites in zip(*(walker.sites for walker in walkers), strict=True):
+    for sites in zip(*(sites_of(walker) for walker in walkers), strict=True):
         assert sites[0].weight_name == sites[1].weight_name
-        found = [walker.reach(site) for walker, site in zip(walkers, sites, strict=True)]
+        found = [reach(walker, site) for walker, site in zip(walkers, sites, strict=True)]
         if forward is one_by_one:
             # Replay learns from the first call, which sees one sample.
             for name in ("inputs", "float_inputs", "float_outputs"):
@@ -134,7 +133,7 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
             assert found[0].indices == found[1].indices
             assert found[0].batch_sizes == found[1].batch_sizes
         for walker, site in zip(walkers, sites, strict=True):
-            walker.commit(site, torch.round(walker.tensor(site.weight_name) * 4) / 4)
+            commit(walker, site, torch.round(walker.tensor(site.weight_name) * 4) / 4)
     for one, other in zip(*(list(walker.finish()) for walker in walkers), strict=True):
         assert one[0] == other[0]
         torch.testing.assert_close(one[1:], other[1:])
@@ -144,7 +143,7 @@ def test_errors_of_our_own_are_not_taken_for_a_failed_export(monkeypatch: pytest
     def broken(_: Any) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(network, "capture", broken)
+    monkeypatch.setattr(capture_open, "capture", broken)
     with pytest.raises(KeyError, match="a bug of ours"):
         walker_of(Calling(plain), torch.randn(3, 6))
 
@@ -197,8 +196,9 @@ def test_planned_layers_have_the_format_that_matches_them() -> None:
     assert [layer.site.name for layer in planned] == ["first", "second"]
     assert planned[0].format is None
     assert planned[1].format is not None
-    assert describe_format(planned[1].format) == "uint3 per_channel_symmetric"
-    left = {parameter.name: parameter.reason for parameter in float_parameters(walker, planned)}
+    assert str(planned[1].format) == "uint3 per_channel_symmetric"
+    captured = CapturedModel(walker, tuple(planned), ActivationStore(CPU, device_budget=0, host_budget=0), "")
+    left = {parameter.name: parameter.reason for parameter in captured.float_parameters}
     assert left == {"first.bias": "bias", "second.bias": "bias", "first.weight": "ignored by quantize.ignore"}
 
 
