@@ -4,6 +4,7 @@ Imports inside functions and under TYPE_CHECKING count like all others.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,32 +15,34 @@ import pytest
 NAME = "distributed_adaround"
 PACKAGE = Path(__file__).parents[1] / NAME
 
-# A file may import from its own layer and from lower ones. A folder stands for all files in it.
-LAYERS = [
-    {"errors", "logs", "memory", "storage", "uris", "retries", "integrity", "jsontext", "stopping", "parent"},
-    {"numerics", "spec", "spec_errors", "spec_format", "spec_load", "spec_quantize", "spec_reference", "spec_rounding"},
-    {"distributed"},
-    {"data", "model", "activations"},
-    {"walk", "solve"},
-    {"checkpoint", "solver_state", "export", "report"},
-    {"network", "layer_setup", "commits", "monitor", "job", "api", "plan", "launch"},
-    {"__init__", "__main__", "cli"},
-    {"examples"},
+# The floors of the house, from the ground up, as README.md draws them. A file imports from its own room and from lower
+# floors; on its own floor besides only from files that lie at the package root.
+FLOORS = [
+    ("spec", "formats", "errors"),
+    ("numerics", "runtime", "files"),
+    ("model", "data"),
+    ("capture",),
+    ("solve",),
+    ("checkpoint", "export", "report", "launch"),
+    ("rounding",),
+    ("__init__", "__main__", "cli", "job", "api", "plan"),
+    ("examples",),
 ]
-LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
-SPEC_STOPS_AT = LAYER_OF["job"]
-TORCH_FREE = {*LAYERS[0], *LAYERS[1], "__init__", "__main__", "cli", "launch"} - {"numerics"}
+FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+ROOT_FILES = {file.stem for file in PACKAGE.glob("*.py")}
+TORCH_FREE = {"spec", "formats", "errors", "files", "launch", "__init__", "__main__", "cli"}
+TORCH_FREE_FILES = {f"runtime/{name}.py" for name in ("imports", "logs", "memory", "parent", "signals")}
 LAUNCHERS = ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher")
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ROOT_FILES = 400, 60, 12
 
 
 def violations(path: str, source: str) -> list[str]:
     """Broken rules of one file; path relative to the package."""
     tree = ast.parse(source)
     part = path.removesuffix(".py").split("/")[0]
-    if part not in LAYER_OF:
-        return ["file without a layer; give it one in LAYERS"]
-    found = [*_import_violations(part, tree), *_call_violations(part, tree)]
+    if part not in FLOOR_OF:
+        return ["file without a floor; give it one in FLOORS"]
+    found = [*_import_violations(path, part, tree), *_call_violations(part, tree)]
     if Path(path).name == "utils.py":
         found.append("a file named utils.py; name it after what it does")
     if source.count("\n") > MAX_FILE_LINES:
@@ -51,7 +54,13 @@ def violations(path: str, source: str) -> list[str]:
     return found
 
 
-def _import_violations(part: str, tree: ast.Module) -> Iterator[str]:
+def _may_import(part: str, target: str) -> bool:
+    if part == target or FLOOR_OF[target] < FLOOR_OF[part]:
+        return True
+    return FLOOR_OF[target] == FLOOR_OF[part] and target in ROOT_FILES
+
+
+def _import_violations(path: str, part: str, tree: ast.Module) -> Iterator[str]:
     for node, target in _imports(tree):
         top, *rest = target.split(".")
         where = f"line {node.lineno}: import of {target}"
@@ -59,27 +68,58 @@ def _import_violations(part: str, tree: ast.Module) -> Iterator[str]:
             yield f"{where}: relative"
         if top == NAME:
             # `from distributed_adaround import name`: a module, or a public name, which __init__ stands for.
-            imported = rest[0] if rest and rest[0] in LAYER_OF else "__init__"
-            if rest[:1] != ["__version__"] and LAYER_OF[imported] > LAYER_OF[part]:
-                yield f"{where}: from a higher layer"
+            imported = rest[0] if rest and rest[0] in FLOOR_OF else "__init__"
+            if rest[:1] != ["__version__"] and not _may_import(part, imported):
+                yield f"{where}: not from a lower floor"
             if imported == "examples" and part != "examples":
                 yield f"{where}: nobody imports the examples"
-            if imported.startswith("spec") and not part.startswith("spec") and LAYER_OF[part] < SPEC_STOPS_AT:
-                yield f"{where}: the spec stops at job.py"
-        if top == "fsspec" and part != "storage":
-            yield f"{where}: only storage.py may"
-        if f"{target}.".startswith("torch.distributed.") and part != "distributed":
+        if top == "fsspec" and path != "files/storage.py":
+            yield f"{where}: only files/storage.py may"
+        if f"{target}.".startswith("torch.distributed.") and path not in ("runtime/comm.py", "runtime/context.py"):
             launcher = f"{target}.".startswith(tuple(f"{name}." for name in LAUNCHERS))
             if not (launcher and part in {"cli", "__main__", "examples"}):
-                yield f"{where}: only distributed/ may"
-        if part == "numerics" and top not in {"torch", *sys.stdlib_module_names} and rest[:1] != ["numerics"]:
-            yield f"{where}: numerics imports torch and the standard library only"
-        if part in TORCH_FREE and top in {"torch", "torchdata"} and node in tree.body:
+                yield f"{where}: only runtime/comm.py and context.py may"
+        own = rest[:1] in (["numerics"], ["formats"])
+        if part == "numerics" and top not in {"torch", *sys.stdlib_module_names} and not own:
+            yield f"{where}: numerics imports torch, the standard library and formats only"
+        torch_free = part in TORCH_FREE or path in TORCH_FREE_FILES
+        if torch_free and top in {"torch", "torchdata"} and node in tree.body:
             yield f"{where}: at module level, here torch is imported inside functions only"
         if target == "torch.load":
             yield f"{where}: call it as torch.load, so that weights_only=True can be checked"
         if target == "time.time":
             yield f"{where}: call it as time.time, so that its use can be checked"
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules of the package, and those that each imports, also inside functions."""
+    modules = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    graph = {}
+    for name, file in modules.items():
+        targets = {target for _, target in _imports(ast.parse(file.read_text(encoding="utf-8")))}
+        both = targets | {target.rpartition(".")[0] for target in targets}
+        # The package itself is imported for its version, which needs nothing.
+        graph[name] = {target for target in both if target in modules and target not in (name, NAME)}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves by way of others."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [*graph[start]]
+        while ahead:
+            name = ahead.pop()
+            if name not in seen:
+                seen.add(name)
+                ahead += graph[name]
+        return seen
+
+    return sorted(name for name in graph if name in reachable(name))
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
@@ -117,6 +157,23 @@ def _call_violations(part: str, tree: ast.Module) -> Iterator[str]:
 @pytest.mark.parametrize("path", sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py")))
 def test_file_follows_the_rules(path: str) -> None:
     assert violations(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = import_graph()
+    assert graph[f"{NAME}.job"] >= {f"{NAME}.rounding", f"{NAME}.capture.open"}
+    assert cycles(graph) == []
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_the_package_root_holds_a_dozen_files_at_most() -> None:
+    assert len(ROOT_FILES) <= MAX_ROOT_FILES
+
+
+def test_readme_draws_the_same_floors() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    drawn = [re.findall(r"[\w]+", line[2:32]) for line in readme.splitlines() if re.match(r"[0-7] [_a-z]", line)]
+    assert [set(parts) for parts in reversed(drawn)] == [set(parts) for parts in FLOORS[:-1]]
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ def test_weights_stay_as_they_are(network: str, tmp_path: Path, monkeypatch: pyt
     @contextmanager
     def watched(*args: Any) -> Iterator[PreparedJob]:
         with prepare(*args) as job:
-            states.append({name: tensor.clone() for name, tensor in job.state_dict().items()})
+            states.append({name: tensor.clone() for name, tensor in job.opened.weights.items()})
             yield job
-            states.append(job.state_dict())
+            states.append(job.opened.weights)
 
     monkeypatch.setattr(plan, "prepare", watched)
     found = plan_of(write_job(tmp_path / "job", network))
