@@ -104,7 +104,8 @@ def _filled(name: str, values: Mapping[str, str]) -> str:
 
     def fill(blank: re.Match[str]) -> str:
         margin, of_line, inside = blank.groups()
-        value = values[inside or of_line] if (inside or of_line) in values else _filled(of_line, values)
+        key = inside or of_line
+        value = values[key] if key in values else _filled(key, values)
         if inside or not value:
             return value
         return "".join(f"{margin}{line}\n" if line else "\n" for line in value.split("\n"))
@@ -130,9 +131,9 @@ def _quoted(value: object) -> str:
 def _check_places(request: LaunchRequest, options: KubernetesOptions) -> None:
     spec = request.spec
     data = [spec.data.uri] if isinstance(spec.data.uri, str) else list(spec.data.uri)
-    inputs = [("data.uri", uri) for uri in data]
-    inputs += [(f"model.{name}", getattr(spec.model, name)) for name in ("weights", "program")]
-    for field, uri in [*inputs, ("output.uri", spec.output.uri)]:
+    inputs: list[tuple[str, str | None]] = [("data.uri", uri) for uri in data]
+    inputs += [("data.checksums", spec.data.checksums), ("model.weights", spec.model.weights)]
+    for field, uri in [*inputs, ("model.program", spec.model.program), ("output.uri", spec.output.uri)]:
         if uri is None:
             continue
         if redact(uri) != uri:
