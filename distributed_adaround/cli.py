@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError, redact
+from distributed_adaround.files import storage
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.launch.arguments import add_launch
 from distributed_adaround.report.status import read_status, record_failure
+from distributed_adaround.report.text import console, layout, rendered
 from distributed_adaround.runtime import logs
 from distributed_adaround.runtime.parent import end_with_launcher
 from distributed_adaround.runtime.signals import StopRequest
@@ -106,8 +108,14 @@ def _folder(job: str) -> Path | None:
     return Path(job).resolve().parent if "://" not in job else None
 
 
+def _load(options: argparse.Namespace) -> JobSpec:
+    spec = load_spec(options.job, options.overrides)
+    options.spec = spec  # for errors
+    return spec
+
+
 def _run(options: argparse.Namespace) -> None:
-    options.spec = spec = load_spec(options.job, options.overrides)
+    spec = _load(options)
     from distributed_adaround.job import run_job
 
     options.stop = StopRequest()
@@ -119,22 +127,23 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    spec = load_spec(options.job, options.overrides)
+    spec = _load(options)
     from distributed_adaround.plan import plan_job
 
     _print_plan(spec, plan_job(spec, _folder(options.job), options.ranks))
 
 
 def _validate(options: argparse.Namespace) -> None:
-    load_spec(options.job, options.overrides)
+    _load(options)
     print(f"{redact(options.job)} is a valid job file")
 
 
 def _status(options: argparse.Namespace) -> int:
-    spec = load_spec(options.job, options.overrides)
+    spec = _load(options)
     status = read_status(spec.output.uri)
     if status is None or status.job != spec.job_digest():
-        print("not started")
+        where = spec.output.uri if "://" in spec.output.uri else os.path.abspath(spec.output.uri)
+        print(f"not started: no status of this job in {redact(where)}{_beside(spec.output.uri, options.job)}")
         return PeerError.exit_code
     print(status)
     return status.launch_code
@@ -145,14 +154,12 @@ def _schema(options: argparse.Namespace) -> None:
 
 
 def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
-    rows = [("layer", "kind", "shape", "format", "rows", "seconds")]
-    rows += [
+    header = ("layer", "kind", "shape", "format", "rows", "seconds")
+    rows = [
         (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
         for x in plan.layers
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(rendered(console(), layout(header, rows, numbers=("rows", "seconds"))))
     print("\nParameters left in float:")
     for parameter in plan.float_parameters:
         print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
@@ -170,6 +177,31 @@ def _how(spec: JobSpec) -> str:
     return spec.rounding.solver + (
         f", {steps} {'sweeps' if spec.rounding.solver == 'gram' else 'steps'}" if steps else ""
     )
+
+
+def _where(message: str, options: argparse.Namespace) -> str:
+    """For an error about a relative path that leads nowhere: what was tried, and whether it is beside the job file."""
+    paths = [getattr(options, "job", "")]
+    if (spec := getattr(options, "spec", None)) is not None:
+        paths += [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
+        paths += [path for path in (spec.data.checksums, spec.model.weights, spec.model.program) if path]
+    for path in paths:
+        if path in message and "://" not in path and not os.path.isabs(path) and not _exists(path):
+            return f"; tried {os.path.abspath(path)}{_beside(path, paths[0])}"
+    return ""
+
+
+def _beside(path: str, job: str) -> str:
+    folder = _folder(job)
+    if folder in (None, Path.cwd()) or "://" in path or os.path.isabs(path) or not _exists(f"{folder}/{path}"):
+        return ""
+    return f"; it exists beside the job file in {folder}: run the command there, or write the absolute path"
+
+
+def _exists(path: str) -> bool:
+    with suppress(AdaRoundError):
+        return bool(storage.list_files(path))
+    return True
 
 
 def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
@@ -195,7 +227,8 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
     hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
     layer = getattr(error, "layer", None)
     what = "" if layer is None or layer in str(error) else f"layer {layer}: "
-    line = redact(f"{where}{kind}{what}{' '.join(str(error).split())}{hint}")
+    message = " ".join(str(error).split())
+    line = redact(f"{where}{kind}{what}{message}{hint}{_where(message, options)}")
     print(f"error: {line}", file=sys.stderr)
     _tell_torchrun(line)
     if options.command is _run:
