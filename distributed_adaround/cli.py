@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError, redact
-from distributed_adaround.files import storage
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.launch.arguments import add_launch
 from distributed_adaround.report.status import read_status, record_failure
@@ -181,31 +181,43 @@ def _how(spec: JobSpec) -> str:
 
 def _where(message: str, options: argparse.Namespace) -> str:
     """For an error about a relative path that leads nowhere: what was tried, and whether it is beside the job file."""
-    paths = [getattr(options, "job", "")]
-    if (spec := getattr(options, "spec", None)) is not None:
+    job, spec = getattr(options, "job", ""), getattr(options, "spec", None)
+    paths = [job]
+    if spec is not None:
         paths += [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
-        paths += [path for path in (spec.data.checksums, spec.model.weights, spec.model.program) if path]
-    for path in paths:
-        if path in message and "://" not in path and not os.path.isabs(path) and not _exists(path):
-            return f"; tried {os.path.abspath(path)}{_beside(path, paths[0])}"
+        paths += [spec.data.checksums, spec.model.weights, spec.model.program]
+    with suppress(OSError):  # the working folder may be gone
+        for path in paths:
+            if path and path in message and _is_relative(path) and not _exists(path):
+                return f"; tried {os.path.abspath(path)}{_beside(path, job)}"
     return ""
 
 
 def _beside(path: str, job: str) -> str:
     folder = _folder(job)
-    if folder in (None, Path.cwd()) or "://" in path or os.path.isabs(path) or not _exists(f"{folder}/{path}"):
+    if folder in (None, Path.cwd()) or not _is_relative(path) or not _exists(f"{folder}/{path}"):
         return ""
     return f"; it exists beside the job file in {folder}: run the command there, or write the absolute path"
 
 
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not os.path.isabs(path)
+
+
 def _exists(path: str) -> bool:
-    with suppress(AdaRoundError):
-        return bool(storage.list_files(path))
-    return True
+    return os.path.exists(path) or any(True for _ in glob.iglob(path))
 
 
 def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
-    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
+    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first.
+
+    Args:
+        error: What ended the command.
+        code: The exit code.
+        options: Those of the command line, with the job and the stop request where they are known.
+        rank: This process.
+        world_size: How many there are.
+    """
     if getattr(options, "debug", False):
         # Its lines hold what libraries raised, which know nothing of credentials.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")

@@ -1,7 +1,7 @@
 """What happened, as JSON lines: `<output>/events/rank-<r>.jsonl`, one file per rank.
 
-Object stores cannot append, so the lines are kept in memory and `flush` writes the whole file anew, atomically. A job
-that starts again reads its file first and goes on behind it.
+Object stores cannot append, so the lines are kept in memory and `flush` writes the whole file again, atomically. A job
+that starts again reads its file first and adds to it.
 """
 
 from __future__ import annotations
