@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, Sto
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.launch.arguments import add_launch
 from distributed_adaround.report.status import read_status, record_failure
+from distributed_adaround.report.text import console, layout, rendered
 from distributed_adaround.runtime import logs
 from distributed_adaround.runtime.parent import end_with_launcher
 from distributed_adaround.runtime.signals import StopRequest
@@ -106,8 +108,14 @@ def _folder(job: str) -> Path | None:
     return Path(job).resolve().parent if "://" not in job else None
 
 
+def _load(options: argparse.Namespace) -> JobSpec:
+    spec = load_spec(options.job, options.overrides)
+    options.spec = spec  # for errors
+    return spec
+
+
 def _run(options: argparse.Namespace) -> None:
-    options.spec = spec = load_spec(options.job, options.overrides)
+    spec = _load(options)
     from distributed_adaround.job import run_job
 
     options.stop = StopRequest()
@@ -119,22 +127,23 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    spec = load_spec(options.job, options.overrides)
+    spec = _load(options)
     from distributed_adaround.plan import plan_job
 
     _print_plan(spec, plan_job(spec, _folder(options.job), options.ranks))
 
 
 def _validate(options: argparse.Namespace) -> None:
-    load_spec(options.job, options.overrides)
+    _load(options)
     print(f"{redact(options.job)} is a valid job file")
 
 
 def _status(options: argparse.Namespace) -> int:
-    spec = load_spec(options.job, options.overrides)
+    spec = _load(options)
     status = read_status(spec.output.uri)
     if status is None or status.job != spec.job_digest():
-        print("not started")
+        where = spec.output.uri if "://" in spec.output.uri else os.path.abspath(spec.output.uri)
+        print(f"not started: no status of this job in {redact(where)}{_beside(spec.output.uri, options.job)}")
         return PeerError.exit_code
     print(status)
     return status.launch_code
@@ -145,14 +154,12 @@ def _schema(options: argparse.Namespace) -> None:
 
 
 def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
-    rows = [("layer", "kind", "shape", "format", "rows", "seconds")]
-    rows += [
+    header = ("layer", "kind", "shape", "format", "rows", "seconds")
+    rows = [
         (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
         for x in plan.layers
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(rendered(console(), layout(header, rows, numbers=("rows", "seconds"))))
     print("\nParameters left in float:")
     for parameter in plan.float_parameters:
         print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
@@ -172,8 +179,45 @@ def _how(spec: JobSpec, plan: JobPlan) -> str:
     )
 
 
+def _where(message: str, options: argparse.Namespace) -> str:
+    """For an error about a relative path that leads nowhere: what was tried, and whether it is beside the job file."""
+    job, spec = getattr(options, "job", ""), getattr(options, "spec", None)
+    paths = [job]
+    if spec is not None:
+        paths += [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
+        paths += [spec.data.checksums, spec.model.weights, spec.model.program]
+    with suppress(OSError):  # the working folder may be gone
+        for path in paths:
+            if path and path in message and _is_relative(path) and not _exists(path):
+                return f"; tried {os.path.abspath(path)}{_beside(path, job)}"
+    return ""
+
+
+def _beside(path: str, job: str) -> str:
+    folder = _folder(job)
+    if folder in (None, Path.cwd()) or not _is_relative(path) or not _exists(f"{folder}/{path}"):
+        return ""
+    return f"; it exists beside the job file in {folder}: run the command there, or write the absolute path"
+
+
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not os.path.isabs(path)
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path) or any(True for _ in glob.iglob(path))
+
+
 def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
-    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
+    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first.
+
+    Args:
+        error: What ended the command.
+        code: The exit code.
+        options: Those of the command line, with the job and the stop request where they are known.
+        rank: This process.
+        world_size: How many there are.
+    """
     if getattr(options, "debug", False):
         # Its lines hold what libraries raised, which know nothing of credentials.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
@@ -195,7 +239,8 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
     hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
     layer = getattr(error, "layer", None)
     what = "" if layer is None or layer in str(error) else f"layer {layer}: "
-    line = redact(f"{where}{kind}{what}{' '.join(str(error).split())}{hint}")
+    message = " ".join(str(error).split())
+    line = redact(f"{where}{kind}{what}{message}{hint}{_where(message, options)}")
     print(f"error: {line}", file=sys.stderr)
     _tell_torchrun(line)
     if options.command is _run:

@@ -394,6 +394,60 @@ def test_relative_paths_are_those_of_the_working_folder(
     assert capsys.readouterr().out.rstrip().endswith("Results are in out")
 
 
+@pytest.mark.parametrize(
+    ("assignment", "path"),
+    [
+        ("data.uri=data.npz", "data.npz"),
+        ("data.uri=[d*.npz]", "d*.npz"),
+        ("data.checksums=SUMS", "SUMS"),
+        ("model.weights=weights.pt", "weights.pt"),
+    ],
+)
+def test_a_relative_path_that_leads_nowhere_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assignment: str, path: str
+) -> None:
+    jobs, elsewhere = tmp_path / "jobs", tmp_path / "elsewhere"
+    job = write_job(jobs, "mlp", rounding={"solver": "nearest"})
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    _empty_list(jobs)
+    _weights(jobs)
+    beside = f"it exists beside the job file in {jobs}: run the command there, or write the absolute path"
+    for command in ("run", "plan"):
+        assert cli.main([command, str(job), "--set", assignment]) == 65
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.endswith(f"; tried {elsewhere}/{path}; {beside}"), line
+    for file in jobs.glob(path):
+        file.unlink()
+    assert cli.main([str(job), "--set", assignment]) == 65
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"; tried {elsewhere}/{path}")
+
+
+def test_a_job_file_that_is_not_there_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["validate", "gone.yaml"]) == 64
+    assert capsys.readouterr().err.endswith(f"; tried {tmp_path}/gone.yaml\n")
+
+
+def test_status_says_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path / "jobs", "mlp", output={"uri": "out"}, rounding={"solver": "nearest"})
+    monkeypatch.chdir(job.parent)
+    assert cli.main(["status", str(job)]) == 75
+    assert capsys.readouterr().out == f"not started: no status of this job in {job.parent}/out\n"
+    assert cli.main([str(job)]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["status", str(job)]) == 75
+    start = f"not started: no status of this job in {tmp_path}/out; it exists beside the job file in {job.parent}: "
+    assert capsys.readouterr().out.startswith(start)
+    assert cli.main(["status", str(job), "--set", "output.uri=memory://k:hunter2@b/out"]) == 75
+    assert capsys.readouterr().out == "not started: no status of this job in memory://b/out\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = f"'{sys.executable}' -m distributed_adaround schema | true; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

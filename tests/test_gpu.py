@@ -68,8 +68,9 @@ def test_no_step_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("dtype", ["int3", "nvfp4"])
 def test_no_sweep_waits_for_the_device(dtype: str) -> None:
-    from distributed_adaround.numerics.descent import Descent
     from distributed_adaround.numerics.lattice import Lattice
+
+    from distributed_adaround.numerics.descent import Descent
     from distributed_adaround.numerics.moments import Quadratic
     from distributed_adaround.solve.setup import choose_layer_grid
     from distributed_adaround.spec.quantize import QuantizeSpec

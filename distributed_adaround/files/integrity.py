@@ -57,7 +57,7 @@ def _check_members(members: list[zipfile.ZipInfo], file_size: int, compressed: b
     names = [member.filename for member in members]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"holds {shorten(twice)!r} twice, and readers differ in which they take; write it anew")
+        raise InputError(f"holds {shorten(twice)!r} twice, and readers differ in which they take; write it again")
     allowed = (zipfile.ZIP_STORED, *((zipfile.ZIP_DEFLATED,) if compressed else ()))
     for member in members:
         # orig_filename: zipfile cuts names at a NUL.
@@ -68,7 +68,7 @@ def _check_members(members: list[zipfile.ZipInfo], file_size: int, compressed: b
             raise InputError(f"holds {shorten(member.filename)!r} encrypted; write it without a password")
         if member.compress_type not in allowed:
             raise InputError(
-                f"holds {shorten(member.filename)!r} compressed by a method that its writer never uses; write it anew"
+                f"holds {shorten(member.filename)!r} compressed by a method that its writer never uses; write it again"
             )
     check_expansion(sum(member.file_size for member in members), file_size)
 

@@ -1,4 +1,4 @@
-"""The job file behind a path or URI, read and checked."""
+"""The job file at a path or URI, read and checked."""
 
 from __future__ import annotations
 

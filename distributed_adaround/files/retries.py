@@ -1,73 +1,40 @@
 """Patience with stores that answer "not now": which errors pass by themselves, and how long to wait for that.
 
-fsspec's stores raise the errors of the libraries below them (aiohttp, botocore, requests, azure ...), which have no
-base class in common and need not be installed. They are told apart by what they carry: an HTTP status, an errno, or
-the name of a class.
+s3fs, gcsfs and adlfs repeat most requests by themselves, 4 to 6 times; http, sftp and others do not. So there are only
+a few tries here, and their main purpose is to tell a store that is away from a file that is missing.
+
+The libraries below fsspec have no common base class. What passes is seen from an HTTP status, or from an error of
+Python's own (or of aiohttp, which most of them use) among its causes.
 """
 
 from __future__ import annotations
 
 import errno
+import http.client
 import logging
+import socket
+import ssl
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tenacity
 
-from distributed_adaround.errors import redact
+from distributed_adaround.errors import AdaRoundError, redact
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 5
+MAX_TRIES = 3
 # Full jitter: many ranks and jobs that were turned away together must not come back together.
-_WAIT = tenacity.wait_random_exponential(multiplier=0.5, max=20)
+_WAIT = tenacity.wait_random_exponential(multiplier=2, max=20)
 
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 529})
+_PASSING_CLASSES = (ConnectionError, TimeoutError, http.client.IncompleteRead, socket.gaierror)
+# EBUSY and EREMOTEIO are what s3fs makes of 503 and 500; the others say that a network or a host is away.
 _PASSING_ERRNO = frozenset(
-    {
-        errno.EAGAIN,
-        errno.EBUSY,  # what s3fs makes of 503
-        errno.EREMOTEIO,  # and of 500
-        errno.ECONNABORTED,
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETRESET,
-        errno.ENETUNREACH,
-        errno.EPIPE,
-        errno.ETIMEDOUT,
-    }
+    {errno.EBUSY, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET}
+    | {errno.ENETUNREACH}
 )
-_PASSING_CLASSES = frozenset(
-    {
-        # aiohttp
-        "ClientConnectionError",
-        "ClientPayloadError",
-        # botocore
-        "ConnectionError",
-        "HTTPClientError",
-        "ResponseStreamingError",
-        # requests and urllib3
-        "ChunkedEncodingError",
-        "IncompleteRead",
-        "ProtocolError",
-        "Timeout",
-        # google-auth, azure
-        "ServiceRequestError",
-        "ServiceResponseError",
-        "TransportError",
-        # paramiko
-        "SSHException",
-        # the name server
-        "gaierror",
-    }
-)
-# These say something about this machine or the job file, not about the store.
-_LASTING_CLASSES = frozenset({"AuthenticationException", "BadHostKeyException", "ProxyConnectionError", "SSLError"})
-# Attributes of aiohttp's, azure's, gcsfs's and urllib's errors.
-_STATUS_NAMES = ("status", "status_code", "code")
 
 _Result = TypeVar("_Result")
 
@@ -79,7 +46,10 @@ def is_passing(error: BaseException) -> bool:
 
 def passing_cause(error: BaseException) -> BaseException | None:
     """The error, or what caused it, that passes. fsspec turns an unreachable web server into FileNotFoundError."""
-    return next(filter(_passes, _with_causes(error)), None)
+    errors = list(_with_causes(error))
+    if any(isinstance(cause, ssl.SSLError) for cause in errors):
+        return None  # a certificate or a protocol that does not fit
+    return next(filter(_passes, errors), None)
 
 
 def patiently(work: Callable[[], _Result], what: str) -> _Result:
@@ -107,34 +77,37 @@ def patiently(work: Callable[[], _Result], what: str) -> _Result:
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what caused it, and so on: botocore names no cause, but raises while it handles one.
+
+    An error of ours ends the chain: it is what the caller handles, as when the end of a job is written down.
+    """
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+    while error is not None and id(error) not in seen and not isinstance(error, AdaRoundError):
         seen.add(id(error))
         yield error
-        error = error.__cause__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _passes(error: BaseException) -> bool:
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if names & _LASTING_CLASSES:
-        return False
     status = _http_status(error)
     if status is not None:
         return status in _PASSING_STATUS
-    if isinstance(error, ConnectionError | TimeoutError) or names & _PASSING_CLASSES:
+    # Where it is not imported, none of its errors was raised.
+    aiohttp: Any = sys.modules.get("aiohttp")
+    broken = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) if aiohttp else ()
+    if isinstance(error, _PASSING_CLASSES + broken):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status that a server answered, wherever the library puts it."""
+    """The status that a server answered, wherever the library puts it: botocore, requests, aiohttp, azure, gcsfs."""
     response: Any = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore
+    if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        holders = ((response, "status_code"), *((error, name) for name in _STATUS_NAMES))
-        values = (getattr(holder, name, None) for holder, name in holders)
-        found = next((value for value in values if value is not None), None)
+        places = ((response, "status_code"), (error, "status"), (error, "status_code"), (error, "code"))
+        found = next((value for place, name in places if (value := getattr(place, name, None)) is not None), None)
     if isinstance(found, str) and found.isdecimal():
         found = int(found)
     return found if isinstance(found, int) and 100 <= found < 600 else None

@@ -351,7 +351,14 @@ def _writing(uri: str, work: Callable[[], _Result], verb: str = "written") -> _R
 def _attempt(
     uri: str, work: Callable[[], _Result], verb: str, lasting: type[InputError] | type[OutputError]
 ) -> _Result:
-    """Do it; again, with a store, when it fails by what passes. Stores raise what they like, so all is translated."""
+    """Do it, and where a store fails for the moment, do it again. Stores raise any class, so all errors are translated.
+
+    Args:
+        uri: What is read or written.
+        work: May be called several times.
+        verb: For the message: read, written.
+        lasting: Class of errors that another try does not help.
+    """
     try:
         return work() if is_local(uri) else patiently(work, redact(uri))
     except AdaRoundError:

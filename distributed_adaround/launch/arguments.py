@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from distributed_adaround.errors import SpecError
 from distributed_adaround.files import storage, uris
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.launch import kubernetes, slurm
-from distributed_adaround.launch.request import LaunchRequest
+from distributed_adaround.launch.request import LaunchRequest, Options
+from distributed_adaround.spec.explain import shown
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -23,7 +26,7 @@ def add_launch(commands: Subparsers) -> None:
     text = "run a job with restarts, or write the files that start it on a cluster; needs no torch"
     kinds = commands.add_parser("launch", help=text, description=text).add_subparsers(required=True, metavar="WHERE")
     text = "run a job on all GPUs of this machine, and start it again where that helps (see launch/torchrun.sh)"
-    # Everything behind it belongs to torchrun.sh, --help too.
+    # All words after it belong to torchrun.sh, --help too.
     torchrun = kinds.add_parser("torchrun", help=text, description=text, add_help=False, prefix_chars="\0")
     torchrun.add_argument("rest", nargs="*")
     torchrun.set_defaults(command=_torchrun)
@@ -40,14 +43,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--nodes", required=True, metavar="N", help="machines")
     add(
         "--gpus",
-        default="0",
         metavar="G",
         help="GPUs of each machine, one rank on each (default: 0, the job runs on CPUs)",
     )
     add("--ranks", metavar="R", help="ranks on each machine, without GPUs (default: 1)")
-    add("--cpus", default="4", metavar="C", help="CPU cores of each rank (default: 4)")
+    add("--cpus", metavar="C", help="CPU cores of each rank (default: 4)")
     add("--memory", metavar="SIZE", help="memory of each machine, for instance 64GiB (default: what the cluster gives)")
-    add("--grace", default="60", metavar="SECONDS", help="time to save before ranks are killed (default: 60)")
+    add("--grace", metavar="SECONDS", help="time to save before ranks are killed (default: 60)")
     add("--name", metavar="NAME", help="name of the job on the cluster (default: that of the job file)")
     add("--out", metavar="FILE", help="write to this file (default: print)")
 
@@ -59,10 +61,8 @@ def _add_slurm(parser: argparse.ArgumentParser) -> None:
     add("--partition", metavar="NAME", help="partition")
     add("--account", metavar="NAME", help="account to charge")
     add("--image", metavar="IMAGE", help="run in this container image, with --container")
-    add("--container", choices=slurm.CONTAINERS, help="what runs the image")
-    add(
-        "--mount", dest="mounts", action="append", default=[], metavar="FOLDER", help="a folder to see in the container"
-    )
+    add("--container", choices=("pyxis", "apptainer"), help="what runs the image")
+    add("--mount", action="append", metavar="FOLDER", help="a folder to see in the container")
     parser.set_defaults(command=_slurm)
 
 
@@ -72,8 +72,7 @@ def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
     add("--image", required=True, metavar="IMAGE", help="image built from docker/Dockerfile")
     add(
         "--kind",
-        choices=kubernetes.KINDS,
-        default="job",
+        choices=("job", "jobset", "trainjob"),
         help="Indexed Job, JobSet or Kubeflow TrainJob (default: job)",
     )
     add(
@@ -92,36 +91,33 @@ def _torchrun(options: argparse.Namespace) -> None:
 
 
 def _slurm(options: argparse.Namespace) -> None:
-    names = ("time", "partition", "account", "image", "container")
-    chosen = slurm.SlurmOptions(**_given(options, names), mounts=tuple(options.mounts))
-    _deliver(options, slurm.render(_request(options), chosen))
+    _deliver(options, slurm.render(_request(options), slurm.SlurmOptions(**_given(options, slurm.SlurmOptions))))
 
 
 def _kubernetes(options: argparse.Namespace) -> None:
-    request = _request(options)
-    chosen = kubernetes.KubernetesOptions(
-        **_given(options, ("image", "kind", "claim", "secret", "service_account")),
-        job_text=storage.read_bytes(options.job).decode("utf-8-sig"),
-        job_suffix=PurePosixPath(uris.file_name(options.job)).suffix.lower(),
-    )
-    _deliver(options, kubernetes.render(request, chosen))
+    chosen = kubernetes.KubernetesOptions(**_given(options, kubernetes.KubernetesOptions))
+    job_text = storage.read_bytes(options.job).decode("utf-8-sig")
+    suffix = PurePosixPath(uris.file_name(options.job)).suffix.lower()
+    _deliver(options, kubernetes.render(_request(options), chosen, job_text, suffix))
 
 
-def _given(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in names}
+def _given(options: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:
+    """The options that belong to a class, apart from those that the user left out."""
+    return {name: value for name in cls.model_fields if (value := getattr(options, name, None)) is not None}
 
 
 def _request(options: argparse.Namespace) -> LaunchRequest:
     spec = load_spec(options.job, options.overrides)
-    overrides = [part for override in options.overrides for part in ("--set", override)]
-    name = options.name if options.name is not None else PurePosixPath(uris.file_name(options.job)).stem
-    return LaunchRequest.checked(
-        spec,
-        [options.job, *overrides],
-        ["python", "-m", "distributed_adaround", *options.given],
-        name=name,
-        **_given(options, ("nodes", "gpus", "ranks", "cpus", "memory", "grace")),
-    )
+    for text in options.given:
+        if not text.isprintable():
+            raise SpecError(f"{shown(text)} holds a control character, which no file name or option needs; remove it")
+    own = {
+        "spec": spec,
+        "arguments": [options.job, *(part for override in options.overrides for part in ("--set", override))],
+        "made_by": shlex.join(["python", "-m", "distributed_adaround", *options.given]),
+        "name": PurePosixPath(uris.file_name(options.job)).stem,
+    }
+    return LaunchRequest(**own | _given(options, LaunchRequest))
 
 
 def _deliver(options: argparse.Namespace, text: str) -> None:

@@ -4,51 +4,44 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
+from typing import Annotated, Literal, Self
 
-from distributed_adaround.errors import SpecError
-from distributed_adaround.launch.request import LaunchRequest, match
+from pydantic import model_validator
 
-CONTAINERS = ("pyxis", "apptainer")
+from distributed_adaround.launch.request import LaunchRequest, Options, form
+from distributed_adaround.spec.explain import ABSENT, ContradictionError
+
 _PROGRAM = ("python", "-m", "distributed_adaround")
 # Slurm sends the warning up to a minute late.
 _SLURM_DELAY_SECONDS = 60
-_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
-_WORD_RULE = "must be letters, digits and _ . + -; correct it"
+_WORD = form(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}", "must be letters, digits and _ . + -; correct it")
+_TIME = form(
+    r"([0-9]{1,3}-)?[0-9]{1,3}(:[0-9]{2}){1,2}|[0-9]{1,6}", "is no time limit; write minutes, HH:MM:SS or D-HH:MM:SS"
+)
+_IMAGE = form(r"[A-Za-z0-9_./][A-Za-z0-9_./:@#+-]{0,511}", "is no image name or file; correct it")
+_FOLDER = form(r"/[^:,\s]{0,511}", "must be an absolute path without ':', ',' and spaces; correct it")
 
 
-@dataclass(frozen=True)
-class SlurmOptions:
-    """What only Slurm knows. container: how `image` is run, pyxis or apptainer; mounts: folders it sees too."""
+class SlurmOptions(Options):
+    """What only Slurm knows. container: what runs `image`; mount: folders that it sees too."""
 
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    image: str | None = None
-    container: str | None = None
-    mounts: tuple[str, ...] = ()
+    time: Annotated[str, _TIME] | None = None
+    partition: Annotated[str, _WORD] | None = None
+    account: Annotated[str, _WORD] | None = None
+    image: Annotated[str, _IMAGE] | None = None
+    container: Literal["pyxis", "apptainer"] | None = None
+    mount: tuple[Annotated[str, _FOLDER], ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.time is not None:
-            form = r"([0-9]{1,3}-)?[0-9]{1,3}(:[0-9]{2}){1,2}|[0-9]{1,6}"
-            match("time", self.time, form, "is no time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
-        for name in ("partition", "account"):
-            if getattr(self, name) is not None:
-                match(name, getattr(self, name), _WORD, _WORD_RULE)
+    @model_validator(mode="after")
+    def _container_has_an_image(self) -> Self:
         if (self.image is None) != (self.container is None):
-            raise SpecError(f"--image and --container ({' or '.join(CONTAINERS)}) go together; give both or neither")
-        if self.image is not None:
-            match(
-                "image", self.image, r"[A-Za-z0-9_./][A-Za-z0-9_./:@#+-]{0,511}", "is no image name or file; correct it"
-            )
-        if self.mounts and self.image is None:
-            raise SpecError("--mount: without --image there is no container to mount anything in; remove it")
-        for folder in self.mounts:
-            match(
-                "mount", folder, r"/[^:,\s]{0,511}", "must be an absolute path without ':', ',' and spaces; correct it"
-            )
+            missing = "image" if self.image is None else "container"
+            raise ContradictionError((missing,), ABSENT, "is missing; --image and --container go together")
+        if self.mount and self.image is None:
+            raise ContradictionError(("mount",), ABSENT, "without --image there is no container to mount in; remove it")
+        return self
 
 
 def render(request: LaunchRequest, options: SlurmOptions) -> str:
@@ -56,26 +49,26 @@ def render(request: LaunchRequest, options: SlurmOptions) -> str:
     template = Template(files(__package__).joinpath("slurm.sbatch").read_text(encoding="utf-8"))
     container, program = _container(options)
     return template.substitute(
-        title=f"AdaRound on {request.nodes} x {request.ranks} ranks (machines x ranks of each).",
+        title=f"AdaRound on {request.nodes} x {request.num_ranks} ranks (machines x ranks of each).",
         made_by=request.made_by,
         name=request.name,
         directives="\n".join(f"#SBATCH --{line}" for line in _directives(request, options)),
-        warning_seconds=request.grace_seconds + _SLURM_DELAY_SECONDS,
-        grace_seconds=request.grace_seconds,
+        warning_seconds=request.grace + _SLURM_DELAY_SECONDS,
+        grace_seconds=request.grace,
         job=shlex.join(request.arguments),
         container=container,
         program=program,
-        ranks=request.ranks,
+        ranks=request.num_ranks,
         cpus=request.cpus,
     )
 
 
 def _directives(request: LaunchRequest, options: SlurmOptions) -> list[str]:
-    lines = [f"job-name={request.name}", f"nodes={request.nodes}", f"cpus-per-task={request.ranks * request.cpus}"]
+    lines = [f"job-name={request.name}", f"nodes={request.nodes}", f"cpus-per-task={request.num_ranks * request.cpus}"]
     if request.gpus:
         lines.append(f"gpus-per-node={request.gpus}")
-    if request.memory is not None:
-        lines.append(f"mem={-(-request.memory // 2**20)}M")
+    if request.memory_mib is not None:
+        lines.append(f"mem={request.memory_mib}M")
     lines += [f"{name}={getattr(options, name)}" for name in ("time", "partition", "account") if getattr(options, name)]
     return lines
 
@@ -87,8 +80,8 @@ def _container(options: SlurmOptions) -> tuple[str, str]:
         return "", program
     image = shlex.quote(options.image)
     if options.container == "pyxis":
-        mounts = shlex.quote(",".join(f"{folder}:{folder}" for folder in options.mounts))
-        mounts = f'"$PWD:$PWD",{mounts}' if options.mounts else '"$PWD:$PWD"'
+        mounts = shlex.quote(",".join(f"{folder}:{folder}" for folder in options.mount))
+        mounts = f'"$PWD:$PWD",{mounts}' if options.mount else '"$PWD:$PWD"'
         return f'--container-image={image} --container-mounts={mounts} --container-workdir="$PWD"', program
-    binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in options.mounts)
+    binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in options.mount)
     return "", re.sub(" +", " ", f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {binds} {image} {program}')

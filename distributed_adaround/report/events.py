@@ -1,6 +1,6 @@
 """What happened, as JSON lines: `<output>/events/rank-<r>.jsonl`, one file per rank.
 
-Object stores cannot append, so the lines are kept in memory and `flush` writes the whole file, atomically. A job
+Object stores cannot append, so the lines are kept in memory and `flush` writes the whole file again, atomically. A job
 that starts again reads its file first and adds to it.
 """
 

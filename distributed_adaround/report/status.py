@@ -96,7 +96,14 @@ def read_status(uri: str) -> Status | None:
 def record_failure(uri: str | None, job: str, error: BaseException, exit_code: int, message: str) -> None:
     """Write down how a job ended, for this machine and, where the output is known and is this job's, there.
 
-    An output that cannot be written is an error that has been told already. A wrong job file leaves no trace there.
+    An output that cannot be written is an error that was reported before. A wrong job file leaves no trace there.
+
+    Args:
+        uri: The output folder; None where the job file could not be read.
+        job: Digest of the job file.
+        error: What ended the job.
+        exit_code: Of this process.
+        message: The line that the user got.
     """
     _write_local(exit_code, message)
     if uri is None or isinstance(error, SpecError):

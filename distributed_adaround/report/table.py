@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import overload
 
+from rich.table import Table
+
 from distributed_adaround.files import jsontext
+from distributed_adaround.report import text
 from distributed_adaround.solve.record import LayerFigures
 
 WIDTH = 120
 _MIN_NAME = 8
 _MAX_SHAPE = 14
 _HEADER = ("layer", "kind", "shape", "nearest", "soft", "hard", "SQNR dB", "flipped", "unsettled", "seconds", "note")
-_LEFT = frozenset({"layer", "kind", "shape", "note"})
+_NUMBERS = frozenset(_HEADER) - {"layer", "kind", "shape", "note"}
 _LEGEND = (
     "nearest, soft, hard: relative output error (squared error / squared output) of nearest rounding, of the soft "
     "weights at the end and of the result. flipped: weights not at their nearest grid value. unsettled: soft values "
@@ -98,16 +100,20 @@ class LayerTable(Sequence[LayerFigures]):
     def __str__(self) -> str:
         """Plain text of at most 120 columns: title, one line per layer, totals, numbered notes, legend."""
         title, body, totals, notes = self._cells()
-        widths = [max(len(line[i]) for line in (_HEADER, *body, totals)) for i in range(len(_HEADER))]
-        room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(room, _MIN_NAME))
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        lines = [*_wrap(title), _line(_HEADER, widths), rule]
-        lines += [_line((shorten(line[0], widths[0]), *line[1:]), widths) for line in body]
-        lines += [rule, _line(totals, widths)]
+        console, names = text.console(WIDTH), [line[0] for line in body]
+
+        def table() -> Table:
+            rows = [(name, *line[1:]) for name, line in zip(names, body, strict=True)]
+            return text.with_footer(text.layout(_HEADER, rows, _NUMBERS), totals)
+
+        excess = text.width(table()) - WIDTH
+        if excess > 0:
+            room = max(max(map(len, names)) - excess, _MIN_NAME)
+            names = [shorten(name, room) for name in names]
+        listed = Table.grid(padding=(0, 1, 0, 0))
         for number, note in enumerate(notes, start=1):
-            lines += _wrap(note, f"{number}: ")
-        return "\n".join([*lines, *_wrap(_LEGEND)])
+            listed.add_row(f"{number}:", note)
+        return text.rendered(console, title, table(), *([listed] if notes else []), _LEGEND)
 
     def _repr_html_(self) -> str:
         title, body, totals, notes = self._cells()
@@ -166,15 +172,3 @@ def _mean(weighted: Iterable[tuple[float, int]]) -> float:
     pairs = [(value, weight) for value, weight in weighted if math.isfinite(value)]
     weight_sum = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / weight_sum if weight_sum else math.nan
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = (
-        cell.ljust(width) if header in _LEFT else cell.rjust(width)
-        for cell, width, header in zip(cells, widths, _HEADER, strict=True)
-    )
-    return "  ".join(padded).rstrip()
-
-
-def _wrap(text: str, start: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic.fields import FieldInfo
@@ -33,6 +33,8 @@ ABSENT = object()  # for a message without a value
 _RULES = {
     "missing": "is missing",
     "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
     "float_type": "must be a number",
     "finite_number": "must be a finite number",
     "string_type": "must be text",
@@ -66,7 +68,7 @@ class ContradictionError(ValueError):
         self.text = text
 
     def line(self, prefix: Sequence[str | int] = ()) -> str:
-        return _line((*prefix, *self.loc), self.value, self.text)
+        return _line(Section.place((*prefix, *self.loc)), self.value, self.text)
 
 
 class _ExplainingMeta(ModelMetaclass):
@@ -76,7 +78,7 @@ class _ExplainingMeta(ModelMetaclass):
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
-            raise explain(error, cls) from None
+            raise explain(error, cast(type[Section], cls)) from None
 
 
 class Section(BaseModel, metaclass=_ExplainingMeta):
@@ -86,6 +88,11 @@ class Section(BaseModel, metaclass=_ExplainingMeta):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def place(cls, loc: Sequence[str | int]) -> str:
+        """How messages name the field at the end of a path."""
+        return shorten(redact(".".join(str(part) for part in loc if not str(part).startswith("[")))) or "job"
 
 
 def one_rule(rule: str) -> WrapValidator:
@@ -126,30 +133,31 @@ def shorten(text: str) -> str:
     return errors.shorten(text, _MAX_SHOWN)
 
 
-def explain(error: ValidationError, cls: type) -> SpecError:
-    """pydantic's findings about `cls`, a Section, in the words of this program, one line each."""
+def explain(error: ValidationError, cls: type[Section]) -> SpecError:
+    """pydantic's findings about a section in the words of this program, one line each."""
     found = [_explain_one(entry, cls) for entry in error.errors(include_url=False)]
     if len(found) > _MAX_LINES:
         found[_MAX_LINES:] = [f"... and {len(found) - _MAX_LINES} more"]
     return SpecError("\n".join(found))
 
 
-def _explain_one(entry: Mapping[str, Any], cls: type) -> str:
+def _explain_one(entry: Mapping[str, Any], cls: type[Section]) -> str:
     loc, value, context = entry["loc"], entry["input"], entry.get("ctx", {})
     if entry["type"] == "value_error":
         cause = context["error"]
-        return cause.line(loc) if isinstance(cause, ContradictionError) else _line(loc, value, str(cause))
+        if not isinstance(cause, ContradictionError):
+            return _line(cls.place(loc), value, str(cause))
+        return _line(cls.place((*loc, *cause.loc)), cause.value, cause.text)
     if entry["type"] == "extra_forbidden":
-        return _line(loc, ABSENT, _unknown_field(loc, cls))
+        return _line(cls.place(loc), ABSENT, _unknown_field(loc, cls))
     rule = _RULES.get(entry["type"], "")
     rule = rule.format_map(context) if rule else shorten(entry["msg"])
     remedy = _remedy(entry["type"], value, _field(loc, cls), str(context.get("expected", "")))
-    return _line(loc, ABSENT if entry["type"] == "missing" else value, f"{rule}; {remedy}")
+    return _line(cls.place(loc), ABSENT if entry["type"] == "missing" else value, f"{rule}; {remedy}")
 
 
-def _line(loc: Sequence[str | int], value: object, text: str) -> str:
-    path = ".".join(str(part) for part in loc if not str(part).startswith("["))
-    return f"{shorten(redact(path)) or 'job'}: {text if value is ABSENT else f'{shown(value)} {text}'}"
+def _line(place: str, value: object, text: str) -> str:
+    return f"{place}: {text if value is ABSENT else f'{shown(value)} {text}'}"
 
 
 def _remedy(kind: str, value: object, field: FieldInfo | None, expected: str) -> str:

@@ -7,17 +7,23 @@ small file cannot grow into a large one. A key may appear once. Every fault is a
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.resolver import VersionedResolver
 
 from distributed_adaround.errors import SpecError, redact
 from distributed_adaround.spec.explain import shorten, shown
 
-MAX_BYTES = 1 << 18  # what PyYAML, written in Python, reads in a second or two
+MAX_BYTES = 1 << 18  # far more than any job needs; ruamel.yaml reads it in a few seconds
+# The types that JSON has too; others, such as dates and sets, are refused.
+_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 _MAX_PATH_PARTS = 16
 _MAX_INDEX_DIGITS = 4
 
@@ -66,7 +72,7 @@ def _parse(path: str, text: str) -> Any:
         return tomllib.loads(text) if suffix == "toml" else _parse_yaml(text)
     except RecursionError:
         raise SpecError(f"{_named(path)}: nested too deeply; write fewer brackets") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (YAMLError, ValueError) as error:
         kind = "JSON" if suffix == "json" else "TOML" if suffix == "toml" else "YAML"
         # Not from the error, which quotes the file.
         raise SpecError(f"{_named(path)}: not valid {kind}: {_where(error)}; correct it there") from None
@@ -74,7 +80,7 @@ def _parse(path: str, text: str) -> Any:
 
 def _where(error: Exception) -> str:
     """Place and problem, without the text around it, which could hold credentials."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {shorten(error.problem or 'unreadable')}"
     return shorten(str(error).partition("\n")[0])
@@ -89,52 +95,43 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-class _JobLoader(yaml.SafeLoader):
-    """YAML's JSON-like core, and nothing else."""
+class _Resolver(VersionedResolver):
+    """Plain text is null, true, a number or text, by YAML 1.2 also where a file asks for 1.1. Dates stay text."""
 
-    # Own tables: PyYAML's hold the types of YAML 1.1.
-    yaml_implicit_resolvers = {}  # noqa: RUF012
-    yaml_constructors = {  # noqa: RUF012
-        tag: make
-        for tag, make in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "float", "str", "seq", "map")
-    }
+    processing_version = (1, 2)
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        return tag if str(tag) in _TAGS else self.DEFAULT_SCALAR_TAG
+
+
+class _Composer(Composer):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.parser.check_event(AliasEvent):
+            raise MarkedYAMLError(
                 problem="aliases (*name) are not accepted, write the value out, or quote a text that starts with *",
-                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+                problem_mark=self.parser.peek_event().start_mark,
             )
+        self.anchors.clear()  # no alias asks for them, and the warning of a second one quotes the file
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            problem = "appears twice" if isinstance(key, str) and key in seen else "must be text"
-            if problem == "appears twice" or not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"the key {shown(key)} {problem}", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
+class _Constructor(SafeConstructor):
+    yaml_constructors = {  # noqa: RUF012 - ruamel.yaml's name and type
+        tag: make for tag, make in SafeConstructor.yaml_constructors.items() if tag is None or tag in _TAGS
+    }
 
-def _integer(_: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)
-
-
-_JobLoader.add_constructor("tag:yaml.org,2002:int", _integer)
-for _tag, _pattern in {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+(_[0-9]+)*",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}.items():
-    _JobLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
+    def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
+        problem = "must be text" if not isinstance(key, str) else "appears twice" if key in mapping else ""
+        if problem:
+            raise MarkedYAMLError(problem=f"the key {shown(key)} {problem}", problem_mark=key_node.start_mark)
+        return True
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_JobLoader)  # a SafeLoader with fewer types
+    loader = YAML(typ="safe", pure=True)
+    loader.Resolver, loader.Composer, loader.Constructor = _Resolver, _Composer, _Constructor
+    return loader.load(text)
 
 
 def _apply(job: dict[str, Any], assignment: str) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def _apply(job: dict[str, Any], assignment: str) -> dict[str, Any]:
         value = text if text.startswith("*") else _parse_yaml(text)
     except RecursionError:
         raise SpecError(f"--set {shorten(path)}: nested too deeply; write fewer brackets") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (YAMLError, ValueError) as error:
         raise SpecError(
             f"--set {shorten(path)}: {shown(text)} is not a YAML value: {_where(error)}; quote it"
         ) from None
@@ -158,7 +155,14 @@ def _apply(job: dict[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def _assigned(node: Any, parts: list[str], value: Any, path: str) -> Any:
-    """A copy of node with the value at the end of the path. Missing sections are made, a list may grow by one."""
+    """A copy of node with the value at the end of the path. Missing sections are made, a list may grow by one.
+
+    Args:
+        node: A part of the job; None where there is none yet.
+        parts: What is left of the path, from this node on.
+        value: The new value.
+        path: The whole path, for messages.
+    """
     if not parts:
         return value
     head, rest = parts[0], parts[1:]

@@ -80,7 +80,10 @@ def test_torchrun_script_is_that_of_the_package() -> None:
         ("--nodes", "two", "--nodes: 'two'"),
         ("--nodes", "9", "--nodes: 9 with 1 ranks each"),
         ("--gpus", "1", "--gpus: 1, but the job has runtime.device=cpu"),
+        ("--nodes", "9" * 5000, "--nodes: '99"),
         ("--cpus", "1.5", "--cpus: '1.5'"),
+        ("--cpus", "0", "--cpus: '0' must be 1 or more; use 4, the default"),
+        ("--ranks", "0", "--ranks: '0'"),
         ("--grace", "1", "--grace: '1'"),
         ("--memory", "many", "--memory: 'many'"),
         ("--name", "Upper", "--name: 'Upper'"),
@@ -105,8 +108,8 @@ def test_bad_arguments_of_both_are_refused(
         (["--time", "soon"], "--time: 'soon'"),
         (["--partition", "a b"], "--partition: 'a b'"),
         (["--account", "$(id)"], "--account: '$(id)'"),
-        (["--image", "a.sif"], "--image and --container"),
-        (["--container", "pyxis"], "--image and --container"),
+        (["--image", "a.sif"], "--container: is missing; --image and --container go together"),
+        (["--container", "pyxis"], "--image: is missing; --image and --container go together"),
         (["--container", "pyxis", "--image", "a b"], "--image: 'a b'"),
         (["--mount", "/data"], "--mount: without --image"),
         (["--container", "pyxis", "--image", "a", "--mount", "data"], "--mount: 'data'"),
@@ -174,12 +177,17 @@ def test_texts_of_any_kind_reach_the_job_as_they_are(tmp_path: Path, capsys: pyt
     assert container["args"] == ["/etc/adaround/job.yaml", *options]
     assert container["envFrom"] == [{"secretRef": {"name": "1e3"}}]
     # Other readers of YAML would take it for a number.
-    assert 'name: "1e3"' in manifest
+    assert '"name": "1e3"' in manifest
     assert list(tmp_path.iterdir()) == [job]
 
 
 def test_the_job_file_is_carried_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for suffix, text in ((".yaml", REMOTE), (".json", json.dumps(yaml.safe_load(REMOTE), indent=1) + "\n\n")):
+    as_json = json.dumps(yaml.safe_load(REMOTE), indent=1)
+    indented = f"  {REMOTE.strip()}  \n\n \n".replace("\n", "\n  ")
+    odd = as_json.replace("o/out", "$name \u2028 \U0001f642")
+    files = [(".yaml", REMOTE), (".yaml", REMOTE.strip()), (".yaml", indented)]
+    files += [(".json", f"{as_json}\n\n"), (".json", f"\t{as_json}"), (".json", odd)]
+    for suffix, text in files:
         job = tmp_path / f"a{suffix}"
         job.write_text(text, encoding="utf-8")
         found = objects(rendered(capsys, "launch", "kubernetes", str(job), "--nodes", "1", "--image", "a"))

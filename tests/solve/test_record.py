@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_records import record
 from torch import Tensor
+from toy_records import record
 
 from distributed_adaround.errors import AdaRoundError
 from distributed_adaround.solve.record import LayerRecord

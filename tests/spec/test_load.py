@@ -74,8 +74,8 @@ def test_the_three_formats_mean_the_same(tmp_path: Path) -> None:
         ("+3", 3), ("~", None), ("", None), ("null", None), ("true", True), ("True", True), ("yes", "yes"),
         ("on", "on"),
         ("1:30", "1:30"), ("2024-01-01", "2024-01-01"), ("'5'", "5"), ("1e-3x", "1e-3x"), ("e5", "e5"),
-        ("0x10", "0x10"),
-        (".", "."), ("1_", "1_"), ("s3://a/b", "s3://a/b"), ("[1, re:.*x]", [1, "re:.*x"]), ("=", "="),
+        ("0x10", 16), ("0o10", 8), ("{<<: {a: 1}}", {"<<": {"a": 1}}), ("'*x'", "*x"),
+        (".", "."), ("s3://a/b", "s3://a/b"), ("[1, re:.*x]", [1, "re:.*x"]), ("=", "="),
     ],
 )  # fmt: skip
 def test_yaml_values(tmp_path: Path, text: str, expected: object) -> None:
@@ -92,6 +92,8 @@ def test_yaml_values(tmp_path: Path, text: str, expected: object) -> None:
         ("j.yaml", "a: {b: 1, b: 2}", ["'b' appears twice"]),
         ("j.yaml", "a: &x [1]\nb: *x", ["line 2", "aliases (*name) are not accepted", "quote"]),
         ("j.yaml", "a: &x [*x]", ["aliases"]),
+        ("j.yaml", "a: {b: hunter2, b: hunter3}", ["line 1, column 17", "'b' appears twice; correct"]),
+        ("j.yaml", "null: 2", ["key null must be text"]),
         ("j.yaml", "1: 2", ["key 1 must be text"]),
         ("j.yaml", "[a]: 2", ["must be text"]),
         ("j.yaml", "a: !!python/object/apply:os.system [x]", ["line 1", "constructor"]),
@@ -123,6 +125,11 @@ def test_unreadable_files_say_where(tmp_path: Path, name: str, text: str | bytes
     for word in words:
         assert word in message
     assert caught.value.exit_code == 64
+
+
+@pytest.mark.parametrize("text", ["%YAML 1.1\n---\nx: [no, 1e3, 010]", "x: [&a no, &a 1e3, 010]"])
+def test_yaml_is_version_1_2_and_warns_of_nothing(text: str) -> None:
+    assert parse_job("job.yaml", text.encode()) == {"x": ["no", 1000.0, 10]}
 
 
 def test_missing_files_and_folders_are_spec_errors(tmp_path: Path) -> None:
