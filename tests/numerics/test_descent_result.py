@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
+from distributed_adaround.numerics.lattice import Lattice
 from torch import Tensor
 from toy_quadratics import make_lattice, make_quadratic
 
 from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.floats import ElementFormat
 from distributed_adaround.numerics.grid import ScaleFormat
-from distributed_adaround.numerics.lattice import Lattice
 from distributed_adaround.numerics.moments import Moments, Quadratic
 from distributed_adaround.numerics.ranges import Strategy
 from distributed_adaround.solve.gram import regularizer_weight

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from distributed_adaround.numerics.lattice import Lattice
 from torch import Tensor
 from torch.linalg import LinAlgError
 
@@ -13,7 +14,6 @@ from distributed_adaround.numerics.floats import ElementFormat
 from distributed_adaround.numerics.gptq import GptqFactors
 from distributed_adaround.numerics.gptq import gptq_codes as codes_from_factors
 from distributed_adaround.numerics.grid import Grid
-from distributed_adaround.numerics.lattice import Lattice
 from distributed_adaround.numerics.moments import Quadratic
 from distributed_adaround.numerics.ranges import Strategy, choose_grid
 
