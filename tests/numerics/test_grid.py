@@ -23,7 +23,7 @@ def make_grid(strategy: str, code_range: str, *, affine: bool = False) -> Grid:
     scale = torch.rand(shape, dtype=torch.float64) + 0.1
     middle = 0 if qmin < 0 else (qmax + 1) // 2
     zero_point = torch.randint(qmin, qmax + 1, shape).double() if affine else torch.full(shape, float(middle)).double()
-    return Grid(scale, zero_point, qmin, qmax, FLOAT32)
+    return Grid(scale, zero_point, qmin, qmax, FLOAT32, per_channel=strategy != "tensor")
 
 
 def random_weight() -> Tensor:
@@ -147,14 +147,22 @@ def grid_of_kind(kind: str, strategy: str) -> Grid:
     shape = SHAPES[strategy]
     scale = torch.rand(shape).double() + 0.2
     if kind == "symmetric":
-        return Grid(scale, torch.zeros_like(scale), -4, 3, FLOAT32)
+        return Grid(scale, torch.zeros_like(scale), -4, 3, FLOAT32, per_channel=strategy != "tensor")
     if kind == "affine":
-        return Grid(scale, torch.randint(0, 8, shape).double(), 0, 7, FLOAT32)
+        return Grid(scale, torch.randint(0, 8, shape).double(), 0, 7, FLOAT32, per_channel=strategy != "tensor")
     values = torch.tensor((E4M3 if kind == "fp8" else E2M1).values).double()
     scale_format = {"fp8": "float32", "mxfp4": "e8m0", "nvfp4": "e4m3"}[kind]
     factor = torch.full((1, 1, 1), 0.003).double() if kind == "nvfp4" else None
-    zeros = torch.zeros_like(scale)
-    grid = Grid(scale, zeros, 0, len(values) - 1, SCALE_FORMATS[scale_format], values, factor)
+    grid = Grid(
+        scale,
+        torch.zeros_like(scale),
+        0,
+        len(values) - 1,
+        SCALE_FORMATS[scale_format],
+        values,
+        factor,
+        per_channel=strategy != "tensor",
+    )
     return grid if kind == "fp8" else grid.with_scale(scale)
 
 
@@ -168,7 +176,6 @@ def random_codes(grid: Grid) -> Tensor:
 @every_grid
 def test_codes_levels_and_weights_belong_together(kind: str, strategy: str) -> None:
     grid = grid_of_kind(kind, strategy)
-    assert grid.per_channel == (strategy != "tensor")
     for _ in range(5):
         codes = random_codes(grid)
         levels, weights = grid.levels(codes), grid.dequantize(codes)
@@ -221,6 +228,7 @@ def test_parts_are_parts_of_the_whole(kind: str, strategy: str) -> None:
     for some in (slice(0, 1), slice(GROUPS - 1, GROUPS), slice(0, GROUPS)):
         for channels in (slice(0, 1), slice(1, CHANNELS)):
             part = whole.part((some, channels))
+            assert part.per_channel == (strategy != "tensor")
             assert torch.equal(part.dequantize(codes[some, channels]), whole.dequantize(codes)[some, channels])
             levels = torch.randn(codes[some, channels].transpose(1, 2).shape).double() * 4
             last = SHAPES[strategy][2] - 1
