@@ -1,4 +1,4 @@
-"""Channels in blocks: every channel once, the same blocks on any number of ranks, and codes and scales back in their places."""
+"""Channels in blocks: each one once, the same blocks on any number of ranks, codes and scales back in their places."""
 
 from __future__ import annotations
 
