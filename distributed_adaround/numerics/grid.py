@@ -38,7 +38,9 @@ class Grid:
     scale, zero_point: floating point, `(G, R, n)`, or `(1, 1, 1)` for the whole tensor. qmin, qmax: smallest and
     largest code. scale_format: what a scale may be. values: `(V,)`, the representable values in ascending order; codes
     are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None: integers. tensor_scale: `(1, 1, 1)`, the
-    factor of the whole tensor where the scale format has one; `scale` holds it already.
+    factor of the whole tensor where the scale format has one; `scale` holds it already. per_channel: channels have
+    scales of their own, which can be refitted; else there is one for the whole tensor. One channel's part of a grid
+    looks the same either way.
     """
 
     scale: Tensor
@@ -48,6 +50,7 @@ class Grid:
     scale_format: ScaleFormat
     values: Tensor | None = None
     tensor_scale: Tensor | None = None
+    per_channel: bool = True
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Grid:
         """The same grid in another floating dtype or on another device."""
@@ -58,11 +61,6 @@ class Grid:
             values=None if self.values is None else self.values.to(device, dtype),
             tensor_scale=None if self.tensor_scale is None else self.tensor_scale.to(device, dtype),
         )
-
-    @property
-    def per_channel(self) -> bool:
-        """Channels have scales of their own, which can be refitted; else there is one for the whole tensor."""
-        return self.scale.numel() > 1
 
     def part(self, place: tuple[slice, slice]) -> Grid:
         """The part of some conv groups and of some out channels in each of them."""

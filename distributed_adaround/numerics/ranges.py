@@ -62,7 +62,11 @@ def choose_grid(weight: Tensor, layer_format: LayerFormat, importance: Tensor | 
     shape = (1, 1, 1) if per_tensor else (groups, channels, -1)
     factor = None if best.tensor_scale is None else best.tensor_scale.reshape(1, 1, 1)
     return replace(
-        best, scale=best.scale.reshape(shape), zero_point=best.zero_point.reshape(shape), tensor_scale=factor
+        best,
+        scale=best.scale.reshape(shape),
+        zero_point=best.zero_point.reshape(shape),
+        tensor_scale=factor,
+        per_channel=not per_tensor,
     )
 
 

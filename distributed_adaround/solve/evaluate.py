@@ -31,24 +31,36 @@ def output_errors(
     Raises:
         InputError: the layer's inputs or outputs are not finite, or no row counts.
     """
-    bias = problem.bias
-    first = bias if shift is None else shift if bias is None else bias + shift
-    biases = [first, *[bias] * (len(candidates) - 1)]
+    shifts = [shift, *[None] * (len(candidates) - 1)]
     sums, dim = error_sums(problem, len(candidates)), problem.geometry.channel_dim
     for batch in problem.batches:
         x_hat, keep = problem.on_device(batch.x_hat), batch.keep(dim)
-        base = None if problem.asymmetry == 1 else problem.base(batch, x_hat)
+        one_stream = batch.x is batch.x_hat
+        base = problem.base(batch, x_hat) if one_stream or problem.asymmetry < 1 else None
         target = problem.target(batch, base)
         expected = problem.transform(target, dim)
-        for place, (weight, own) in enumerate(zip(candidates, biases, strict=True)):
-            outputs = problem.transform(problem.outputs(x_hat, weight, own), dim)
+        for place, (weight, own) in enumerate(zip(candidates, shifts, strict=True)):
+            outputs = _outputs(problem, x_hat, weight, own, base if one_stream else None)
+            outputs = problem.transform(outputs, dim)
             sums[batch.index, place] = channel_sums((outputs - expected).square_(), keep, dim)
         sums[batch.index, -3] = channel_sums(expected.square(), keep, dim)
-        if base is not None and batch.x is not batch.x_hat:
+        if base is not None and not one_stream:
             difference = problem.transform.linear_part()(target - base, dim)
             sums[batch.index, -2] = channel_sums(difference.square(), keep, dim)
         sums[batch.index, -1] = num_rows(batch, keep, dim)
     return reduced(sums, problem, comm)
+
+
+def _outputs(problem: LayerProblem, x_hat: Tensor, weight: Tensor, shift: Tensor | None, base: Tensor | None) -> Tensor:
+    """`Ŵ x̂ + b` and the shift.
+
+    base: the float layer's outputs, where its inputs are the same: they may have few bits, and what these cut off is no
+    error of the weight.
+    """
+    if base is not None:
+        return problem.outputs(x_hat, weight - problem.weight, shift).add_(base)
+    bias = problem.bias
+    return problem.outputs(x_hat, weight, bias if shift is None else shift if bias is None else bias + shift)
 
 
 def error_sums(problem: LayerProblem, num_candidates: int) -> Tensor:

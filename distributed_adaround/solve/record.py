@@ -251,9 +251,11 @@ class LayerRecord:
         shape = (groups, self.scale.shape[0] // groups, -1) if self.scale.dim() else (1, 1, 1)
         scale, zero_point = (part.float().reshape(shape) for part in (self.scale, self.zero_point))
         scales, element = SCALE_FORMATS[self.format["scale_format"]], ELEMENTS.get(self.format["element_format"])
+        own = self.scale.dim() > 0
         if element is None:
-            return Grid(scale, zero_point, self.format["quant_min"], self.format["quant_max"], scales)
+            least, most = self.format["quant_min"], self.format["quant_max"]
+            return Grid(scale, zero_point, least, most, scales, per_channel=own)
         values = torch.tensor(element.values, device=scale.device)
         factor = self.format["tensor_scale"]
         tensor_scale = None if factor is None else torch.full((1, 1, 1), factor, device=scale.device)
-        return Grid(scale, zero_point, 0, len(values) - 1, scales, values, tensor_scale)
+        return Grid(scale, zero_point, 0, len(values) - 1, scales, values, tensor_scale, own)

@@ -120,6 +120,22 @@ def output_errors(x: Tensor, x_hat: Tensor, weight: Tensor, rounded: Tensor, asy
     return weight @ (x_hat + asymmetry * (x - x_hat)).transpose(1, 2) - rounded @ x_hat.transpose(1, 2)
 
 
+@pytest.mark.parametrize("asymmetry", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_error_sums_are_the_squared_errors_less_their_constant(asymmetry: float, streams: int) -> None:
+    x, x_hat = make_rows()
+    if streams == 1:
+        x = x_hat
+    weight, difference = torch.randn(2, GROUPS, OUT, INPUTS).double()
+    found = moments_of(x, x_hat).error_sums(difference, weight, asymmetry)
+    errors, constant = (
+        output_errors(x, x_hat, weight, rounded, asymmetry).square().sum(dim=2)
+        for rounded in (weight + difference, weight)
+    )
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found + constant, errors, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("asymmetry", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("streams", [1, 2])
@@ -129,7 +145,7 @@ def test_quadratic_is_the_mean_squared_output_error(centred: bool, asymmetry: fl
         x = x_hat
     weight = torch.randn(GROUPS, OUT, INPUTS).double()
     quadratic = moments_of(x, x_hat).quadratic(weight, asymmetry, centred)
-    assert (quadratic.pull is None) == (streams == 1 or asymmetry == 0)
+    assert (quadratic.linear is None) == (streams == 1 or asymmetry == 0)
 
     def expected(rounded: Tensor) -> Tensor:
         errors = output_errors(x, x_hat, weight, rounded, asymmetry)
@@ -162,18 +178,18 @@ def test_with_the_mean_in_the_bias_the_plain_quadratic_becomes_the_centred_one(a
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_rows_of_a_quadratic_are_parts_of_it(streams: int) -> None:
+def test_channels_of_a_quadratic_are_parts_of_it(streams: int) -> None:
     x, x_hat = make_rows()
     weight, rounded = torch.randn(2, GROUPS, OUT, INPUTS).double()
     whole = moments_of(x if streams == 2 else x_hat, x_hat).quadratic(weight, 1.0, False)
     for groups in (slice(0, 1), slice(1, 2), slice(0, 2)):
-        for rows in (slice(0, 2), slice(2, 3)):
-            part = whole.rows(groups, rows)
-            torch.testing.assert_close(part.loss(rounded[groups, rows]), whole.loss(rounded)[groups, rows])
+        for channels in (slice(0, 2), slice(2, 3)):
+            place = (groups, channels)
+            torch.testing.assert_close(whole.part(place).loss(rounded[place]), whole.loss(rounded)[place])
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_copies_of_the_rows_have_their_losses(streams: int) -> None:
+def test_copies_of_the_channels_have_their_losses(streams: int) -> None:
     x, x_hat = make_rows()
     weight, rounded = torch.randn(2, GROUPS, OUT, INPUTS).double()
     whole = moments_of(x if streams == 2 else x_hat, x_hat).quadratic(weight, 1.0, False)
@@ -184,8 +200,8 @@ def test_copies_of_the_rows_have_their_losses(streams: int) -> None:
 
 def test_quadratic_has_the_dtype_of_the_weight() -> None:
     quadratic = moments_of(*make_rows()).quadratic(torch.randn(GROUPS, OUT, INPUTS), 1.0, True)
-    assert quadratic.pull is not None
-    assert quadratic.second.dtype == quadratic.pull.dtype == torch.float32
+    assert quadratic.linear is not None
+    assert quadratic.second.dtype == quadratic.linear.dtype == torch.float32
 
 
 @pytest.mark.parametrize("constant", [1.0, 6.0, -0.17, 0.0])
@@ -199,10 +215,10 @@ def test_inputs_that_never_change_have_no_spread(constant: float) -> None:
     moments = Moments(*(one.double()[None] / 2000 for one in sums), num_rows=2000)
     weight = torch.randn(1, 5, 8)
     quadratic = moments.quadratic(weight, 1.0, True)
-    assert quadratic.pull is not None
+    assert quadratic.linear is not None
     assert not quadratic.second[0, 3].any()
     assert not quadratic.second[0, :, 3].any()
-    assert not quadratic.pull[0, :, 3].any()
+    assert not quadratic.linear[0, :, 3].any()
     others = [j for j in range(8) if j != 3]
     covariance = torch.cov(x_hat.double().T, correction=0)
     found, expected = quadratic.second[0][others][:, others], covariance[others][:, others]

@@ -31,7 +31,7 @@ def test_rows_times_weights_are_the_layer(layer_case: LayerCase) -> None:
     layer, geometry, x = layer_case
     expected = layer(x).movedim(1, -1)
     rows = all_rows(x, tuple(expected.shape[1:-1]), geometry)
-    weight = patches.to_patch_layout(geometry.to_matrix(layer.weight), geometry)
+    weight = patches.to_patch_layout(geometry.to_channels(layer.weight), geometry)
     assert rows.shape == (geometry.groups, expected.numel() // geometry.out_channels, geometry.inputs_per_output)
     product = torch.einsum("grj,goj->rgo", rows, weight).reshape(expected.shape)
     if layer.bias is not None:
@@ -54,11 +54,11 @@ def test_rows_equal_unfold(groups: int) -> None:
 
 def test_patch_layout_round_trip(layer_case: LayerCase) -> None:
     layer, geometry, _ = layer_case
-    matrix = geometry.to_matrix(layer.weight)
-    layout = patches.to_patch_layout(matrix, geometry)
+    by_channel = geometry.to_channels(layer.weight)
+    layout = patches.to_patch_layout(by_channel, geometry)
     assert layout.shape == (geometry.groups, geometry.out_channels // geometry.groups, geometry.inputs_per_output)
     assert layout.is_contiguous()
-    assert torch.equal(patches.from_patch_layout(layout, geometry), matrix)
+    assert torch.equal(patches.from_patch_layout(layout, geometry), by_channel)
 
 
 def test_padded_size_is_the_size_of_the_padded_input(layer_case: LayerCase) -> None:
@@ -88,7 +88,7 @@ def test_unfolded_pieces_times_weights_are_the_layer(
     monkeypatch.setattr(patches, "_PIECE", piece)
     expected = layer(x).movedim(1, -1)
     pieces = list(patches.unfolded_pieces(x, geometry))
-    weight = patches.to_patch_layout(geometry.to_matrix(layer.weight), geometry)
+    weight = patches.to_patch_layout(geometry.to_channels(layer.weight), geometry)
     product = torch.einsum("grj,goj->rgo", torch.cat(pieces, dim=1), weight).reshape(expected.shape)
     if layer.bias is not None:
         product = product + layer.bias

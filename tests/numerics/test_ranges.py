@@ -8,32 +8,31 @@ import pytest
 import torch
 from torch import Tensor
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
+from toy_formats import layer_format
 
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.ranges import choose_grid
 
-SETTINGS: dict[str, Any] = {
-    "qmin": -8,
-    "qmax": 7,
-    "symmetric": True,
-    "zero_point": 0,
-    "strategy": "channel",
-    "group_size": None,
-    "observer": "minmax",
+FORMATS: dict[str, dict[str, Any]] = {
+    "symmetric": {"dtype": "int4"},
+    "affine": {"dtype": "uint4", "symmetric": False},
+    "unsigned": {"dtype": "uint4"},
 }
-FORMATS = {
-    "symmetric": {},
-    "affine": {"symmetric": False, "qmin": 0, "qmax": 15},
-    "unsigned": {"qmin": 0, "qmax": 15, "zero_point": 8},
-}
+LIMITS = {"symmetric": (-8, 7, 0), "affine": (0, 15, None), "unsigned": (0, 15, 8)}
 
 
-def grid_of(weight: Tensor, **settings: Any) -> Grid:
-    return choose_grid(weight, **{**SETTINGS, **settings})
+def grid_of(weight: Tensor, importance: Tensor | None = None, **settings: Any) -> Grid:
+    """Of a weight `(R, J)`, as the only conv group."""
+    return choose_grid(weight[None], layer_format(**settings), None if importance is None else importance[None])
+
+
+def rounded(weight: Tensor, grid: Grid) -> Tensor:
+    """The nearest values of a weight `(R, J)`."""
+    return grid.dequantize(grid.quantize(weight[None]))[0]
 
 
 def square_error(weight: Tensor, grid: Grid) -> Tensor:
-    return (grid.dequantize(grid.quantize(weight)) - weight).square().sum(dim=1)
+    return (rounded(weight, grid) - weight).square().sum(dim=1)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -52,20 +51,34 @@ def test_minmax_is_the_observer_of_torch(
         observer = PerChannelMinMaxObserver(ch_axis=0, dtype=dtype, qscheme=getattr(torch, f"per_channel_{kind}"))
     observer(weight)
     scale, zeros = observer.calculate_qparams()
-    grid = grid_of(weight, qmin=qmin, qmax=qmin + 255, symmetric=symmetric, zero_point=zero_point, strategy=strategy)
+    name = str(dtype).removeprefix("torch.")
+    grid = grid_of(weight, dtype=name, symmetric=symmetric, strategy=strategy)
+    assert (grid.qmin, grid.qmax, grid.per_channel) == (qmin, qmin + 255, strategy == "channel")
+    assert not symmetric or (grid.zero_point == zero_point).all()
     torch.testing.assert_close(grid.scale.flatten(), scale, rtol=1e-6, atol=0)
     assert torch.equal(grid.zero_point.flatten(), zeros.flatten().float())
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_groups_are_channels_of_the_split_matrix(observer: str, fmt: str) -> None:
+def test_groups_are_channels_of_the_split_weight(observer: str, fmt: str) -> None:
     weight = torch.randn(5, 24)
     grid = grid_of(weight, strategy="group", group_size=8, observer=observer, **FORMATS[fmt])
     split = grid_of(weight.reshape(15, 8), observer=observer, **FORMATS[fmt])
-    assert grid.scale.shape == grid.zero_point.shape == (5, 3)
-    assert torch.equal(grid.scale.reshape(15, 1), split.scale)
-    assert torch.equal(grid.zero_point.reshape(15, 1), split.zero_point)
+    assert grid.scale.shape == grid.zero_point.shape == (1, 5, 3)
+    assert torch.equal(grid.scale.reshape(1, 15, 1), split.scale)
+    assert torch.equal(grid.zero_point.reshape(1, 15, 1), split.zero_point)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "group"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_conv_groups_only_tell_where_a_channel_lies(fmt: str, strategy: str) -> None:
+    weight = torch.randn(6, 24)
+    settings = {"observer": "mse", "strategy": strategy, "group_size": 8, **FORMATS[fmt]}
+    found, whole = choose_grid(weight.view(2, 3, 24), layer_format(**settings)), grid_of(weight, **settings)
+    assert found.scale.shape == (2, 3, 1 if strategy == "channel" else 3)
+    assert torch.equal(found.scale.flatten(0, 1), whole.scale[0])
+    assert torch.equal(found.zero_point.flatten(0, 1), whole.zero_point[0])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -78,7 +91,7 @@ def test_mse_is_at_least_as_good_as_minmax(fmt: str, strategy: str) -> None:
     blocks = {"tensor": (1, -1), "channel": (16, 256), "group": (64, 64)}[strategy]
 
     def error(grid: Grid) -> Tensor:
-        return (grid.dequantize(grid.quantize(weight)) - weight).square().reshape(blocks).sum(dim=1)
+        return (rounded(weight, grid) - weight).square().reshape(blocks).sum(dim=1)
 
     assert (error(by_mse) <= error(by_range)).all()
     assert error(by_mse).sum() < 0.97 * error(by_range).sum()
@@ -90,16 +103,12 @@ def test_mse_is_near_the_best_share_of_the_range(fmt: str) -> None:
     weight[3] = torch.distributions.StudentT(2.0).sample((100,))
     found = square_error(weight, grid_of(weight, observer="mse", **FORMATS[fmt]))
     low, high = weight.amin(dim=1, keepdim=True).clamp(max=0), weight.amax(dim=1, keepdim=True).clamp(min=0)
-    settings = {**SETTINGS, **FORMATS[fmt]}
-    qmin, qmax = settings["qmin"], settings["qmax"]
+    qmin, qmax, middle = LIMITS[fmt]
     best = torch.full((8,), torch.inf)
     for share in torch.linspace(0.05, 1.3, 1500).tolist():
-        span = 2 * torch.maximum(-low, high) if settings["symmetric"] else high - low
+        span = high - low if middle is None else 2 * torch.maximum(-low, high)
         scale = span * share / (qmax - qmin)
-        if settings["symmetric"]:
-            zero = torch.full_like(scale, settings["zero_point"])
-        else:
-            zero = qmin - (low * share / scale).round()
+        zero = qmin - (low * share / scale).round() if middle is None else torch.full_like(scale, middle)
         codes = ((weight / scale).round() + zero).clamp(qmin, qmax)
         best = torch.minimum(best, ((codes - zero) * scale - weight).square().sum(dim=1))
     assert (found <= 1.05 * best).all(), found / best
@@ -110,36 +119,36 @@ def test_percentile_keeps_its_share_inside() -> None:
     weight[0] = weight[0].abs()
     grid = grid_of(weight, observer="percentile", percentile=97.0)
     limit = weight.abs().sort(dim=1).values[:, 969]
-    torch.testing.assert_close(grid.scale[:, 0], (limit / 7.5).float())
-    affine = grid_of(weight, observer="percentile", percentile=97.0, symmetric=False, qmin=0, qmax=15)
+    torch.testing.assert_close(grid.scale[0, :, 0], (limit / 7.5).float())
+    affine = grid_of(weight, observer="percentile", percentile=97.0, **FORMATS["affine"])
     spans = torch.tensor([1.0, 2, 2, 2])  # row 0 has no negative weights
-    torch.testing.assert_close(affine.scale[:, 0], (limit * spans / 15).float(), rtol=0.05, atol=0)
-    assert affine.zero_point[0] == 0
+    torch.testing.assert_close(affine.scale[0, :, 0], (limit * spans / 15).float(), rtol=0.05, atol=0)
+    assert affine.zero_point[0, 0] == 0
 
 
 def test_percentile_100_is_minmax_and_a_small_one_keeps_one_weight() -> None:
     weight = torch.randn(4, 50)
     assert torch.equal(grid_of(weight, observer="percentile", percentile=100.0).scale, grid_of(weight).scale)
     least = grid_of(weight, observer="percentile", percentile=0.001)
-    torch.testing.assert_close(least.scale[:, 0], weight.abs().amin(dim=1) / 7.5)
+    torch.testing.assert_close(least.scale[0, :, 0], weight.abs().amin(dim=1) / 7.5)
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-41, 1e-38, 1e-37, 1e-30, 1e30])
-def test_rows_without_a_range(observer: str, fmt: str, size: float) -> None:
+def test_channels_without_a_range(observer: str, fmt: str, size: float) -> None:
     weight = torch.cat([torch.randn(1, 32), torch.linspace(-1, 1, 32)[None] * size, torch.randn(1, 32)])
     grid = grid_of(weight, observer=observer, **FORMATS[fmt])
-    below, above = grid.neighbours(weight)
-    for values in (grid.scale, grid.zero_point, grid.quantize(weight), below, above):
+    below, above = grid.neighbours(weight[None])
+    for values in (grid.scale, grid.zero_point, grid.quantize(weight[None]), below, above):
         assert torch.isfinite(values).all()
     assert (grid.scale > 0).all()
-    back = grid.dequantize(grid.quantize(weight))
-    # Either the row has a grid of its own, or it is too small to matter and is exactly zero.
+    back = rounded(weight, grid)
+    # Either the channel has a grid of its own, or it is too small to matter and is exactly zero.
     assert (back[1] - weight[1]).abs().max() <= max(0.15 * size, 1e-36)
-    # Other rows do not notice.
+    # Other channels do not notice.
     alone = grid_of(weight[::2], observer=observer, **FORMATS[fmt])
-    assert torch.equal(grid.scale[::2], alone.scale)
+    assert torch.equal(grid.scale[:, ::2], alone.scale)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -148,7 +157,7 @@ def test_zero_is_on_every_grid(fmt: str, shift: float) -> None:
     weight = torch.randn(6, 20) + shift
     for observer in ("minmax", "mse", "percentile"):
         grid = grid_of(weight, observer=observer, **FORMATS[fmt])
-        assert not grid.dequantize(grid.quantize(torch.zeros(6, 20))).any()
+        assert not rounded(torch.zeros(6, 20), grid).any()
         assert torch.equal(grid.zero_point, grid.zero_point.round())
         assert ((grid.zero_point >= grid.qmin) & (grid.zero_point <= grid.qmax)).all()
 
@@ -161,17 +170,13 @@ def test_grid_is_float32_whatever_the_weight(dtype: torch.dtype) -> None:
     assert torch.equal(grid.scale, grid_of(weight.float(), observer="mse").scale)
 
 
-FLOAT_FORMATS: dict[str, Any] = {
-    "fp8": {"qmin": 0, "qmax": 252, "element_format": "e4m3"},
-    "nvfp4": {"qmin": 0, "qmax": 14, "element_format": "e2m1", "scale_format": "e4m3"},
-    "mxfp4": {"qmin": 0, "qmax": 14, "element_format": "e2m1", "scale_format": "e8m0"},
-}
+FLOAT_FORMATS = {name: {"dtype": name} for name in ("fp8", "nvfp4", "mxfp4")}
 every_strategy = pytest.mark.parametrize(("strategy", "size"), [("tensor", 0), ("channel", 0), ("group", 8)])
 
 
 def weighted_error(weight: Tensor, grid: Grid, importance: Tensor, strategy: str, size: int) -> Tensor:
     """Of each block that shares a scale."""
-    errors = (grid.dequantize(grid.quantize(weight)) - weight).square() * importance
+    errors = (rounded(weight, grid) - weight).square() * importance
     return errors.reshape({"tensor": (1, -1), "channel": weight.shape, "group": (-1, size or 1)}[strategy]).sum(dim=1)
 
 
@@ -232,3 +237,22 @@ def test_other_observers_know_no_importance(observer: str) -> None:
     assert torch.equal(
         grid_of(weight, observer=observer, importance=torch.rand(4, 20)).scale, grid_of(weight, observer=observer).scale
     )
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("scale", ["float16", "bfloat16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_scales_are_of_their_format(fmt: str, scale: str, strategy: str, observer: str) -> None:
+    weight = torch.randn(6, 24) * torch.logspace(-6, 5, 6)[:, None]
+    settings = {"observer": observer, "strategy": strategy, "group_size": 8, **FORMATS[fmt]}
+    grid, free = grid_of(weight, scale=scale, **settings), grid_of(weight, **settings)
+    assert torch.equal(grid.scale, grid.scale.to(getattr(torch, scale)).float())
+    assert torch.equal(grid.representable(grid.scale), grid.scale)
+    assert not torch.equal(grid.scale, free.scale)
+    # With the scale that there will be: every weight inside the range is off by half a step at most.
+    below, above = (grid.dequantize(codes) for codes in grid.neighbours(weight[None]))
+    inside = ((below <= weight) & (weight <= above))[0]
+    step = grid.scale.repeat_interleave(24 // grid.scale.shape[2], dim=2).expand(1, 6, 24)[0]
+    assert ((rounded(weight, grid) - weight).abs() <= step * 0.50001)[inside].all()
+    assert inside.float().mean() > 0.8

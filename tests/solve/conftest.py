@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_formats import layer_format
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.layer_modules import geometry_of
-from distributed_adaround.capture.sites import SiteActivations
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.soft_rounding import OutputTransform
-from distributed_adaround.solve.problem import LayerProblem, MomentCache
+from distributed_adaround.solve.problem import LayerProblem
 
 # Layers, and the spatial sizes of three microbatches of 2, 1 and 3 samples: all different, or all the same.
 torch.manual_seed(0)  # layers made while modules load come before the fixture that seeds each test
@@ -36,21 +37,23 @@ LAYERS: dict[str, tuple[nn.Module, list[tuple[int, ...]]]] = {
 }
 
 
-# Grids of up to 64 inputs, by name: arguments of choose_grid.
-_INT3 = {"qmin": -4, "qmax": 3, "symmetric": True, "strategy": "channel", "group_size": None}
-_E2M1 = {"qmin": 0, "qmax": 14, "symmetric": True, "strategy": "group", "element_format": "e2m1"}
+# Grids of up to 64 inputs, by name: arguments of toy_formats.layer_format.
+_INT3: dict[str, Any] = {"dtype": "int3", "observer": "mse"}
+_GROUPS: dict[str, Any] = {"strategy": "group", "group_size": 8}
 GRIDS: dict[str, dict[str, Any]] = {
     "per tensor": _INT3 | {"strategy": "tensor"},
     "per channel": _INT3,
-    "per group": _INT3 | {"strategy": "group", "group_size": 8},
-    "affine": _INT3 | {"qmin": 0, "qmax": 7, "symmetric": False},
-    "affine per tensor": _INT3 | {"qmin": -4, "symmetric": False, "strategy": "tensor"},
-    "affine per group": _INT3 | {"qmin": -4, "symmetric": False, "strategy": "group", "group_size": 8},
-    "fp4": _E2M1 | {"strategy": "channel", "group_size": None},
-    "fp4 per group": _E2M1 | {"group_size": 8},
-    "nvfp4": _E2M1 | {"group_size": 16, "scale_format": "e4m3"},
-    "mxfp4": _E2M1 | {"group_size": 32, "scale_format": "e8m0"},
-    "fp8": _E2M1 | {"qmax": 252, "strategy": "channel", "group_size": None, "element_format": "e4m3"},
+    "per group": _INT3 | _GROUPS,
+    "affine": _INT3 | {"dtype": "uint3", "symmetric": False},
+    "affine per tensor": _INT3 | {"symmetric": False, "strategy": "tensor"},
+    "affine per group": _INT3 | {"symmetric": False} | _GROUPS,
+    "float16": _INT3 | {"scale": "float16"} | _GROUPS,
+    "bfloat16": _INT3 | {"scale": "bfloat16"},
+    "fp4": {"dtype": "fp4", "observer": "mse"},
+    "fp4 per group": {"dtype": "fp4", "observer": "mse"} | _GROUPS,
+    "nvfp4": {"dtype": "nvfp4", "observer": "mse"},
+    "mxfp4": {"dtype": "mxfp4", "observer": "mse"},
+    "fp8": {"dtype": "fp8", "observer": "mse"},
 }
 
 
@@ -118,19 +121,12 @@ def _make_problem(
     """The problem of a layer with all microbatches on one rank; in the dtype of its weight."""
     geometry = geometry_of(layer) if geometry is None else geometry
     float_inputs = inputs if float_inputs is None else float_inputs
-    weight = geometry.to_matrix(layer.weight.detach()).clone()
+    weight = geometry.to_channels(layer.weight.detach()).clone()
     with torch.no_grad():
         float_outputs = [layer(x.to(weight.dtype)) for x in float_inputs]
-    grid = choose_grid(
-        weight,
-        qmin=-(2 ** (num_bits - 1)),
-        qmax=2 ** (num_bits - 1) - 1,
-        symmetric=True,
-        zero_point=0,
-        strategy="channel",
-        group_size=None,
-        observer="mse",
-    )
+    grid = choose_grid(weight, layer_format(f"int{num_bits}", observer="mse"))
+    masks = masks or [None] * len(inputs)
+    sizes = batch_sizes or [x.shape[0] for x in inputs]
     return LayerProblem(
         name="block.layer",
         geometry=geometry,
@@ -138,14 +134,10 @@ def _make_problem(
         bias=None if layer.bias is None else layer.bias.detach().clone(),
         grid=grid.to(weight.dtype),
         transform=transform or OutputTransform(),
-        activations=SiteActivations(
-            indices=list(range(len(inputs))),
-            inputs=list(inputs),
-            float_inputs=list(float_inputs),
-            float_outputs=float_outputs,
-            masks=list(masks or [None] * len(inputs)),
-            batch_sizes=list(batch_sizes or [x.shape[0] for x in inputs]),
-        ),
+        batches=[
+            Batch(index, *streams)
+            for index, streams in enumerate(zip(inputs, float_inputs, float_outputs, masks, sizes, strict=True))
+        ],
         total_microbatches=len(inputs),
         store=ActivationStore(torch.device("cpu"), device_budget=0, host_budget=host_budget),
         seed=seed,
@@ -154,20 +146,12 @@ def _make_problem(
 
 def _with_grid(problem: LayerProblem, name: str) -> LayerProblem:
     """The same problem on one of GRIDS."""
-    grid = choose_grid(problem.weight, zero_point=0, observer="mse", **GRIDS[name])
-    return replace(problem, grid=grid.to(problem.dtype))
+    return replace(problem, grid=choose_grid(problem.weight, layer_format(**GRIDS[name])).to(problem.dtype))
 
 
 def _share(problem: LayerProblem, rank: int, world_size: int) -> LayerProblem:
     """The same problem as one of several ranks sees it: every world_size-th microbatch is its own."""
-    acts = problem.activations
-    mine = [k for k, index in enumerate(acts.indices) if index % world_size == rank]
-    fields = ("indices", "inputs", "float_inputs", "float_outputs", "masks", "batch_sizes")
-    return replace(
-        problem,
-        activations=SiteActivations(**{name: [getattr(acts, name)[k] for k in mine] for name in fields}),
-        moments=MomentCache(),
-    )
+    return replace(problem, batches=[batch for batch in problem.batches if batch.index % world_size == rank])
 
 
 @pytest.fixture

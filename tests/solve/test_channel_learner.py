@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from distributed_adaround.errors import StoppedError
-from distributed_adaround.numerics.soft_rounding import OutputTransform, RoundingSchedule
+from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve import channel_learner as row_learner
-from distributed_adaround.solve.adaround import solve_minibatch
-from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.learner import MinibatchSettings
+from distributed_adaround.solve import channel_learner
+from distributed_adaround.solve.adaround import MinibatchSolver
 from distributed_adaround.solve.problem import Monitor, Solution
+from distributed_adaround.spec.rounding import RoundingSpec
 
 WORLD_SIZES = (2, 5, 8)  # one of eight ranks has no microbatch, and six have no channels
 
 
-def settings(num_steps: int = 60, **changes: Any) -> MinibatchSettings:
-    fields = {"batch_size": 16, "batch_unit": "rows", "lr": 0.05, "normalization": "nearest", "reproducible": True}
-    return MinibatchSettings(RoundingSchedule(num_steps, 0.2, 20.0, 2.0, 10.0), **(fields | changes))
+def settings(num_steps: int = 60, **changes: Any) -> RoundingSpec:
+    fields: dict[str, Any] = {"batch_size": 16, "lr": 0.05, "normalization": "nearest", "reproducible": True}
+    return RoundingSpec(max_iter=num_steps, **(fields | changes))
 
 
 class SavingMonitor(Monitor):
@@ -72,10 +71,8 @@ def problem_of(kind: str, make_problem: Any) -> Any:
 KINDS = ("linear", "masked", "conv", "grouped", "relu")
 
 
-def solve(problem: Any, comm: Any, config: MinibatchSettings, monitor: Monitor | None = None) -> Solution:
-    grid = problem.grid
-    nearest = output_errors(problem, [grid.dequantize(grid.quantize(problem.weight))], comm)
-    return solve_minibatch(problem, nearest, comm, monitor or Monitor(), settings=config)
+def solve(problem: Any, comm: Any, config: RoundingSpec, monitor: Monitor | None = None) -> Solution:
+    return MinibatchSolver(config).solve(problem, comm, monitor or Monitor())
 
 
 def same(a: Solution, b: Solution) -> bool:
@@ -115,7 +112,7 @@ def test_how_many_steps_travel_together_changes_nothing(make_problem: Any, monke
     problem = problem_of("conv", make_problem)
     usual = solve(problem, SoloComm(), settings())
     for limit in (1, 100_000):
-        monkeypatch.setattr(row_learner, "_EXCHANGE", limit)
+        monkeypatch.setattr(channel_learner, "_EXCHANGE", limit)
         assert same(usual, solve(problem, SoloComm(), settings()))
 
 

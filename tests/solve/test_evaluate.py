@@ -65,15 +65,14 @@ def token_problem(make_problem: Any, masks: list[Tensor | None], *, flat: bool =
 def test_masked_tokens_do_not_count(flat: bool, dtype: torch.dtype, make_problem: Any) -> None:
     masks = [torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).to(dtype), torch.tensor([[0] * 4, [1, 0, 0, 0], [1, 1, 1, 0]])]
     problem = token_problem(make_problem, masks, flat=flat)
-    acts = problem.activations
     # Whatever padding holds, even NaN, leaves no trace.
-    for values in (acts.inputs, acts.float_outputs):
-        for x, mask in zip(values, masks, strict=True):
-            x.reshape(-1, x.shape[-1])[mask.reshape(-1) == 0] = torch.nan
+    for batch, mask in zip(problem.batches, masks, strict=True):
+        for values in (batch.x_hat, batch.y):
+            values.reshape(-1, values.shape[-1])[mask.reshape(-1) == 0] = torch.nan
     weight = problem.weight + 0.3
     errors = output_errors(problem, [weight], SoloComm())
-    outputs = [x @ weight.T + problem.bias for x in acts.inputs]
-    error, energy, rows = brute_force(outputs, acts.float_outputs, masks)
+    outputs = [batch.x_hat @ weight[0].T + problem.bias for batch in problem.batches]
+    error, energy, rows = brute_force(outputs, [batch.y for batch in problem.batches], masks)
     torch.testing.assert_close(errors.error[0], error, rtol=1e-12, atol=0)
     torch.testing.assert_close(errors.energy, energy, rtol=1e-12, atol=0)
     assert errors.num_rows == rows == 10
@@ -93,16 +92,17 @@ def test_all_masked_is_an_input_error(make_problem: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("where", ["inputs", "float_outputs"])
+@pytest.mark.parametrize("where", ["x_hat", "y"])
 def test_activations_that_are_not_finite(where: str, value: float, make_problem: Any) -> None:
     problem = token_problem(make_problem, [None, None])
-    getattr(problem.activations, where)[1][0, 0, 0] = value
+    getattr(problem.batches[1], where)[0, 0, 0] = value
     with pytest.raises(InputError, match=r"layer block\.layer: its activations are not finite"):
         output_errors(problem, [problem.weight], SoloComm())
 
 
 def test_relative_error_without_energy() -> None:
-    errors = OutputErrors(error=torch.tensor([[2.0, 1.0], [0.0, 0.0]]), energy=torch.zeros(2), num_rows=4)
+    zeros = torch.zeros(2)
+    errors = OutputErrors(torch.tensor([[2.0, 1.0], [0.0, 0.0]]), energy=zeros, asymmetric=zeros, num_rows=4)
     assert errors.relative(0) == 3.0
     assert errors.relative(1) == 0.0
 
@@ -128,7 +128,7 @@ def test_same_bits_on_any_number_of_ranks(world_size: int, make_problem: Any, sh
 def test_in_place_nothing(make_problem: Any) -> None:
     problem = token_problem(make_problem, [None, None])
     problem = replace(problem, transform=OutputTransform(activation="relu"))
-    before = [t.clone() for t in (*problem.activations.inputs, *problem.activations.float_outputs)]
+    tensors = [tensor for batch in problem.batches for tensor in (batch.x_hat, batch.y)]
+    before = [tensor.clone() for tensor in tensors]
     output_errors(problem, [problem.weight + 1], SoloComm())
-    after = (*problem.activations.inputs, *problem.activations.float_outputs)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_solving import rounded, solve, solver_of
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve import by_channel as by_rows
+from distributed_adaround.solve import by_channel
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.gptq import solve_gptq
-from distributed_adaround.solve.layer import round_layer
-from distributed_adaround.solve.measure import layer_moments
-from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
-
-NO_PROGRESS = Monitor()
+from distributed_adaround.solve.measure import measure
+from distributed_adaround.solve.problem import LayerProblem, Solution
 
 
 def solver(damping: float = 0.01) -> Any:
-    return partial(solve_gptq, damping=damping)
+    return solver_of("gptq", damping=damping)
 
 
 def mixed(samples: int, channels: int) -> Tensor:
@@ -55,16 +51,17 @@ def by_hand(weight: Tensor, scale: Tensor, second: Tensor, damping: float) -> Te
 def test_codes_are_those_of_the_algorithm(damping: float, make_problem: Any) -> None:
     x = mixed(60, 10)
     problem = make_problem(nn.Linear(10, 8).double(), list(x.split((35, 25))))
-    solution = solver(damping)(problem, None, SoloComm(), NO_PROGRESS)
-    assert torch.equal(solution.codes, by_hand(problem.weight, problem.grid.scale, x.T @ x / 60, damping))
+    solution = solve(solver(damping), problem)
+    assert torch.equal(solution.codes, by_hand(problem.weight[0], problem.grid.scale[0], x.T @ x / 60, damping)[None])
     assert not torch.equal(solution.codes, problem.grid.quantize(problem.weight))
 
 
 def test_grids_stay_and_errors_fall_on_all_of_them(grid_name: str, make_problem: Any, with_grid: Any) -> None:
     problem = with_grid(make_problem(nn.Linear(64, 12).double(), [mixed(100, 64), mixed(60, 64)]), grid_name)
-    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
+    solution = solve(solver(), problem)
     grid, codes = solution.grid or problem.grid, solution.codes
     assert torch.equal(grid.scale, problem.grid.scale)
+    assert torch.equal(grid.representable(grid.scale), grid.scale)
     assert torch.equal(codes, codes.round())
     assert problem.grid.qmin <= codes.min() <= codes.max() <= problem.grid.qmax
     assert total_error(problem, codes) < 0.9 * total_error(problem, problem.grid.quantize(problem.weight))
@@ -73,23 +70,20 @@ def test_grids_stay_and_errors_fall_on_all_of_them(grid_name: str, make_problem:
 def test_every_kind_of_layer(case: Any, make_problem: Any) -> None:
     layer, inputs = case
     problem = make_problem(layer, [x + x.roll(1, dims=1) for x in inputs])
-    codes = solver()(problem, None, SoloComm(), NO_PROGRESS).codes
-    second = layer_moments(problem, SoloComm()).second
-    parts = (part.chunk(problem.geometry.groups) for part in (codes, problem.weight, problem.grid.scale))
-    for moment, found, weight, scale in zip(second, *parts, strict=True):
+    codes = solve(solver(), problem).codes
+    second = measure(problem, SoloComm()).second
+    for moment, found, weight, scale in zip(second, codes, problem.weight, problem.grid.scale, strict=True):
         assert torch.equal(found, by_hand(weight, scale, moment, 0.01))
 
 
 def test_same_bytes_on_any_number_of_ranks_in_float32(
     make_problem: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+    monkeypatch.setattr(by_channel, "_BLOCK_CHANNELS", {"cpu": 2})
     problem = make_problem(nn.Conv1d(8, 10, 3, groups=2), [torch.randn(4, 8, 6) for _ in range(4)])
     results: list[Solution] = []
     for world_size in (1, 2, 3, 5):
-        results += run_ranks(
-            world_size, lambda comm: solver()(share(problem, comm.rank, comm.world_size), None, comm, NO_PROGRESS)
-        )
+        results += run_ranks(world_size, lambda comm: solve(solver(), share(problem, comm.rank, comm.world_size), comm))
     assert len(results) == 11
     assert all(torch.equal(result.codes, results[0].codes) for result in results)
 
@@ -103,9 +97,9 @@ SINGULAR = (
 def test_moments_that_are_singular_are_an_error_of_one_line(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
     with pytest.raises(InputError) as caught:
-        round_layer(problem, solver(1e-30), SoloComm(), NO_PROGRESS)
+        rounded(problem, solver(1e-30))
     assert str(caught.value) == SINGULAR
-    result = round_layer(problem, solver(), SoloComm(), NO_PROGRESS)
+    result = rounded(problem, solver())
     assert result.hard_error <= result.nearest_error
 
 
@@ -114,7 +108,7 @@ def test_moments_that_are_singular_in_one_group_are_told_once(
     singular: int, make_problem: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All ranks factor the moments of all groups, so all find it, and rank 0 tells the user."""
-    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+    monkeypatch.setattr(by_channel, "_BLOCK_CHANNELS", {"cpu": 2})
     inputs = [torch.randn(4, 6, 5) for _ in range(2)]
     for x in inputs:
         x[:, 3 * singular : 3 * singular + 3] = 1
@@ -122,16 +116,14 @@ def test_moments_that_are_singular_in_one_group_are_told_once(
 
     def work(comm: Any) -> tuple[str, int | None]:
         with pytest.raises(InputError) as caught:
-            solver(1e-30)(share(problem, comm.rank, 2), None, comm, NO_PROGRESS)
+            solve(solver(1e-30), share(problem, comm.rank, 2), comm)
         return str(caught.value), caught.value.reported_by
 
     assert run_ranks(2, work) == [(SINGULAR, 0)] * 2
 
 
-def test_a_pull_is_followed(make_problem: Any) -> None:
+def test_the_linear_part_is_followed(make_problem: Any) -> None:
     inputs = [mixed(60, 8), mixed(40, 8)]
     problem = make_problem(nn.Linear(8, 6).double(), inputs, float_inputs=[1.5 * x for x in inputs])
-    with_pull, without = (
-        solver()(replace(problem, asymmetry=share), None, SoloComm(), NO_PROGRESS).codes for share in (1.0, 0.0)
-    )
-    assert total_error(problem, with_pull) < 0.7 * total_error(problem, without)
+    with_linear, without = (solve(solver(), replace(problem, asymmetry=share)).codes for share in (1.0, 0.0))
+    assert total_error(problem, with_linear) < 0.7 * total_error(problem, without)

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_solving import rounded, solve, solver_of
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.gptq import GptqFactors
-from distributed_adaround.numerics.grid import round_scale
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve import by_channel as by_rows
-from distributed_adaround.solve import gram
+from distributed_adaround.solve import by_channel, gram
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.gram import GramSettings, regularizer_weight, solve_gram
-from distributed_adaround.solve.layer import round_layer
+from distributed_adaround.solve.gram import regularizer_weight
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
-
-NO_PROGRESS = Monitor()
 
 
 def solver(num_sweeps: int = 30, damping: float = 0.01, starts: int = 3) -> Any:
-    return partial(solve_gram, settings=GramSettings(num_sweeps, damping, starts))
+    return solver_of("gram", sweeps=num_sweeps, damping=damping, starts=starts)
 
 
 def mixed(samples: int, channels: int, *size: int) -> Tensor:
@@ -63,7 +58,7 @@ def check_on_grid(problem: LayerProblem, solution: Solution) -> None:
     assert grid.scale.shape == problem.grid.scale.shape
     assert (grid.scale > 0).all()
     # What goes to disk is float32, in the format of the scales.
-    assert torch.equal(round_scale(grid.scale.float(), grid.scale_format, grid.tensor_scale).to(grid.scale), grid.scale)
+    assert torch.equal(grid.representable(grid.scale), grid.scale)
     for name in ("qmin", "qmax", "scale_format"):
         assert getattr(grid, name) == getattr(problem.grid, name)
     assert torch.equal(grid.zero_point, problem.grid.zero_point)
@@ -71,7 +66,7 @@ def check_on_grid(problem: LayerProblem, solution: Solution) -> None:
 
 def test_every_grid(grid_name: str, make_problem: Any, with_grid: Any) -> None:
     problem = with_grid(linear_problem(make_problem), grid_name)
-    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
+    solution = solve(solver(), problem)
     check_on_grid(problem, solution)
     nearest, found = errors(problem, nearest_weight(problem), solved(problem, solution)).sum(dim=1).tolist()
     # fp8 has steps so fine that some inputs of little weight have nothing to make up for.
@@ -83,7 +78,7 @@ def test_every_grid(grid_name: str, make_problem: Any, with_grid: Any) -> None:
 def test_every_kind_of_layer(case: Any, make_problem: Any) -> None:
     layer, inputs = case
     problem = make_problem(layer, inputs, float_inputs=[x + 0.1 * torch.randn_like(x) for x in inputs])
-    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
+    solution = solve(solver(), problem)
     check_on_grid(problem, solution)
     nearest, found = errors(problem, nearest_weight(problem), solved(problem, solution)).sum(dim=1).tolist()
     # Small layers on noise: there is little to make up for.
@@ -96,24 +91,20 @@ def test_never_worse_than_nearest_whatever_the_settings(seed: int, make_problem:
     torch.manual_seed(seed)
     problem = make_problem(nn.Linear(24, 5).double(), [mixed(6, 24), mixed(5, 24)], num_bits=2)
     problem = replace(problem, correct_bias=bool(seed % 2))
-    result = round_layer(problem, solver(num_sweeps=1), SoloComm(), NO_PROGRESS)
-    hard = result.grid.dequantize(result.codes)
+    result = rounded(problem, solver(num_sweeps=1))
+    hard = result.grid.dequantize(result.codes)[0]
     bias = problem.bias if result.shift is None else problem.bias + result.shift
-    found = sum(
-        float((x @ hard.T + bias - target).square().sum())
-        for x, target in zip(problem.activations.inputs, problem.activations.float_outputs, strict=True)
-    )
+    found = sum(float((batch.x_hat @ hard.T + bias - batch.y).square().sum()) for batch in problem.batches)
     assert found <= float(errors(problem, nearest_weight(problem)).sum())
 
 
-def test_pull_towards_the_float_output_is_used(make_problem: Any) -> None:
+def test_what_draws_towards_the_float_output_is_used(make_problem: Any) -> None:
     """Where the quantized prefix made all inputs too small, asymmetric rounding makes the weights larger."""
     inputs = [mixed(60, 8), mixed(40, 8)]
     problem = make_problem(nn.Linear(8, 6).double(), inputs, float_inputs=[1.5 * x for x in inputs])
-    with_pull = solver()(problem, None, SoloComm(), NO_PROGRESS)
-    without = solver()(replace(problem, asymmetry=0.0), None, SoloComm(), NO_PROGRESS)
-    pulled, plain = errors(problem, solved(problem, with_pull), solved(problem, without)).sum(dim=1).tolist()
-    assert pulled < 0.5 * plain
+    with_linear, without = (solve(solver(), replace(problem, asymmetry=share)) for share in (1.0, 0.0))
+    drawn, plain = errors(problem, solved(problem, with_linear), solved(problem, without)).sum(dim=1).tolist()
+    assert drawn < 0.5 * plain
 
 
 CASES: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
@@ -131,7 +122,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
 def test_same_bytes_on_any_number_of_ranks_in_float32(
     name: str, make_problem: Any, with_grid: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+    monkeypatch.setattr(by_channel, "_BLOCK_CHANNELS", {"cpu": 2})
     layer, shape, grid = CASES[name]
     inputs = [torch.randn(4, *shape) for _ in range(4)]
     problem = make_problem(layer, inputs, float_inputs=[x + 0.1 * torch.randn_like(x) for x in inputs])
@@ -140,7 +131,7 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
     results = {
         world_size: run_ranks(
             world_size,
-            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver(12), comm, NO_PROGRESS),
+            lambda comm: rounded(share(problem, comm.rank, comm.world_size), solver(12), comm),
         )
         for world_size in (1, 2, 3, 5)
     }
@@ -159,9 +150,10 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
 def test_progress_is_told_up_to_the_last_sweep(num_sweeps: int, looks: list[int], make_problem: Any) -> None:
     problem = linear_problem(make_problem)
     told: list[tuple[int, float]] = []
-    solution = solver(num_sweeps)(problem, None, SoloComm(), Monitor(lambda step, loss: told.append((step, loss))))
+    watching = Monitor(lambda step, loss: told.append((step, loss)))
+    solution = solve(solver(num_sweeps), problem, monitor=watching)
     assert [step for step, _ in told] == looks
-    # Without a pull the loss is the squared output error of a row; what has not settled yet has less of it.
+    # Without a linear part the loss is the squared output error of a row of the data; what has not settled yet has less of it.
     error = float(errors(problem, solved(problem, solution)).sum()) / 120
     assert 0.5 * error < told[-1][1] < 1.5 * error
     assert solution.unsettled < {1: 0.4, 10: 0.2, 25: 0.08}[num_sweeps]
@@ -170,8 +162,8 @@ def test_progress_is_told_up_to_the_last_sweep(num_sweeps: int, looks: list[int]
 def test_soft_values_that_are_open_at_the_end_are_counted(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = linear_problem(make_problem)
     monkeypatch.setattr(gram, "regularizer_weight", lambda sweep, num_sweeps: 0.0)
-    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 5})
-    solution = solver(20, starts=1)(problem, None, SoloComm(), NO_PROGRESS)
+    monkeypatch.setattr(by_channel, "_BLOCK_CHANNELS", {"cpu": 5})
+    solution = solve(solver(20, starts=1), problem)
     # All that are not clipped.
     assert 0.85 < solution.unsettled <= 1
     check_on_grid(problem, solution)
@@ -187,36 +179,36 @@ def test_the_regularizer_rises_to_1_in_any_number_of_sweeps(num_sweeps: int) -> 
         assert weights[num_sweeps * 4 // 5 - 1] == pytest.approx(0.5)
 
 
-def test_rows_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_that_gptq_rounds_better_take_its_codes(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = linear_problem(make_problem, outputs=6)
-    quick = solver(1, starts=1)(problem, None, SoloComm(), NO_PROGRESS)
-    best = solver(60)(problem, None, SoloComm(), NO_PROGRESS)
+    quick = solve(solver(1, starts=1), problem)
+    best = solve(solver(60), problem)
     # The scales of GPTQ are those of the grid: give the problem those that its codes were found with.
     problem = replace(problem, grid=best.grid)
     even = torch.arange(6) % 2 == 0
 
-    def gptq(quadratic: Any, lattice: Any, factors: GptqFactors) -> Tensor:
+    def gptq(quadratic: Any, grid: Any, factors: GptqFactors) -> Tensor:
         damped = GptqFactors.of(quadratic.second, 0.25)
         assert torch.equal(factors.spread, damped.spread)
-        return torch.where(even[:, None], best.codes, -4.0)[None]
+        return torch.where(even[:, None], best.codes, -4.0)
 
     monkeypatch.setattr(gram, "gptq_codes", gptq)
-    found = solver(1, damping=0.25, starts=1)(problem, None, SoloComm(), NO_PROGRESS)
+    found = solve(solver(1, damping=0.25, starts=1), problem)
     assert found.grid is not None
     assert best.grid is not None
     assert quick.grid is not None
-    assert torch.equal(found.codes[even], best.codes[even])
-    assert torch.equal(found.grid.scale[even], best.grid.scale[even])
-    # The other rows are the descent's own, with the scales that it refitted.
-    assert not (found.codes[~even] == -4).all(dim=1).any()
-    assert not torch.equal(found.grid.scale[~even], problem.grid.scale[~even])
+    assert torch.equal(found.codes[:, even], best.codes[:, even])
+    assert torch.equal(found.grid.scale[:, even], best.grid.scale[:, even])
+    # The other channels are the descent's own, with the scales that it refitted.
+    assert not (found.codes[:, ~even] == -4).all(dim=2).any()
+    assert not torch.equal(found.grid.scale[:, ~even], problem.grid.scale[:, ~even])
 
 
-@pytest.mark.parametrize("grid_name", ["per channel", "per group", "affine", "nvfp4"])
-def test_each_row_keeps_the_best_of_its_starts(grid_name: str, make_problem: Any, with_grid: Any) -> None:
-    """The first start is the observer's scale: more of them are never worse, row by row."""
+@pytest.mark.parametrize("grid_name", ["per channel", "per group", "affine", "nvfp4", "float16", "bfloat16"])
+def test_each_channel_keeps_the_best_of_its_starts(grid_name: str, make_problem: Any, with_grid: Any) -> None:
+    """The first start is the observer's scale: more of them are never worse, channel by channel."""
     problem = with_grid(linear_problem(make_problem), grid_name)
-    results = [solver(starts=starts)(problem, None, SoloComm(), NO_PROGRESS) for starts in (1, 2, 4)]
+    results = [solve(solver(starts=starts), problem) for starts in (1, 2, 4)]
     one, two, four = (errors(problem, solved(problem, result))[0] for result in results)
     assert (two <= one * (1 + 1e-9)).all()
     assert (four <= one * (1 + 1e-9)).all()
@@ -231,7 +223,7 @@ def test_scales_that_cannot_be_a_little_smaller_have_one_start(
     grid_name: str, make_problem: Any, with_grid: Any
 ) -> None:
     problem = with_grid(linear_problem(make_problem), grid_name)
-    one, many = (solver(starts=starts)(problem, None, SoloComm(), NO_PROGRESS) for starts in (1, 5))
+    one, many = (solve(solver(starts=starts), problem) for starts in (1, 5))
     assert torch.equal(one.codes, many.codes)
     assert one.unsettled == many.unsettled
 
@@ -241,29 +233,30 @@ def test_inputs_that_are_always_zero_or_all_alike(make_problem: Any) -> None:
     x[:, 3:5] = 0
     x[:, 7:] = x[:, 7:8]
     problem = make_problem(nn.Linear(12, 4).double(), [x[:25], x[25:]])
-    solution = solver()(problem, None, SoloComm(), NO_PROGRESS)
+    solution = solve(solver(), problem)
     check_on_grid(problem, solution)
     nearest, found = errors(problem, nearest_weight(problem), solved(problem, solution)).sum(dim=1).tolist()
     assert found < 0.5 * nearest
     dead = make_problem(nn.Linear(12, 4).double(), [torch.zeros(10, 12).double()])
-    check_on_grid(dead, solver()(dead, None, SoloComm(), NO_PROGRESS))
+    check_on_grid(dead, solve(solver(), dead))
 
 
 def test_a_layer_of_zeros(make_problem: Any) -> None:
     layer = nn.Linear(6, 3)
     layer.weight.data.zero_()
-    solution = solver(3)(make_problem(layer, [torch.randn(9, 6)]), None, SoloComm(), NO_PROGRESS)
+    solution = solve(solver(3), make_problem(layer, [torch.randn(9, 6)]))
     assert not solution.grid.dequantize(solution.codes).any()
 
 
 def test_damping_that_leaves_the_moments_singular(make_problem: Any) -> None:
     problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
     with pytest.raises(InputError, match=r"layer block\.layer: the second moment of its inputs is singular"):
-        solver(2, damping=1e-30)(problem, None, SoloComm(), NO_PROGRESS)
+        solve(solver(2, damping=1e-30), problem)
 
 
-def test_progress_grows_over_all_blocks_of_rows(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_rows, "_BLOCK_ROWS", {"cpu": 2})
+def test_progress_grows_over_all_blocks_of_channels(make_problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_channel, "_BLOCK_CHANNELS", {"cpu": 2})
     told: list[int] = []
-    solver(30)(linear_problem(make_problem, outputs=6), None, SoloComm(), Monitor(lambda step, loss: told.append(step)))
+    watching = Monitor(lambda step, loss: told.append(step))
+    solve(solver(30), linear_problem(make_problem, outputs=6), monitor=watching)
     assert told == [3, 7, 10, 13, 17, 20, 23, 27, 30]

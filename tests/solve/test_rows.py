@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_solving import with_outputs
 
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.patches import to_patch_layout
 from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve import rows as solve_rows
+from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 
 
@@ -27,7 +29,7 @@ def flat_rows(y: Tensor) -> Tensor:
 
 def apply_to_rows(layer: nn.Module, geometry: LayerGeometry, rows: Tensor) -> Tensor:
     """Layer outputs `(R, O)` of gathered rows `(G, R, J)`."""
-    weight = to_patch_layout(geometry.to_matrix(layer.weight.detach()), geometry)
+    weight = to_patch_layout(geometry.to_channels(layer.weight.detach()), geometry)
     product = torch.einsum("grj,goj->rgo", rows, weight).flatten(1)
     return product if layer.bias is None else product + layer.bias.detach()
 
@@ -126,37 +128,42 @@ def test_rows_do_not_share_memory_with_activations(activation: Any, make_problem
     problem = make_problem(nn.Linear(5, 3), [torch.randn(2, 5)], transform=transform)
     rows = CalibrationRows(problem)
     inputs, base, targets = (None if t is None else t.clone() for t in rows.gather(torch.arange(2)))
-    problem.activations.inputs[0].fill_(9)
-    problem.activations.float_outputs[0].fill_(9)
+    problem.batches[0].x_hat.fill_(9)
+    problem.batches[0].y.fill_(9)
     again = rows.gather(torch.arange(2))
     assert torch.equal(again[0], inputs)
     assert torch.equal(again[2], targets)
     assert again[1] is None if activation == "identity" else torch.equal(again[1], base)
 
 
+@pytest.mark.parametrize("same_streams", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_other_dtypes_become_the_compute_dtype(activation: Any, make_problem: Any) -> None:
+def test_other_dtypes_become_the_compute_dtype(activation: Any, same_streams: bool, make_problem: Any) -> None:
     x = torch.randn(3, 5).bfloat16()
-    problem = make_problem(nn.Linear(5, 2), [x], transform=OutputTransform(activation=activation))
+    transform = OutputTransform(activation=activation)
+    problem = make_problem(nn.Linear(5, 2), [x], float_inputs=[x if same_streams else x.clone()], transform=transform)
     # The float layer's outputs have the model's dtype.
-    problem.activations.float_outputs = [y.bfloat16() for y in problem.activations.float_outputs]
+    (batch,) = problem.batches
+    problem = with_outputs(problem, [batch.y.bfloat16()])
+    y = problem.batches[0].y.float()
     inputs, base, targets = CalibrationRows(problem).gather(torch.arange(3))
     assert inputs.dtype == targets.dtype == torch.float32
     assert torch.equal(inputs[0], x.float())
-    expected = F.linear(x.float(), problem.weight, problem.bias)
+    # Where both streams are the same their outputs are too, to the bit.
+    expected = y if same_streams else F.linear(x.float(), problem.weight[0], problem.bias)
     if activation == "identity":
         assert base is None
-        assert torch.equal(targets, problem.activations.float_outputs[0].float() - expected)
+        assert torch.equal(targets, y - expected)
     else:
         assert torch.equal(base, expected)
-        assert torch.equal(targets, F.relu(problem.activations.float_outputs[0].float()))
+        assert torch.equal(targets, F.relu(y))
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_a_rank_without_microbatches(case: Any, activation: Any, make_problem: Any, share: Any) -> None:
     layer, inputs = case
     problem = share(make_problem(layer, inputs, transform=OutputTransform(activation=activation)), 3, 4)
-    assert problem.activations.indices == []
+    assert problem.batches == []
     rows = CalibrationRows(problem)
     gathered, base, targets = rows.gather(torch.empty(0, dtype=torch.int64))
     geometry = problem.geometry
@@ -164,6 +171,47 @@ def test_a_rank_without_microbatches(case: Any, activation: Any, make_problem: A
     assert gathered.shape == (geometry.groups, 0, geometry.inputs_per_output)
     assert targets.shape == (0, geometry.out_channels)
     assert base is None if activation == "identity" else base.shape == (0, geometry.out_channels)
+
+
+@pytest.mark.parametrize("streams", ["same", "others"])
+@pytest.mark.parametrize("asymmetry", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("activation", ["relu6", "identity"])
+def test_errors_are_those_of_output_errors(
+    case: Any, activation: Any, asymmetry: float, streams: str, make_problem: Any, share: Any, run_ranks: Any
+) -> None:
+    layer, inputs = case
+    floats = inputs if streams == "same" else [x + 0.3 * torch.randn_like(x) for x in inputs]
+    scale, shift = torch.randn(2, layer(inputs[0]).shape[1], dtype=torch.float64)
+    transform = OutputTransform(scale, shift, activation)
+    problem = make_problem(layer, inputs, float_inputs=floats, transform=transform)
+    problem = replace(problem, asymmetry=asymmetry)
+    candidates = [problem.weight + size * torch.randn_like(problem.weight) for size in (0.0, 0.01, 1.0)]
+    expected = output_errors(problem, candidates, SoloComm())
+
+    def work(comm: Any) -> Any:
+        local = share(problem, comm.rank, comm.world_size)
+        return CalibrationRows(local).errors(candidates, comm)
+
+    for found in run_ranks(2, work):
+        torch.testing.assert_close(found.error, expected.error, rtol=1e-10, atol=1e-20)
+        torch.testing.assert_close(found.energy, expected.energy, rtol=1e-12, atol=0)
+        assert found.num_rows == expected.num_rows
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_errors_without_padding(activation: Any, make_problem: Any) -> None:
+    masks = [torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]), torch.tensor([[0, 0, 0], [1, 0, 1]]), None]
+    inputs = [torch.randn(n, t, 5).double() for n, t in ((2, 4), (2, 3), (1, 2))]
+    floats = [x + torch.randn_like(x) for x in inputs]
+    transform = OutputTransform(activation=activation)
+    problem = make_problem(nn.Linear(5, 3).double(), inputs, float_inputs=floats, masks=masks, transform=transform)
+    problem = replace(problem, asymmetry=0.5)
+    candidates = [problem.weight * 0.9, problem.weight * 1.2]
+    found = CalibrationRows(problem).errors(candidates, SoloComm())
+    expected = output_errors(problem, candidates, SoloComm())
+    torch.testing.assert_close(found.error, expected.error, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.energy, expected.energy, rtol=1e-12, atol=0)
+    assert found.num_rows == expected.num_rows == 9
 
 
 # ---- batches

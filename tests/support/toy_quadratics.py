@@ -1,47 +1,31 @@
-"""Quadratics of layers that never were, and lattices for their weights."""
+"""Quadratics of layers that never were, and grids for their weights."""
 
 from __future__ import annotations
 
 import torch
+from toy_formats import layer_format
 
-from distributed_adaround.numerics.floats import ElementFormat
-from distributed_adaround.numerics.grid import ScaleFormat
-from distributed_adaround.numerics.lattice import Lattice
+from distributed_adaround.formats import Strategy
+from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.moments import Quadratic
-from distributed_adaround.numerics.ranges import Strategy, choose_grid
+from distributed_adaround.numerics.ranges import choose_grid
 
 
-def make_quadratic(groups: int, rows: int, inputs: int, *, pull: bool = False, dead: int = 0) -> Quadratic:
+def make_quadratic(groups: int, channels: int, inputs: int, *, linear: bool = False, dead: int = 0) -> Quadratic:
     """Inputs of unequal size that hang together, float64; the first `dead` are always 0."""
     x = torch.randn(groups, 3 * inputs, inputs).double() @ torch.randn(groups, inputs, inputs).double() / inputs**0.5
     x = (x + torch.randn_like(x)) * 10.0 ** torch.linspace(-0.3, 0.3, inputs).double()[torch.randperm(inputs)]
     x[:, :, :dead] = 0
     second = x.transpose(1, 2) @ x / x.shape[1]
-    weight = torch.randn(groups, rows, inputs).double()
-    change = torch.randn(groups, rows, inputs).double() / 5
-    return Quadratic(second, weight, change @ second if pull else None)
+    weight = torch.randn(groups, channels, inputs).double()
+    change = torch.randn(groups, channels, inputs).double() / 5
+    return Quadratic(second, weight, change @ second if linear else None)
 
 
-def make_lattice(
-    quadratic: Quadratic,
-    strategy: Strategy = "channel",
-    *,
-    runs: int = 1,
-    bits: int = 2,
-    element_format: ElementFormat | None = None,
-    scale_format: ScaleFormat = "float32",
-) -> Lattice:
-    codes = 2**bits if element_format is None else {"e2m1": 15, "e4m3": 253}[element_format]
-    grid = choose_grid(
-        quadratic.weight.flatten(0, 1),
-        qmin=0,
-        qmax=codes - 1,
-        symmetric=element_format is not None,
-        zero_point=0,
-        strategy=strategy,
-        group_size=quadratic.weight.shape[2] // runs,
-        observer="mse",
-        element_format=element_format,
-        scale_format=scale_format,
+def make_grid(quadratic: Quadratic, strategy: Strategy = "channel", *, runs: int = 1, dtype: str = "uint2") -> Grid:
+    """Of the quadratic's weight, with scales for `runs` of its inputs; integers are affine."""
+    size = quadratic.weight.shape[2] // runs
+    fmt = layer_format(
+        dtype, strategy=strategy, group_size=size, observer="mse", symmetric=not dtype.startswith("uint")
     )
-    return Lattice.of_grid(grid.to(quadratic.weight.dtype), quadratic.weight.shape[0])
+    return choose_grid(quadratic.weight, fmt).to(quadratic.weight.dtype)
