@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Ranks, workers and tests share few cores; more threads would only get in each other's way. OpenMP reads it when torch
+# is imported, and threads of its that wait for a core spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
 
 from distributed_adaround import errors
-
-# Ranks, workers and tests share few cores; more threads would only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Spawned workers get the parent's sys.path; without this they could not import their own code.
 sys.path.append(str(Path(__file__).parent / "support"))
