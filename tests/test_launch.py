@@ -23,7 +23,7 @@ from distributed_adaround.spec.job import JobSpec
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PROGRAM = ["-m", "distributed_adaround"]
 ROUNDING = {"max_iter": 40, "compute_dtype": "float64"}
-DEADLINE = 120
+DEADLINE = 600
 LAYERS = ["conv", "depthwise", "up", "head"]
 # The same network as nets:cnn, in a job that cannot end: rank 1 waits in a step of the second layer to be killed.
 STUCK = """

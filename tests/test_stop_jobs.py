@@ -21,7 +21,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 PROGRAM = ["-m", "distributed_adaround"]
 # The first layer alone would take hours.
 ENDLESS = {"max_iter": 2_000_000, "reproducible": True, "batch_size": 24, "lr": 0.02}
-DEADLINE = 120
+DEADLINE = 600
 # Ends, so that what it publishes can be compared; solvers look every 100 steps whether to save or to stop.
 SHORT = {**ENDLESS, "max_iter": 250}
 
