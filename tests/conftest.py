@@ -1,21 +1,23 @@
 """Every test starts from the same state and leaves none behind. What several tests share lies in tests/support/."""
 
+import functools
 import logging
 import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+# Ranks, workers and tests share few cores; more threads would only get in each other's way. OpenMP reads it when torch
+# is imported, and threads of its that wait for a core spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 import torch
 
 from distributed_adaround import errors
-
-# Ranks, workers and tests share few cores; more threads would only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Spawned workers get the parent's sys.path; without this they could not import their own code.
 sys.path.append(str(Path(__file__).parent / "support"))
@@ -67,8 +69,32 @@ def pool() -> Iterator["RankPool"]:
     pool.kill()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip without a device."""
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _share_the_pool(text: str) -> bool:
+    return "RankPool" in text
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All files that use the pool of ranks go to one process, so that there is one pool; other files to any."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "pool" if _share_the_pool(_text(config.rootpath / file)) else file
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip without a device. With several processes, the files that take longest come first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (not _share_the_pool(_text(item.path)), "subprocess" not in _text(item.path)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -313,9 +313,14 @@ def in_a_group(kind: str) -> Any:
     return None
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    """What one rank learns in float64."""
+    return weights(quantize(net(), data(5), **QUICK, compute_dtype="float64").model)
+
+
 @pytest.mark.parametrize("kind", ["same", "sharded", "one rank has nothing"])
-def test_two_ranks_learn_what_one_rank_learns(pool: RankPool, kind: str) -> None:
-    alone = weights(quantize(net(), data(5), **QUICK, compute_dtype="float64").model)
+def test_two_ranks_learn_what_one_rank_learns(pool: RankPool, alone: dict[str, Tensor], kind: str) -> None:
     for found in pool.run(in_a_group, 2, kind):
         assert found.keys() == alone.keys()
         assert all(torch.equal(found[name], weight) for name, weight in alone.items())

@@ -116,19 +116,18 @@ def test_seconds_are_those_of_the_steps_and_the_comparisons(
     assert math.isclose(found.gram_seconds, sum(3 * 2 * share + 5 + 100 / 4 for _ in found.layers))
 
 
-@pytest.mark.parametrize("network", ["cnn", "attention"])
 @pytest.mark.parametrize(
-    "rounding",
+    ("network", "rounding"),
     [
-        {"solver": "gram"},
-        {"solver": "gptq"},
-        {"solver": "gram", "activation_in_loss": True},
-        {"solver": "nearest", "polish": True},
-        {"solver": "minibatch", "polish": True, "correct_bias": True},
+        ("attention", {"solver": "gram"}),
+        ("cnn", {"solver": "gptq"}),
+        ("cnn", {"solver": "gram", "activation_in_loss": True}),
+        ("attention", {"solver": "nearest", "polish": True}),
+        ("cnn", {"solver": "minibatch", "polish": True, "correct_bias": True}),
     ],
     ids=str,
 )
-def test_solvers_on_moments_are_planned(rounding: dict[str, Any], network: str, tmp_path: Path) -> None:
+def test_solvers_on_moments_are_planned(network: str, rounding: dict[str, Any], tmp_path: Path) -> None:
     quantize = {"dtype": "int3", "observer": "output_mse"}
     path = write_job(tmp_path / "job", network, rounding={"sweeps": 5} | rounding, quantize=quantize)
     found = plan_of(path, world_size=2)

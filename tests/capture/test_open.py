@@ -180,7 +180,7 @@ def test_a_cache_that_only_the_model_returns_is_no_difference() -> None:
 def test_a_transformer_with_a_cache_and_hidden_states_is_walked() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
         vocab_size=20, output_hidden_states=True,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)

@@ -14,7 +14,7 @@ from itertools import repeat
 from tests.faults import jobs, launch
 from tests.faults.injected import Fault
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, events, finish
+from tests.faults.trial import Bench, Record, Verdict, events
 
 SHIFTS = ("+400d", "-1d")
 
@@ -34,7 +34,7 @@ def between_starts(bench: Bench, job: Job, shift: str) -> Record:
     attempt = launch.start(job, output, 2, fault=str(Fault("kill", "renamed", "commits/manifest.json", layer, 0)))
     attempt.wait()
     verdict.ended(attempt)
-    finish(job, output, repeat(2), verdict, prefix=("faketime", "-f", shift))
+    bench.finish(job, output, repeat(2), verdict, prefix=("faketime", "-f", shift))
     verdict.same_bytes(output, reference)
     found = events(output)
     verdict.expect(found[0]["time"][:10] != found[-1]["time"][:10], "the clock was not another one")

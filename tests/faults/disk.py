@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.faults import jobs, launch
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, exit_code, finish
+from tests.faults.trial import Bench, Record, Verdict, exit_code
 
 KINDS = ("full", "read-only", "inodes", "file size")
 CANNOT_WRITE = 73
@@ -37,7 +37,7 @@ def one_case(bench: Bench, job: Job, kind: str, ranks: int) -> Record:
         prefix = ("bash", "-c", f'ulimit -f {limit}; exec "$@"', "limited")
         attempt = launch.start(job, output, ranks, prefix=prefix)
         figures = _watch_failure(attempt, output, reference, verdict)
-        finish(job, output, repeat(ranks), verdict)
+        bench.finish(job, output, repeat(ranks), verdict)
         verdict.same_bytes(output, reference)
         return verdict.record("disk", job, f"files of at most {limit} KiB, {ranks} ranks", **figures)
     pages, inodes = bench.draw.randint(6, 28), bench.draw.randint(6, 14)
@@ -50,7 +50,7 @@ def one_case(bench: Bench, job: Job, kind: str, ranks: int) -> Record:
             _remount(output, "ro", verdict)
         figures = _watch_failure(attempt, output, reference, verdict)
         _remount(output, "rw,size=10m,nr_inodes=0", verdict)
-        finish(job, output, repeat(bench.draw.choice((1, 2, 3))), verdict)
+        bench.finish(job, output, repeat(bench.draw.choice((1, 2, 3))), verdict)
         verdict.same_bytes(output, reference)
         return verdict.record("disk", job, f"{kind} ({size}), {ranks} ranks", **figures)
 

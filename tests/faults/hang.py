@@ -11,7 +11,7 @@ from itertools import repeat
 from tests.faults import launch
 from tests.faults.injected import Fault
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, exit_code, finish
+from tests.faults.trial import Bench, Record, Verdict, exit_code
 
 KINDS = ("talk", "save", "start")
 TIMEOUT = 12.0
@@ -45,13 +45,13 @@ def one_hang(bench: Bench, job: Job, kind: str, ranks: int, rank: int, timeout: 
         ranks,
         fault=None if fault is None else str(fault),
         settings=[f"runtime.timeout_minutes={timeout / 60}"],
-        extra_environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN)},
+        torchrun=("--standalone", "--max-restarts=0", f"--shutdown-timeout={_SHUTDOWN}"),
     )
     if fault is None:
         attempt.wait_until(lambda: rank in attempt.ranks())
         launch.kill(attempt.ranks()[rank], signal.SIGSTOP)
-    frozen: list[int] = []
-    verdict.expect(attempt.wait_until(lambda: _find_frozen(attempt, frozen)), "the fault did not strike")
+    verdict.expect(attempt.wait_until(lambda: bool(attempt.frozen())), "the fault did not strike")
+    frozen = attempt.frozen()
     since = time.monotonic()
     others = [pid for pid in attempt.ranks().values() if pid not in frozen]
     attempt.wait_until(lambda: not any(launch.alive(pid) for pid in others))
@@ -60,18 +60,13 @@ def one_hang(bench: Bench, job: Job, kind: str, ranks: int, rank: int, timeout: 
     verdict.ended(attempt)
     # Joining has no limit that a rank which is starting could be late by: the others may still be importing torch.
     limit = timeout + _GRACE + (bench.seconds(job) if kind == "start" else 0)
-    verdict.expect(seconds <= limit, f"the other ranks waited {seconds} s, the limit is {limit:.0f} s")
+    verdict.expect(bench.in_time(seconds, limit), f"the other ranks waited {seconds} s, the limit is {limit:.0f} s")
     verdict.expect(code == 75, f"the job ended with {code}, not with 75")
     errors = [line for line in attempt.text().splitlines() if line.startswith("error: ")]
     verdict.expect(bool(errors), "nobody said why")
     verdict.whole(output, reference)
-    finish(job, output, repeat(bench.draw.choice((1, 2, 3))), verdict)
+    bench.finish(job, output, repeat(bench.draw.choice((1, 2, 3))), verdict)
     verdict.same_bytes(output, reference)
     where = str(fault) if fault else f"rank {rank} while it starts"
     return verdict.record("hang", job, f"{where}, {ranks} ranks, timeout {timeout:.0f} s", end_seconds=seconds,
                           said=errors[:1])  # fmt: skip
-
-
-def _find_frozen(attempt: launch.Attempt, frozen: list[int]) -> bool:
-    frozen += [pid for pid in attempt.ranks().values() if launch.state(pid) == "T"]
-    return bool(frozen)

@@ -11,7 +11,7 @@ from statistics import median
 
 from tests.faults import jobs, launch
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, finish, moment, seconds_to_next_layer
+from tests.faults.trial import Bench, Record, Verdict, seconds_to_next_layer
 
 SIZES = (1, 2, 3)
 VICTIMS = ("rank", "rank", "launcher", "all")
@@ -36,12 +36,13 @@ def one_job(bench: Bench, job: Job, num_kills: int) -> Record:
     done = False
     while len(kills) < num_kills and not done:
         ranks, victim = bench.draw.choice(SIZES), bench.draw.choice(VICTIMS)
-        attempt = launch.start(job, output, ranks)
-        done = not attempt.wait_until(moment(bench, job, output, ranks, attempt))
+        attempt, reached = bench.start(job, output, ranks)
+        done = not attempt.wait_until(reached)
         if not done:
             kill = {"victim": victim, "ranks": ranks, "after": round(attempt.seconds, 1)}
             struck = time.monotonic()
             strike(attempt, victim, bench)
+            attempt.thaw()
             attempt.wait()
             attempt.wait_for_ranks()
             kills.append({**kill, "end": round(time.monotonic() - struck, 1), "commits": jobs.committed(output)})
@@ -49,7 +50,7 @@ def one_job(bench: Bench, job: Job, num_kills: int) -> Record:
         verdict.ended(attempt)
     ranks = bench.draw.choice(SIZES)
     before = time.time()
-    finish(job, output, repeat(ranks), verdict)
+    bench.finish(job, output, repeat(ranks), verdict)
     verdict.same_bytes(output, reference)
     ends = [kill["end"] for kill in kills] or [0.0]
     return verdict.record("kills", job, f"{len(kills)} kills, finished on {ranks} ranks", kills=kills,

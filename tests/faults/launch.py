@@ -21,7 +21,7 @@ from tests.faults.jobs import Job
 ROOT = Path(__file__).parents[2]
 MARK = "ADAROUND_FAULT_TRIAL"
 # Longer than any attempt takes on a busy machine: an attempt that needs it hangs.
-DEADLINE = 240.0
+DEADLINE = 600.0
 _POLL = 0.05
 
 
@@ -59,6 +59,15 @@ class Attempt:
                 found[int(rank)] = pid
         return found
 
+    def frozen(self) -> list[int]:
+        """Process ids of the ranks that SIGSTOP stopped."""
+        return [pid for pid in self.ranks().values() if state(pid) == "T"]
+
+    def thaw(self) -> None:
+        """Let them go on. What they were sent meanwhile reaches them now."""
+        for pid in self.frozen():
+            kill(pid, signal.SIGCONT)
+
     def wait(self, seconds: float = DEADLINE) -> int:
         """The launcher's exit code. Raises HungError; then everything is killed."""
         try:
@@ -87,13 +96,13 @@ class Attempt:
             kill(pid, signal.SIGKILL)
         self.process.wait()
 
-    def wait_for_ranks(self, seconds: float = 20.0) -> None:
+    def wait_for_ranks(self, seconds: float = 60.0) -> None:
         """Wait until no process of the attempt lives, but no longer than that."""
         deadline = time.monotonic() + seconds
         while marked(self.mark) and time.monotonic() < deadline:
             time.sleep(_POLL)
 
-    def leftovers(self, grace: float = 20.0) -> list[str]:
+    def leftovers(self, grace: float = 60.0) -> list[str]:
         """Processes that outlive the launcher by more than the grace (they are killed then), and spilled or downloaded
         files in the temporary folder. No process holds no port."""
         self.wait_for_ranks(grace)

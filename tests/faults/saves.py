@@ -10,7 +10,7 @@ from shutil import copytree
 from tests.faults import launch
 from tests.faults.injected import SAVE_POINTS, Fault
 from tests.faults.jobs import PUBLISHED, Job
-from tests.faults.trial import Bench, Record, Verdict, finish
+from tests.faults.trial import Bench, Record, Verdict
 
 # (file, for which time it is written, by which rank): commits early and late, events of both ranks, the results.
 SAVES = (
@@ -45,6 +45,6 @@ def one_save(bench: Bench, job: Job, fault: Fault) -> Record:
     verdict.ended(attempt)
     verdict.whole(output, reference)
     later = bench.draw.choice((1, 2, 3))
-    finish(job, output, repeat(later), verdict)
+    bench.finish(job, output, repeat(later), verdict)
     verdict.same_bytes(output, reference)
     return verdict.record("saves", job, f"{fault} on {ranks}{', second run' if again else ''}, finished on {later}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.faults import jobs, launch
 from tests.faults.injected import Fault
 from tests.faults.jobs import Job
-from tests.faults.trial import TRY_AGAIN, Bench, Record, Verdict, exit_code, finish, moment
+from tests.faults.trial import TRY_AGAIN, Bench, Record, Verdict, exit_code
 
 # Who gets the signal: torchrun, as from a scheduler, which hands SIGTERM on; all ranks; one of them; one of them, when
 # it is about to rename a file or to talk.
@@ -32,21 +32,26 @@ def run(bench: Bench, options: Namespace) -> Iterator[Record]:
 def one_stop(bench: Bench, job: Job, kind: str, ranks: int) -> Record:
     reference, output, verdict = bench.reference(job), bench.output(), Verdict()
     fault = _fault(bench, kind, ranks) if kind.startswith("in ") else None
-    attempt = launch.start(job, output, ranks, fault=fault and str(fault))
     number = signal.SIGTERM
     seconds = None
-    if fault is None:
-        begun = attempt.wait_until(moment(bench, job, output, ranks, attempt))
+    if fault is not None:
+        attempt = launch.start(job, output, ranks, fault=str(fault))
+    else:
+        attempt, reached = bench.start(job, output, ranks)
+        begun = attempt.wait_until(reached)
         number = (
             signal.SIGTERM if kind in ("torchrun", "twice") else bench.draw.choice((signal.SIGTERM, signal.SIGUSR2))
         )
         struck = time.monotonic()
         if begun:
             _send(attempt, kind, number, bench)
+            attempt.thaw()
         attempt.wait_until(lambda: not attempt.ranks())
         seconds = round(time.monotonic() - struck, 1)
         limit = _LIMIT_TWICE if kind == "twice" else _LIMIT
-        verdict.expect(seconds < limit, f"the ranks ended {seconds} s after the signal, the limit is {limit:.0f} s")
+        verdict.expect(
+            bench.in_time(seconds, limit), f"the ranks ended {seconds} s after the signal, the limit is {limit:.0f} s"
+        )
     code = exit_code(attempt, attempt.wait())
     verdict.ended(attempt)
     # A signal at the very end may come too late.
@@ -56,7 +61,7 @@ def one_stop(bench: Bench, job: Job, kind: str, ranks: int) -> Record:
     _check_status(output, verdict, code, kind)
     verdict.whole(output, reference)
     layers = jobs.committed(output)
-    finish(job, output, repeat(bench.draw.choice((1, 2, 3))), verdict)
+    bench.finish(job, output, repeat(bench.draw.choice((1, 2, 3))), verdict)
     verdict.same_bytes(output, reference)
     what = f"{number.name} to {kind}" if fault is None else str(fault)
     return verdict.record("stop", job, f"{what}, {ranks} ranks, behind layer {layers}", end_seconds=seconds)

@@ -7,12 +7,15 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from distributed_adaround import cli
 from tests.faults import jobs, launch
+from tests.faults.injected import Fault
 from tests.faults.jobs import Job
 
 Record = dict[str, Any]
@@ -30,6 +33,9 @@ class Bench:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     # How often a job is struck at any time from its start, which may come too late, and not while layers are solved.
     anytime: float = 0.25
+    # For tests: a job is held at a commit until it is struck, the clock judges nothing, and undisturbed runs and
+    # restarts are one rank in this process, since every start of torchrun costs seconds.
+    steady: bool = False
     draw: random.Random = field(init=False)
     _jobs: dict[str, Job] = field(default_factory=dict)
     _references: dict[str, Path] = field(default_factory=dict)
@@ -48,10 +54,15 @@ class Bench:
         """Output of one rank alone that nothing disturbed. Do not write there."""
         if job.name not in self._references:
             output = self.root / f"reference-{job.name}"
-            attempt = launch.start(job, output, 1)
-            if attempt.wait() != 0:
-                raise SystemExit(f"{job.name}: the undisturbed run failed:\n{attempt.text()[-3000:]}")
-            self._references[job.name], self._seconds[job.name] = output, attempt.seconds
+            started = time.monotonic()
+            if self.steady:
+                code, text = run_here(job, output), "see above"
+            else:
+                attempt = launch.start(job, output, 1)
+                code, text = attempt.wait(), attempt.text()[-3000:]
+            if code != 0:
+                raise SystemExit(f"{job.name}: the undisturbed run failed:\n{text}")
+            self._references[job.name], self._seconds[job.name] = output, time.monotonic() - started
         return self._references[job.name]
 
     def seconds(self, job: Job) -> float:
@@ -64,6 +75,39 @@ class Bench:
         found = events(self.reference(job))
         first, last = (datetime.fromisoformat(event["time"]) for event in (found[0], found[-1]))
         return (last - first).total_seconds()
+
+    def start(self, job: Job, output: Path, ranks: int) -> tuple[launch.Attempt, Callable[[], bool]]:
+        """Start a job that is to be struck, and whether the moment to strike has come. Thaw it when it is struck."""
+        if self.steady:
+            fault = Fault("freeze", "renamed", "commits/manifest.json", self.draw.randint(1, 4), 0)
+            attempt = launch.start(job, output, ranks, fault=str(fault))
+            return attempt, lambda: bool(attempt.frozen())
+        attempt = launch.start(job, output, ranks)
+        return attempt, moment(self, job, output, ranks, attempt)
+
+    def finish(self, job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **options: Any) -> int:
+        """Start the job until it is done, as a launcher does, with the given numbers of ranks.
+
+        options: of launch.start. Returns the starts that it took.
+        """
+        if self.steady:
+            code = run_here(job, output)
+            verdict.expect(code == 0, f"in this process it ended with {code}")
+            return 1
+        for number, ranks in enumerate(sizes, start=1):
+            attempt = launch.start(job, output, ranks, **options)
+            code = exit_code(attempt, attempt.wait())
+            verdict.ended(attempt)
+            if code == 0:
+                return number
+            if code != TRY_AGAIN or number == _MAX_ATTEMPTS:
+                tail = " / ".join(attempt.text().splitlines()[-4:])
+                verdict.problems.append(f"attempt {number} on {ranks} ranks ended with {code}: {tail[-600:]}")
+                return number
+        return 0
+
+    def in_time(self, seconds: float, limit: float) -> bool:
+        return self.steady or seconds <= limit
 
     def output(self) -> Path:
         """A folder that no run has used."""
@@ -132,22 +176,10 @@ def exit_code(attempt: launch.Attempt, returncode: int) -> int:
     return int(json.loads(path.read_text(encoding="utf-8"))["exit_code"])
 
 
-def finish(job: Job, output: Path, sizes: Iterable[int], verdict: Verdict, **options: Any) -> int:
-    """Start the job until it is done, as a launcher does, with the given numbers of ranks. Returns the starts needed.
-
-    options: of launch.start.
-    """
-    for number, ranks in enumerate(sizes, start=1):
-        attempt = launch.start(job, output, ranks, **options)
-        code = exit_code(attempt, attempt.wait())
-        verdict.ended(attempt)
-        if code == 0:
-            return number
-        if code != TRY_AGAIN or number == _MAX_ATTEMPTS:
-            tail = " / ".join(attempt.text().splitlines()[-4:])
-            verdict.problems.append(f"attempt {number} on {ranks} ranks ended with {code}: {tail[-600:]}")
-            return number
-    return 0
+def run_here(job: Job, output: Path) -> int:
+    """One rank in this process, whose exit code is returned."""
+    with chdir(job.folder):
+        return cli.main([job.path.name, "--set", f"output.uri={output}"])
 
 
 def moment(bench: Bench, job: Job, output: Path, ranks: int, attempt: launch.Attempt) -> Callable[[], bool]:

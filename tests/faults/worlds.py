@@ -9,7 +9,7 @@ from itertools import repeat
 from tests.faults import jobs, launch
 from tests.faults.injected import Fault
 from tests.faults.jobs import Job
-from tests.faults.trial import Bench, Record, Verdict, finish
+from tests.faults.trial import Bench, Record, Verdict
 
 SIZES = (1, 2, 3, 4, 8)
 
@@ -26,7 +26,7 @@ def run(bench: Bench, options: Namespace) -> Iterator[Record]:
 
 def one_size(bench: Bench, job: Job, ranks: int) -> Record:
     reference, output, verdict = bench.reference(job), bench.output(), Verdict()
-    finish(job, output, [ranks], verdict)
+    bench.finish(job, output, [ranks], verdict)
     verdict.same_bytes(output, reference)
     return verdict.record("worlds", job, f"{ranks} ranks")
 
@@ -40,6 +40,6 @@ def one_pair(bench: Bench, job: Job, pair: Sequence[int]) -> Record:
     attempt.wait()
     verdict.ended(attempt)
     verdict.expect(jobs.committed(output) == layer, f"{jobs.committed(output)} layers committed, not {layer}")
-    finish(job, output, repeat(pair[1]), verdict)
+    bench.finish(job, output, repeat(pair[1]), verdict)
     verdict.same_bytes(output, reference)
     return verdict.record("worlds", job, f"{pair[0]} ranks to layer {layer}, then {pair[1]}")

@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import chdir
 from pathlib import Path
 
 import launched
 import pytest
+from held import hold
 from launched import SCRIPT, SHORT, committed, finish, kill_rank, killed_at_the_end, prepare, results, start, until
+
+from distributed_adaround import cli
 
 # What the script calls: `validate`, `status`, torchrun, and real Python for the rest. Each start of torchrun does the
 # next line of the plan: its exit code, what the ranks leave in the status file ("-": nothing), the job's status line.
@@ -147,8 +151,10 @@ def test_a_killed_rank_costs_one_start_and_no_byte(reference: dict[str, str], tm
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     output = job.parent / "adaround"
-    with killed_at_the_end(start(job, *SHORT, TMPDIR=str(scratch))) as process:
-        until(lambda: committed(output) >= 2, "second layer")
+    # The other rank waits behind its second layer until torchrun ends it.
+    mark, variables = hold(tmp_path / "hold", "commits/manifest.json", count=2)
+    with killed_at_the_end(start(job, *SHORT, TMPDIR=str(scratch), **variables)) as process:
+        until(mark.exists, "second layer")
         kill_rank(process.pid, rank=1)
         ended = finish(process)
     assert ended.returncode == 0, ended.stderr
@@ -161,8 +167,9 @@ def test_a_killed_rank_costs_one_start_and_no_byte(reference: dict[str, str], tm
 def test_sigterm_saves_and_ends_without_a_restart(reference: dict[str, str], tmp_path: Path) -> None:
     job = prepare(tmp_path / "job")
     output = job.parent / "adaround"
-    with killed_at_the_end(start(job, *SHORT, GRACE_SECONDS="60")) as process:
-        until(lambda: committed(output) >= 2, "second layer")
+    mark, variables = hold(tmp_path / "hold", "commits/manifest.json", count=2)
+    with killed_at_the_end(start(job, *SHORT, GRACE_SECONDS="60", **variables)) as process:
+        until(mark.exists, "second layer")
         process.send_signal(signal.SIGTERM)
         ended = finish(process)
     assert ended.returncode == 75, ended.stderr
@@ -171,9 +178,8 @@ def test_sigterm_saves_and_ends_without_a_restart(reference: dict[str, str], tmp
     assert "starts again" not in ended.stderr
     layers = committed(output)
     assert 2 <= layers < 8
-    with killed_at_the_end(start(job, *SHORT)) as process:
-        ended = finish(process)
-    assert ended.returncode == 0, ended.stderr
+    with chdir(job.parent):
+        assert cli.main([job.name, *SHORT]) == 0
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert sum(layer["resumed"] for layer in report["layers"]) == layers
     assert results(output) == reference

@@ -116,7 +116,7 @@ def test_a_group_of_the_caller_is_used_and_left_alone(pool: RankPool, world_size
 def test_a_group_is_made_from_the_environment_and_taken_down(pool: RankPool) -> None:
     server = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     expected = [(("GroupComm", rank, 2, True), False) for rank in range(2)]
-    assert pool.run(own_group, 2, server.port, timeout=30) == expected
+    assert pool.run(own_group, 2, server.port) == expected
 
 
 def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

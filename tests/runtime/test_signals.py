@@ -21,7 +21,7 @@ HEADER = """
 
 def run(code: str) -> "subprocess.CompletedProcess[str]":
     whole = textwrap.dedent(HEADER) + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_signals_are_those_of_schedulers_and_none_of_nccl() -> None:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from distributed_adaround.examples.digits import __main__ as digits
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
-DEADLINE = 180
-# Long enough to be disturbed between two layers, short enough for a test.
-SHORT = ("--set", "rounding.max_iter=200")
+DEADLINE = 600
+# Long enough to be disturbed between two layers, short enough for a test; the same bytes on any number of ranks.
+SHORT = ("--set", "rounding.max_iter=200", "--set", "rounding.reproducible=true")
 
 
 class Ended(NamedTuple):

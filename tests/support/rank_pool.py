@@ -31,7 +31,7 @@ class RankPool:
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, function: Callable[..., Any], world_size: int, *arguments: object, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, *arguments: object, timeout: float = 600) -> list[Any]:
         """Call `function(*arguments)` on ranks 0 to world_size - 1, inside an initialised gloo group.
 
         function: at the top level of a file. Arguments and results are pickled. timeout: seconds for the whole call.
