@@ -1,7 +1,5 @@
 """`python -m distributed_adaround` and `torchrun ... -m distributed_adaround`."""
 
-from __future__ import annotations
-
 import os
 import sys
 

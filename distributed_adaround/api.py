@@ -1,7 +1,5 @@
 """Python entry: round a model in a script or notebook, alone or inside an initialised process group."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

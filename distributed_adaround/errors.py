@@ -12,8 +12,6 @@ A message is one line: the value, the rule it breaks, the remedy; the layer and 
 in URIs are never part of one: `redact` removes them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

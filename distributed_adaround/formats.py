@@ -8,8 +8,6 @@ A weight is a code times a scale that it shares with others:
 A new format is one line of FORMATS; a small float or a scale format besides it, one line of its own table.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cached_property

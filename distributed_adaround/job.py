@@ -3,8 +3,6 @@
 spec ─► ranks ─► data (manifest, shards) ─► model ─► capture ─► rounding, unit by unit ─► export ─► report
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping

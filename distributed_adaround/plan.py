@@ -4,8 +4,6 @@ One microbatch runs through the model to see real shapes, and a few solver steps
 layer.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

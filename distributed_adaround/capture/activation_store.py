@@ -5,8 +5,6 @@ once, so the disk is free again when the tensor is, and a killed job leaves noth
 storage, so views of one tensor count once, and forgets them when the last reader lets go.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

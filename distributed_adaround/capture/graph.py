@@ -8,8 +8,6 @@ model does. This file finds the sites in it, says why every other parameter stay
     streamed   depends on a site: computed once per microbatch and stream
 """
 
-from __future__ import annotations
-
 import inspect
 import operator
 import warnings

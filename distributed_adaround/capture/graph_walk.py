@@ -10,8 +10,6 @@ nodes that depend on no site run once for both. Weights stay where the model has
 segment that reads them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

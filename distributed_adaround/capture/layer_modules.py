@@ -1,7 +1,5 @@
 """Which modules of a model are layers whose weight can be rounded, and why every other parameter stays in float."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

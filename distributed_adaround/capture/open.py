@@ -1,7 +1,5 @@
 """From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What single nodes of a captured graph compute: layers with a weight, and what may follow them inside the loss."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Container
 from typing import Any

@@ -7,8 +7,6 @@ the walk through a graph costs one, and one more copy of the solved layers' weig
 What follows a layer cannot be seen by hooks, so sites have no batch norm and no activation.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A *site* is one layer whose weight is rounded, a *unit* the sites that are learn
 of torch.export, and hooks) describe a model with the same words, so nothing above them knows which one is at work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol

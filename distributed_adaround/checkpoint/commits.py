@@ -1,7 +1,5 @@
 """Where the loop over layers keeps finished layers and unfinished solvers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor

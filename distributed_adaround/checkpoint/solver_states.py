@@ -5,8 +5,6 @@
 It only saves time: a file that is damaged, or of another job, is left out, and the layer starts anew.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

@@ -4,8 +4,6 @@ No pickled object is ever built, no array may claim more than its file holds, an
 .pt) carry are compared before anything is read.
 """
 
-from __future__ import annotations
-
 import math
 import zipfile
 from collections.abc import Callable

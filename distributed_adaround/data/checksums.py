@@ -7,8 +7,6 @@ A name stands for every file whose path ends in it, so the list may lie anywhere
 files. Names are compared as text and never opened.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

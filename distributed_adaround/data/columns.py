@@ -1,7 +1,5 @@
 """What every file type gives: named columns, read sample by sample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

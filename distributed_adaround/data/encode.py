@@ -3,8 +3,6 @@
 Encoding happens per sample, on the rank that owns it, before samples are collated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """The manifest of a job's data: which files there are, what they hold, and how their samples are cut."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 

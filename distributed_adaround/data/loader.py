@@ -7,8 +7,6 @@ ParallelMapper is not used: its workers call `torch.set_num_threads(1)`, which h
 errors come back as text. One thread that reads ahead is what a walk through a model needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache

@@ -11,8 +11,6 @@ The first axis counts samples, unless one_sample_per_file says that the whole ar
 are left out, unless asked for; a field that cannot be read for any other reason is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Readers of tables, a row per sample: .jsonl and .parquet. Numbers become int64, float32 or bool."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator

@@ -6,8 +6,6 @@
 Codes take a whole number of bytes each; packing them is the business of the formats of particular runtimes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

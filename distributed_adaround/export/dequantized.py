@@ -3,8 +3,6 @@
 <output>/dequantized.safetensors
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from distributed_adaround.capture.open import PlannedUnit

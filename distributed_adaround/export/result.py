@@ -1,7 +1,5 @@
 """What a job has found, and the contract of all that write it down."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

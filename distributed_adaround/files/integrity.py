@@ -4,8 +4,6 @@
 Libraries also believe what a header says about sizes, so a small file can claim any amount of memory.
 """
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """The job file at a path or URI, read and checked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from distributed_adaround.errors import InputError, SpecError

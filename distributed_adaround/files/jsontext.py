@@ -3,8 +3,6 @@
 Python's own writer puts `NaN` and `Infinity` into files, which other readers refuse; here they become null.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ The libraries below fsspec have no common base class. What passes is seen from a
 Python's own (or of aiohttp, which most of them use) among its causes.
 """
 
-from __future__ import annotations
-
 import errno
 import http.client
 import logging

@@ -8,8 +8,6 @@ Reading errors are InputError, writing errors OutputError. A store that is busy 
 the error is UnreachableError. Messages show URIs without credentials.
 """
 
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib

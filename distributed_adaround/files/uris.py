@@ -3,8 +3,6 @@
 A URI is a path ("data/x.npy"), a URL ("s3://bucket/x.npy") or a chain ("simplecache::s3://bucket/x.npy").
 """
 
-from __future__ import annotations
-
 import re
 
 from distributed_adaround.errors import without_credentials

@@ -11,8 +11,6 @@ The texts are in manifests/. All values are filled in as quoted JSON, which is Y
 number or for more than a value.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

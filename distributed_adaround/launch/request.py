@@ -1,7 +1,5 @@
 """What is asked of a cluster, checked before a file is written. Whatever is wrong is a SpecError of one line."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Annotated, Self

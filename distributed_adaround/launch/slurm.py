@@ -1,7 +1,5 @@
 """An sbatch script for a job: slurm.sbatch with its blanks filled in."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from importlib.resources import files

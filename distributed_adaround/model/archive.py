@@ -9,8 +9,6 @@ What an ordinary `torch.export.save` writes needs none of this. So the archive i
 (another zip reader could see another file), and all that is not on the lists below is refused.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import json

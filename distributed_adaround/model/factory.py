@@ -3,8 +3,6 @@
 A factory is an import path, so it runs code; only the author of the job names it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

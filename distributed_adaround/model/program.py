@@ -1,7 +1,5 @@
 """The source `program`: a program saved by torch.export.save, read without running anything it contains."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

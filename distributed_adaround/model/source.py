@@ -1,7 +1,5 @@
 """Where a trained network comes from: the contract of all sources, and what they give."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Files of weights, read without running anything they contain, and checks that hold for all weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings

@@ -17,8 +17,6 @@ to the other carries the solution from the float weight to a good point of the g
 Zisserman 1987). Weights may leave their two neighbours on the way: clipped inputs need others to make up for them.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple

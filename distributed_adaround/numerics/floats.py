@@ -3,8 +3,6 @@
 A code is the place of a value in the ascending list of all of them (formats.FloatFormat.values).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ sees its weight as `(G, R, J)`: all weights that make one output channel lie sid
 `to_channels`, and leaves it once, by `from_channels`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

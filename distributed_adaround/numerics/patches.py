@@ -8,8 +8,6 @@ number of spatial dimensions. A transposed convolution is an ordinary one with s
 stride, with the kernel read backwards (Dumoulin and Visin 2016, "A guide to convolution arithmetic", section 4).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

@@ -14,8 +14,6 @@ Float formats: `scale = max|w| / largest value`, brought to what the scale forma
                   factor of the whole tensor is max|w| / (6 * 448), so that the largest scale of a block is 448.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

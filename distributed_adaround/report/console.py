@@ -1,7 +1,5 @@
 """Progress of a job for the person who waits: a bar on a terminal, one log line per finished layer anywhere else."""
 
-from __future__ import annotations
-
 import logging
 import math
 import sys

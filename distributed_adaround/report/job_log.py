@@ -1,7 +1,5 @@
 """One listener for all that a job tells while it runs: it passes it on to the console, the events and the status."""
 
-from __future__ import annotations
-
 from types import TracebackType
 from typing import Self
 

@@ -8,8 +8,6 @@ Rank 0 writes it while the job runs; at an error the rank that tells the user do
 ADAROUND_STATUS_FILE names a local file for it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Tables as text, by rich. Plain where nobody's terminal is: no colours, and no line is cut or wrapped."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection, Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Code by name: what a job file names, and the implementations in this program's own tables."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.machinery
 import sys

@@ -1,7 +1,5 @@
 """Log lines of this program on stderr. Only the command line configures them; as a library it stays silent."""
 
-from __future__ import annotations
-
 import logging
 import sys
 

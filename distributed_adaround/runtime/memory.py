@@ -1,7 +1,5 @@
 """Host memory that is free for this process: in a container that is less than what the machine has."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath

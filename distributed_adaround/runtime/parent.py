@@ -4,8 +4,6 @@ torchrun ends its ranks when it ends, but not when it is killed (SIGKILL, out of
 for hours, and beside them the job that somebody starts again, in the same output.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

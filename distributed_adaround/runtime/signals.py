@@ -9,8 +9,6 @@ Launchers may say it more than once: Slurm signals all processes of a step, and 
 ranks. So signals within ECHO_SECONDS of the first are the same one.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

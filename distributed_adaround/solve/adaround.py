@@ -4,8 +4,6 @@ Every step draws one global batch of rows, whatever the number of ranks: more ra
 result. How ranks share a step is the learner's business (solve/learner.py, solve/channel_learner.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 

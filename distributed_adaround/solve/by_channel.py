@@ -3,8 +3,6 @@
 Channels are cut into blocks whose size does not depend on the number of ranks, so a channel's result does not either.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial

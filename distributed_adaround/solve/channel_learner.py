@@ -6,8 +6,6 @@ into blocks whose size does not depend on the number of ranks, and rows keep the
 steps travel in one collective; of a large layer they are less than its gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Output error of rounded weights over the whole calibration set, with the same bits on any number of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Where activations stop being finite: looked for only when a sum over them came out infinite or NaN."""
 
-from __future__ import annotations
-
 import math
 
 import torch

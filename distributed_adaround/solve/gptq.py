@@ -1,7 +1,5 @@
 """Solver `gptq`, the baseline: one pass over the inputs, each error made up for by the inputs still to come."""
 
-from __future__ import annotations
-
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from distributed_adaround.errors import InputError

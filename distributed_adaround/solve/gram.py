@@ -7,8 +7,6 @@ Each channel is solved from several scales at once, and the best is kept. Channe
 codes: where inputs are nearly dependent (the first convolutions of a network) descent needs more sweeps than it gets.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 problem ─► moments ─► quadratic ─► solver ─► polish ─► restore ─► compare on all data ─► result
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -9,8 +9,6 @@ s is the clamped sigmoid of alpha, in which the soft weights are linear. Its der
 ranks and comes after the sum. Two requests travel after the bucket: to stop, and to save.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """Solver `nearest`: every weight to the nearest value of its grid. The baseline."""
 
-from __future__ import annotations
-
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 from distributed_adaround.spec.rounding import RoundingSpec

@@ -4,8 +4,6 @@ Coordinate descent on the quadratic of all calibration data, over all grid value
 float weight). A channel that does not improve stays as it was.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

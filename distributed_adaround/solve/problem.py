@@ -1,7 +1,5 @@
 """One layer's rounding problem, as every solver sees it, and what a solver returns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -7,8 +7,6 @@ runs, and the bias takes the mean. Banner et al. 2019, "Post training 4-bit quan
 rapid-deployment", do so to the weights; here the outputs count.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

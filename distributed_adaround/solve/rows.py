@@ -5,8 +5,6 @@ over the whole calibration set (microbatch by microbatch), so a batch is the sam
 gathers the rows it holds. Shape legend as in numerics/patches.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """One layer of a job, made ready to solve: its solver, its grid, and its problem."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """The section `data` of a job: calibration data, and how it is cut."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Types of fields that several sections share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any

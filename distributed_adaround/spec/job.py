@@ -4,8 +4,6 @@ A job file is checked here, on a login node, before anything is started. Validat
 user wrote; a preset only fills fields that were not given.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ YAML is read as version 1.2 means it: `1e-3` is a number, `no` and `2024-01-01` 
 small file cannot grow into a large one. A key may appear once. Every fault is a SpecError that names the place.
 """
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Sequence

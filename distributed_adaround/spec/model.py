@@ -1,7 +1,5 @@
 """The section `model` of a job: the trained network."""
 
-from __future__ import annotations
-
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator

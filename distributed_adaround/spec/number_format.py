@@ -5,8 +5,6 @@ zero point; an affine one has a zero point from the observer. Floats are symmetr
 fix the qscheme, the group_size and the scale too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 

@@ -1,7 +1,5 @@
 """The section `output` of a job: where the results go, and as what."""
 
-from __future__ import annotations
-
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """Settings of other programs and papers, for fields that a job does not give."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

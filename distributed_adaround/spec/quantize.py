@@ -1,7 +1,5 @@
 """The section `quantize` of a job: the number format of the weights, and which layers have another one or none."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self

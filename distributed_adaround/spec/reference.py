@@ -1,7 +1,5 @@
 """The job file's fields as a Markdown table, from the same descriptions as the JSON Schema."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from distributed_adaround.formats import FORMATS

@@ -1,7 +1,5 @@
 """The section `runtime` of a job: where it runs, and sizes of memory."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal, Self
 

@@ -7,8 +7,6 @@ evaluate  prints top-1 on held-out digits for the float, nearest and AdaRound we
 Each job is a command that is printed first, so that it can be repeated by hand in the job folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

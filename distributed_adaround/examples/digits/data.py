@@ -11,8 +11,6 @@ Split: the first 1,257 images (70 %) are for training, and the first 512 of thes
 (30 %) are held out: neither training nor calibration sees them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Top-1 on the held-out digits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

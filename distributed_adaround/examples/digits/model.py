@@ -4,8 +4,6 @@ It is small on purpose: few weights per output channel leave little redundancy, 
 neighbours on a 3-bit grid shows in the accuracy.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -5,8 +5,6 @@
 On a CPU, in less than a minute, with a fixed seed and one thread. The held-out images are not read here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
