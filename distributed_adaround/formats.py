@@ -5,7 +5,7 @@ A weight is a code times a scale that it shares with others:
     integers   w = (code - zero_point) * scale                codes from quant_min to quant_max
     floats     w = values[code] * scale                       values: of a small float, in ascending order
 
-A new format is one line of FORMATS; a small float or a scale format besides it, one line of its own table.
+A new format is one line of FORMATS.
 """
 
 import math
@@ -106,7 +106,6 @@ class NumberFormat:
 E4M3 = FloatFormat("e4m3", mantissa_bits=3, bias=7, largest=0x7E, sign=0x80, storage="float8_e4m3fn")
 # OCP Microscaling Formats (MX) v1.0: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; torch.float4_e2m1fn_x2 holds two.
 E2M1 = FloatFormat("e2m1", mantissa_bits=1, bias=1, largest=0x7, sign=0x8)
-ELEMENTS = {element.name: element for element in (E4M3, E2M1)}
 
 _FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 SCALE_FORMATS: dict[str, ScaleFormat] = {
@@ -134,6 +133,12 @@ FORMATS: dict[str, NumberFormat] = {
     "mxfp4": NumberFormat("mxfp4", 4, element=E2M1, scale="e8m0", block_size=32),
     "nvfp4": NumberFormat("nvfp4", 4, element=E2M1, scale="e4m3", block_size=16),
 }
+
+
+def small_float(name: str | None) -> FloatFormat | None:
+    """The small float of that name, of any format in the table; None for None and for a name that is not known."""
+    elements = (number.element for number in FORMATS.values() if number.element is not None)
+    return next((element for element in elements if element.name == name), None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distributed_adaround.errors import AdaRoundError, InputError
 from distributed_adaround.files import jsontext
-from distributed_adaround.formats import ELEMENTS, SCALE_FORMATS, FloatFormat, LayerFormat, ScaleFormat
+from distributed_adaround.formats import SCALE_FORMATS, FloatFormat, LayerFormat, ScaleFormat, small_float
 from distributed_adaround.numerics.floats import decode, encode
 from distributed_adaround.numerics.grid import Grid, round_scale
 from distributed_adaround.numerics.layers import LayerGeometry
@@ -169,7 +169,7 @@ class LayerRecord:
         if self.format.keys() != FORMAT_KEYS:
             return f"format has the keys {sorted(self.format)}, needed are {sorted(FORMAT_KEYS)}"
         element_name, scale_name = self.format["element_format"], self.format["scale_format"]
-        element, scales = ELEMENTS.get(element_name), SCALE_FORMATS.get(scale_name)
+        element, scales = small_float(element_name), SCALE_FORMATS.get(scale_name)
         if scales is None or (element is None and element_name is not None):
             return f"element_format {element_name} or scale_format {scale_name} is not known"
         names = ["groups"] if element is not None else ["quant_min", "quant_max", "groups"]
@@ -241,7 +241,7 @@ class LayerRecord:
 
         The one definition of what a committed layer weighs; on the device of the scale.
         """
-        element = ELEMENTS.get(self.format["element_format"])
+        element = small_float(self.format["element_format"])
         codes = self.codes if element is None else decode(self.codes, element)
         return self.geometry.from_channels(self._grid.dequantize(self.geometry.to_channels(codes))).to(dtype)
 
@@ -250,7 +250,7 @@ class LayerRecord:
         groups = self.format["groups"] if self.scale.dim() else 1
         shape = (groups, self.scale.shape[0] // groups, -1) if self.scale.dim() else (1, 1, 1)
         scale, zero_point = (part.float().reshape(shape) for part in (self.scale, self.zero_point))
-        scales, element = SCALE_FORMATS[self.format["scale_format"]], ELEMENTS.get(self.format["element_format"])
+        scales, element = SCALE_FORMATS[self.format["scale_format"]], small_float(self.format["element_format"])
         own = self.scale.dim() > 0
         if element is None:
             least, most = self.format["quant_min"], self.format["quant_max"]
