@@ -142,15 +142,6 @@ class NetworkRounder:
 
 
 def _figures(site: Site, layer_format: LayerFormat, solver: str, result: LayerResult, seconds: float) -> LayerFigures:
-    """What the report shows of a layer.
-
-    Args:
-        site: of the layer.
-        layer_format: of its weight.
-        solver: name of the one that solved it.
-        result: what it found.
-        seconds: that it took.
-    """
     return LayerFigures(
         name=site.name,
         kind=site.module_class,
@@ -180,16 +171,7 @@ class LayerMonitor(Monitor):
         save_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Of one layer.
-
-        Args:
-            layer: its name.
-            log: told of steps.
-            stop: signals.
-            commits: keeps states.
-            save_seconds: between two saved states.
-            clock: seconds that only grow.
-        """
+        """save_seconds: between two saved states. clock: seconds that only grow."""
         super().__init__(log.step)
         self._layer, self._stop, self._commits = layer, stop, commits
         self._save_seconds, self._clock = save_seconds, clock

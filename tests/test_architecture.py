@@ -231,7 +231,9 @@ def test_what_the_rules_allow(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
-@pytest.mark.parametrize("module", ["", ".spec.job", ".files.storage", ".runtime.logs", ".launch.arguments", ".cli", ".__main__"])
+@pytest.mark.parametrize(
+    "module", ["", ".spec.job", ".files.storage", ".runtime.logs", ".launch.arguments", ".cli", ".__main__"]
+)
 def test_import_leaves_torch_out(module: str) -> None:
     code = f"import sys, {NAME}{module}; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -84,7 +84,7 @@ class Microbatches:
         if not sharded:
             held = {index: inputs for index, inputs in held.items() if owner(index, comm.world_size) == comm.rank}
         prove_coverage(total, comm.all_gather_object(tuple(held)))
-        # Every rank captures the same graph, so all look at the same one or two batches.
+        # Every rank captures the same graph, from the same one or two batches.
         offered = comm.all_gather_object(_of_two_kinds(given))
         examples = _of_two_kinds([inputs for rank in offered for inputs in rank])
         return cls(total, tuple(held), held.__getitem__, lambda: iter(held.items()), examples, len(examples) > 1)

@@ -105,15 +105,7 @@ def _tensor_scale(low: Tensor, high: Tensor, values: Tensor, layer_format: Layer
 def _float_grid(
     low: Tensor, high: Tensor, values: Tensor, layer_format: LayerFormat, tensor_scale: Tensor | None
 ) -> Grid:
-    """Grid of blocks of a float format, scale and zero point `(1, B, 1)`, from their ranges `(B,)`.
-
-    Args:
-        low: smallest weight of each block, 0 at most.
-        high: largest weight, 0 at least.
-        values: of the format, `(V,)`.
-        layer_format: of the layer.
-        tensor_scale: factor of the whole tensor, where scales are in units of one.
-    """
+    """Grid of blocks of a float format, scale and zero point `(1, B, 1)`, from their ranges `(B,)`."""
     largest = torch.maximum(-low, high)[None, :, None]
     if layer_format.scale.powers_of_two:
         half_a_step = (values[-1] - values[-2]) / 2
@@ -160,14 +152,7 @@ def _best_share(
 ) -> Tensor:
     """Share of the range `(B,)`, of those given, with the smallest (weighted) squared rounding error of the weights.
 
-    Args:
-        blocks: weights that share a scale, `(B, K)`.
-        importance: of each weight, `(B, K)`, or None.
-        low: smallest weight of each block, 0 at most.
-        high: largest weight, 0 at least.
-        grid_of_range: grid of blocks from their ranges.
-        rounded: blocks `(1, B, K)` rounded to a grid.
-        shares: of the range, to choose from.
+    blocks: `(B, K)`. importance: `(B, K)`, or None. low, high: `(B,)`, the range with 0 in it.
     """
     # In units of about the largest weight, where squares do not underflow. Powers of two change no other bit.
     exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)[None, :, None]

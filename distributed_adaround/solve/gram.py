@@ -81,15 +81,7 @@ class GramSolver:
     def _descend(
         self, quadratic: Quadratic, grid: Grid, part: ChannelProblem, monitor: Monitor, num_starts: int
     ) -> Descent:
-        """All sweeps of one block.
-
-        Args:
-            quadratic: of all copies of the channels.
-            grid: of all copies.
-            part: the block.
-            monitor: told the loss now and then.
-            num_starts: copies of each channel.
-        """
+        """All sweeps of one block. quadratic, grid: of all copies of its channels, one for each start."""
         descent = Descent(quadratic, grid, block=_BLOCK, steps=_STEPS)
         for sweep in range(self.num_steps):
             # Ranks meet after the last channel; all of them then learn that this one stopped.
@@ -126,15 +118,7 @@ def _better_channels(
 
 
 def _best_start(codes: Tensor, scale: Tensor, loss: Tensor, unsettled: Tensor, starts: int) -> ChannelSolution:
-    """Of the copies of each channel the one with the least loss.
-
-    Args:
-        codes: of all copies, `(G, starts * R, J)`.
-        scale: of all copies, `(G, starts * R, n)`; one for the whole tensor stays as it is.
-        loss: of all copies, `(G, starts * R)`.
-        unsettled: soft values that had not settled, per copy.
-        starts: copies of each channel.
-    """
+    """Of the copies of each channel the one with the least loss. codes: `(G, starts * R, J)`; scale, loss likewise."""
     groups, copies, inputs = codes.shape
     shape = (groups, starts, copies // starts)
     best = loss.reshape(shape).argmin(dim=1)[:, None, :, None]

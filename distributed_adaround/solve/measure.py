@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,54 +44,35 @@ def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
     return (geometry.in_channels, geometry.groups, geometry.transposed, *reading)
 
 
-@dataclass(frozen=True)
-class _Size:
-    """How large sums over the rows of one microbatch can get. inputs, change: of squares of x̂ and of x - x̂. rows: of
-    one microbatch. all_rows: of all of them, without padding."""
-
-    inputs: float
-    change: float
-    rows: int
-    all_rows: int
-
-    @classmethod
-    def of_all(cls, sizes: list[_Size]) -> _Size:
-        return cls(
-            max(size.inputs for size in sizes),
-            max(size.change for size in sizes),
-            max(size.rows for size in sizes),
-            sum(size.all_rows for size in sizes),
-        )
-
-
 def measure(problem: LayerProblem, comm: Comm) -> Moments:
     """Moments of a layer's inputs, the same bits on any number of ranks. A collective.
 
     Raises:
         InputError: the inputs are not finite.
     """
-    size = _Size.of_all(comm.all_gather_object(_own_size(problem)))
-    if not (math.isfinite(size.inputs) and math.isfinite(size.change)):
+    all_squares, all_changes, all_longest, all_counts = zip(*comm.all_gather_object(_own_sizes(problem)), strict=True)
+    squares, change, longest = max(all_squares), max(all_changes), max(all_longest)
+    if not (math.isfinite(squares) and math.isfinite(change)):
         raise non_finite_error(problem, comm)
     groups, inputs = problem.geometry.groups, problem.geometry.inputs_per_output
     total, device = problem.total_microbatches, problem.device
     # By Cauchy and Schwarz, per microbatch; a little room for the rounding of float32.
-    both = math.sqrt(size.inputs * size.change)
-    differs = size.change > 0
-    second = SymmetricSum(groups, inputs, 1.01 * total * size.inputs, device)
-    mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.inputs * size.rows), device)
+    both = math.sqrt(squares * change)
+    differs = change > 0
+    second = SymmetricSum(groups, inputs, 1.01 * total * squares, device)
+    mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(squares * longest), device)
     cross = ExactSum((groups, inputs, inputs), 1.01 * total * both, device) if differs else None
-    cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(size.change * size.rows), device)
+    cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(change * longest), device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    step = _row_step(problem, size.all_rows)
-    for x_hat, change in _pieces(problem, differs, step):
+    step = _row_step(problem, sum(all_counts))
+    for x_hat, difference in _pieces(problem, differs, step):
         second.add(x_hat)
         mean.add(x_hat.sum(dim=1))
         count += x_hat.shape[1]
         if cross is not None:
-            assert change is not None
-            cross.add(change.transpose(1, 2) @ x_hat)
-            cross_mean.add(change.sum(dim=1))
+            assert difference is not None
+            cross.add(difference.transpose(1, 2) @ x_hat)
+            cross_mean.add(difference.sum(dim=1))
     sums = [mean, *([] if cross is None else [cross, cross_mean])]
     _reduce([*second.totals, *(one.total for one in sums), count], comm)
     rows = max(1, int(count))
@@ -116,8 +96,11 @@ def _reduce(sums: list[Tensor], comm: Comm) -> None:
         total.copy_(part.view_as(total))
 
 
-def _own_size(problem: LayerProblem) -> _Size:
-    """Bounds of this rank's microbatches: no unfolded input channel has larger squares than the channel itself."""
+def _own_sizes(problem: LayerProblem) -> tuple[float, float, int, int]:
+    """How large sums over the rows of one of this rank's microbatches can get, since no unfolded input channel has
+    larger squares than the channel itself: of squares of x̂, and of x - x̂; the most rows of one; rows of all, without
+    padding.
+    """
     inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
     for batch in problem.batches:
         keep = _keep(batch, problem)
@@ -127,7 +110,7 @@ def _own_size(problem: LayerProblem) -> _Size:
         rows, all_rows = max(rows, own), all_rows + (own if keep is None else int(keep.sum()))
         if problem.asymmetry and batch.x is not batch.x_hat:
             change = max(change, _largest_square_sum(_as_summed(batch.x, keep, problem) - near, problem))
-    return _Size(inputs, change, rows, all_rows)
+    return inputs, change, rows, all_rows
 
 
 def _keep(batch: Batch, problem: LayerProblem) -> Tensor | None:

@@ -22,7 +22,7 @@ _LARGE, _BLOCK, _STEPS = 4096, 32, 4
 
 
 def polish(problem: LayerProblem, solution: Solution, comm: Comm, monitor: Monitor) -> Solution:
-    """The solution, or a better one on the calibration data."""
+    """The solution, or a better one on the calibration data. Arguments as of `Solver.solve`."""
 
     def work(part: ChannelProblem) -> ChannelSolution:
         large = part.quadratic.weight.shape[2] >= _LARGE

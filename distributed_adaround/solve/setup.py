@@ -95,11 +95,10 @@ def with_moments(problem: LayerProblem, moments: Moments, layer_format: LayerFor
 
 def _check_scales(grid: Grid, name: str) -> None:
     """Raises: InputError when a scale is not a positive finite number, on every rank alike."""
-    good = torch.isfinite(grid.scale) & (grid.scale > 0)
-    if not bool(good.all()):
-        scales = grid.scale.flatten(0, 1)
-        channel = int((~good).flatten(0, 1).nonzero()[0, 0])
-        value = float(scales[channel][~good.flatten(0, 1)[channel]][0])
+    bad = ~(torch.isfinite(grid.scale) & (grid.scale > 0)).flatten(0, 1)
+    if bool(bad.any()):
+        channel, run = bad.nonzero()[0].tolist()
+        value = float(grid.scale.flatten(0, 1)[channel, run])
         raise agreed(
             InputError(
                 f"layer {name}: the scale of output channel {channel} is {value}, which must be positive and finite; "
