@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_batches import Batches
-from walks import commit, reach, sites_of
+from walks import commit, plenty, reach, sites_of
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import capture, export_model, straight_line
@@ -40,7 +40,7 @@ def by_graph(model: nn.Module, x: Tensor) -> Walker:
 
 
 def by_replay(model: nn.Module, x: Tensor) -> Walker:
-    return ReplayWalker(model, ModelInputs((x,), {}), reason="a test", device=CPU)
+    return ReplayWalker(model, ModelInputs((x,), {}), "a test", plenty())
 
 
 def linear(bias: bool = True) -> nn.Linear:

@@ -87,7 +87,7 @@ class GraphWalker:
         self._microbatches = []
         self._float_weights.clear()
         for index, inputs in microbatches:
-            batch = _Microbatch(index, inputs.mask, batch_size(inputs))
+            batch = _Microbatch(index, inputs.mask, inputs.size)
             for node, value in _bind(self._graph.placeholders, inputs).items():
                 _check_fit(node, value, index)
                 if node.users:
@@ -254,12 +254,6 @@ def _last_reads(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     for source, node in last.items():
         reads.setdefault(node, []).append(source)
     return reads
-
-
-def batch_size(inputs: ModelInputs) -> int:
-    """Samples in a microbatch: the first dimension of its first tensor."""
-    tensors = (value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, Tensor))
-    return next(tensors).shape[0]
 
 
 def _bind(placeholders: Sequence[Node], inputs: ModelInputs) -> Values:

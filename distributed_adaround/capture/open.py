@@ -154,7 +154,7 @@ def make_walker(
         # torch.export documents no closed set of errors; whatever stops it, hooks still work.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         logger.debug("torch.export failed", exc_info=True)
-        return ReplayWalker(model, examples[0], reason=reason[:200], device=store.device, keep=store.keep)
+        return ReplayWalker(model, examples[0], reason[:200], store)
     return GraphWalker(capture(graph), store)
 
 

@@ -8,9 +8,8 @@ What follows a layer cannot be seen by hooks, so sites have no batch norm and no
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.layer_modules import find_layers, float_reasons, geometry_of
 from distributed_adaround.capture.sites import Batch, FloatParameter, Site, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
@@ -30,46 +30,28 @@ class _ReachedError(BaseException):
     """Ends a forward early. Not an Exception, so that a model's own `except Exception` lets it pass."""
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """Input and output of one site for one microbatch. y: None in the quantized stream. size: samples."""
-
-    x: Tensor
-    y: Tensor | None
-    mask: Tensor | None
-    size: int
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class ReplayWalker:
     """Walker over a plain module (see `sites.Walker`).
 
-    The module is moved to `device`, put in eval mode and used in place: after the last commit it holds the quantized
+    The module is moved to the device, put in eval mode and used in place: after the last commit it holds the quantized
     weights. Its buffers are put back after every forward. Random numbers drawn in forward depend on the microbatch
     only, so both streams see the same ones.
-
-    example: one microbatch, run once to find the layers in order. reason: why the model is not captured as a graph.
-    keep: takes a captured tensor and returns where it is kept (moved to host, spilled ...).
 
     Raises:
         InputError: the forward fails.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        example: ModelInputs,
-        *,
-        reason: str,
-        device: torch.device,
-        keep: Callable[[Tensor], Tensor] = _identity,
-    ) -> None:
-        self._module = module.to(device).eval()
-        self._device = device
-        self._keep = keep
+    def __init__(self, module: nn.Module, example: ModelInputs, reason: str, store: ActivationStore) -> None:
+        """Find the layers in order.
+
+        Args:
+            module: the model.
+            example: one microbatch, run once.
+            reason: why the model is not captured as a graph.
+            store: for captured tensors; its device is that of the walk.
+        """
+        self._device, self._store = store.device, store
+        self._module = module.to(self._device).eval()
         self._microbatches: Microbatches | None = None
         self._tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
             module.named_buffers(remove_duplicate=False)
@@ -115,26 +97,22 @@ class ReplayWalker:
             floats = self._run_up_to(site, with_output=True)
         quantized = self._run_up_to(site, with_output=False)
         batches, strayed = [], 0
-        for index, captured in floats.items():
-            if captured is None or captured.y is None:
+        for (index, inputs, found), (_, _, others) in zip(floats, quantized, strict=True):
+            if len(found) < 2:
                 continue
-            twin = quantized[index]
-            if twin is None or twin.x.shape != captured.x.shape:
-                twin, strayed = captured, strayed + 1
-            batches.append(Batch(index, twin.x, captured.x, captured.y, captured.mask, captured.size))
+            (x, y), x_hat = found, others[0] if others else None
+            if x_hat is None or x_hat.shape != x.shape:
+                x_hat, strayed = x, strayed + 1
+            batches.append(Batch(index, x_hat, x, y, inputs.mask, inputs.size))
         self._note_gaps(site, len(floats) - len(batches), strayed, len(floats))
         return batches
 
     def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
-            self._replace(name, value)
-
-    def _replace(self, name: str, value: Tensor) -> None:
-        """Another value for a tensor of the quantized model."""
-        if name not in self._other_weights:
-            self._other_weights[name] = _host_copy(self._tensors[name])
-        with torch.no_grad():
-            self._tensors[name].copy_(value)
+            if name not in self._other_weights:
+                self._other_weights[name] = _host_copy(self._tensors[name])
+            with torch.no_grad():
+                self._tensors[name].copy_(value)
 
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Both models in full. A microbatch whose outputs differ in number or shape is left out and noted."""
@@ -157,7 +135,7 @@ class ReplayWalker:
         """The model's outputs that are tensors of real numbers."""
         leaves = tree_leaves(self._forward(inputs, f"microbatch {index}", seed=index))
         real = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        return [self._keep(tensor.clone()) for tensor in real]
+        return [self._store.keep(tensor.clone()) for tensor in real]
 
     def _count_calls(self, layers: dict[str, nn.Module], example: ModelInputs) -> tuple[dict[str, int], set[str]]:
         """One forward: number of calls by layer, in order of the first call, and layers given an output_size."""
@@ -180,40 +158,39 @@ class ReplayWalker:
                 handle.remove()
         return num_calls, with_output_size
 
-    def _run_up_to(self, site: Site, *, with_output: bool) -> dict[int, _Captured | None]:
-        """What the site's first call takes (and gives) in each owned microbatch; None: it does not run."""
+    def _run_up_to(self, site: Site, *, with_output: bool) -> list[tuple[int, ModelInputs, list[Tensor]]]:
+        """Each owned microbatch, with what the site's first call takes (and gives) in it; nothing: it does not run."""
         layer = self._module.get_submodule(site.name)
         found: list[Tensor] = []
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(tensor: Tensor) -> None:
             # A copy: the model may write into the tensor, or into a buffer of its own that this is a view of.
-            x = _as_batch(site, _explicitly_padded(layer, args[0] if args else kwargs["input"])).clone(
-                memory_format=torch.contiguous_format
-            )
-            found.append(self._keep(x))
+            found.append(self._store.keep(_as_batch(site, tensor).clone(memory_format=torch.contiguous_format)))
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(_explicitly_padded(layer, args[0] if args else kwargs["input"]))
             if not with_output:
                 raise _ReachedError
 
         def after(_: nn.Module, __: object, output: Tensor) -> None:
-            found.append(self._keep(_as_batch(site, output).clone(memory_format=torch.contiguous_format)))
+            keep(output)
             raise _ReachedError
 
         handles = [
             layer.register_forward_pre_hook(before, with_kwargs=True),
             layer.register_forward_hook(after, prepend=True),
         ]
-        captured: dict[int, _Captured | None] = {}
+        reached = []
         assert self._microbatches is not None, "start() comes before reach()"
         try:
             for index, inputs in self._microbatches:
-                found.clear()
+                found = []
                 self._forward(inputs, f"microbatch {index}", seed=index)
-                x, y = (*found, None, None)[:2]
-                captured[index] = None if x is None else _Captured(x, y, inputs.mask, _num_samples(inputs))
+                reached.append((index, inputs, found))
         finally:
             for handle in handles:
                 handle.remove()
-        return captured
+        return reached
 
     def _forward(self, inputs: ModelInputs, what: str, seed: int) -> Any:
         """The model's output; None when a hook ended the forward."""
@@ -311,13 +288,6 @@ def _as_batch(site: Site, x: Tensor) -> Tensor:
     """Convolutions also take one sample without the batch dimension."""
     dims = site.geometry.num_spatial_dims
     return x.unsqueeze(0) if dims and x.ndim == dims + 1 else x
-
-
-def _num_samples(inputs: ModelInputs) -> int:
-    """First dimension of the first tensor."""
-    tensors = (value for value in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(value, Tensor))
-    first = next(tensors, None)
-    return 0 if first is None or first.ndim == 0 else first.shape[0]
 
 
 def _host_copy(parameter: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import owner, prove_coverage
@@ -24,6 +25,12 @@ class ModelInputs:
     args: tuple[object, ...]
     kwargs: dict[str, object]
     mask: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Samples: the first dimension of the first tensor, 0 where there is none."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return next((leaf.shape[0] if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)), 0)
 
     @property
     def kind(self) -> tuple[object, ...]:

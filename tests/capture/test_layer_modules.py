@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, sites_of
+from walks import commit, plenty, sites_of
 
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site
@@ -15,7 +15,7 @@ from distributed_adaround.data.microbatches import ModelInputs
 
 
 def walker_for(module: nn.Module, x: Tensor) -> ReplayWalker:
-    return ReplayWalker(module, ModelInputs((x,), {}), reason="a test", device=torch.device("cpu"))
+    return ReplayWalker(module, ModelInputs((x,), {}), "a test", plenty())
 
 
 def names(sites: Sequence[Site]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, reach, sites_of
+from walks import commit, plenty, reach, sites_of
 
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site
@@ -41,8 +41,8 @@ class Batches:
         return ((index, self.load(index)) for index in self.owned)
 
 
-def walker_for(module: nn.Module, tensors: Sequence[Tensor], **kwargs: object) -> ReplayWalker:
-    walker = ReplayWalker(module, Batches(tensors).load(0), reason="a test", device=CPU, **kwargs)
+def walker_for(module: nn.Module, tensors: Sequence[Tensor]) -> ReplayWalker:
+    walker = ReplayWalker(module, Batches(tensors).load(0), "a test", plenty())
     walker.start(Batches(tensors))
     return walker
 
@@ -289,17 +289,19 @@ def test_a_forward_with_side_effects_leaves_none() -> None:
     assert not model.training
 
 
-def test_captured_tensors_are_own_copies_handed_to_keep() -> None:
+def test_captured_tensors_are_own_copies_handed_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomized(nn.Sequential(nn.Linear(3, 3)))
     x = torch.randn(2, 3)
     kept: list[Tensor] = []
+    store = plenty()
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
+    monkeypatch.setattr(store, "keep", keep)
     mask = torch.ones(2, 1)
-    walker = ReplayWalker(model, ModelInputs((x,), {}), reason="a test", device=CPU, keep=keep)
+    walker = ReplayWalker(model, ModelInputs((x,), {}), "a test", store)
     walker.start(Batches([x], [mask]))
     found = reach(walker, sites_of(walker)[0])
     assert len(kept) == 3

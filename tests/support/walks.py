@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.sites import Site, Unit, Walker
 
 
@@ -18,6 +20,11 @@ class Reached:
     float_outputs: list[Tensor]
     masks: list[Tensor | None]
     batch_sizes: list[int]
+
+
+def plenty() -> ActivationStore:
+    """Room for all activations on the host."""
+    return ActivationStore(torch.device("cpu"), device_budget=0, host_budget=1 << 40)
 
 
 def sites_of(walker: Walker) -> Sequence[Site]:
