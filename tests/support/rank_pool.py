@@ -107,6 +107,8 @@ def _serve(pipe: Connection) -> None:
             )
             torch.manual_seed(0)
             try:
+                # A rank that is done takes its group down, and a slow one that still connects would fail.
+                dist.barrier()
                 answer = (True, getattr(functions[source], name)(*arguments))
             finally:
                 if dist.is_initialized():
