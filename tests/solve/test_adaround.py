@@ -336,9 +336,7 @@ def test_same_codes_in_float64_on_any_number_of_ranks(make_problem: Any, share: 
     solver = minibatch(150, batch_size=16)
     alone = solve(solver, problem)
     for world_size in (2, 3, 8):  # 6 microbatches: two of eight ranks are empty
-        solutions = run_ranks(
-            world_size, lambda comm: solve(solver, share(problem, comm.rank, comm.world_size), comm)
-        )
+        solutions = run_ranks(world_size, lambda comm: solve(solver, share(problem, comm.rank, comm.world_size), comm))
         for solution in solutions:
             assert torch.equal(solution.codes, alone.codes)
             assert solution.unsettled == alone.unsettled

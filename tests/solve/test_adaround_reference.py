@@ -18,7 +18,9 @@ from torch.func import functional_call
 from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.adaround import MinibatchSolver
-from distributed_adaround.solve.problem import Monitor
+from distributed_adaround.solve.channel_learner import ChannelLearner
+from distributed_adaround.solve.learner import SampleLearner
+from distributed_adaround.solve.problem import Monitor, Solution
 from distributed_adaround.solve.rows import BatchPlan
 from distributed_adaround.spec.rounding import RoundingSpec
 
@@ -39,6 +41,8 @@ def outputs(layer: nn.Module, weight: Tensor, inputs: list[Tensor], relu: bool) 
 
 @dataclass(frozen=True)
 class Learned:
+    """Of a layer, all in the weight's shape; loss: of the last step."""
+
     V: Tensor
     soft: Tensor
     codes: Tensor
@@ -74,7 +78,7 @@ def adaround(
         adam.step()
     h = rectified_sigmoid(V.detach())
     codes = torch.where(h >= 0.5, hi, lo) / scale
-    return Learned(V.detach(), lo + h * (hi - lo), codes.round(), float(loss))
+    return Learned(V.detach(), lo + h * (hi - lo), codes.round(), loss.item())
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
@@ -85,7 +89,7 @@ def test_the_fused_step_is_plain_adaround(
     kind: str, relu: bool, normalization: str, reproducible: bool, make_problem: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer: nn.Module = nn.Linear(10, 7) if kind == "linear" else nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
-    layer = layer.double()
+    layer = layer.double().requires_grad_(False)
     shape = (10,) if kind == "linear" else (6, 6, 5)
     near = [torch.randn(n, *shape).double() for n in (20, 7, 30)]
     floats = [x + 0.2 * torch.randn_like(x) for x in near]
@@ -99,17 +103,14 @@ def test_the_fused_step_is_plain_adaround(
         reg_param=REG_PARAMS[normalization],
         reproducible=reproducible,
     )
-    # Alphas as they are at the end, in whichever learner.
-    alphas: list[Tensor] = []
-    for name in ("SampleLearner", "ChannelLearner"):
-        kind_of_learner = getattr(__import__("distributed_adaround.solve.adaround", fromlist=[name]), name)
-        solution_of = kind_of_learner.solution
+    learner_kind, alphas = (ChannelLearner if reproducible else SampleLearner), []
+    solution = learner_kind.solution
 
-        def seen(learner: Any, solution_of: Any = solution_of) -> Any:
-            alphas.append(learner.state()["alpha"])
-            return solution_of(learner)
+    def seen(learner: Any) -> Solution:
+        alphas.append(learner.state()["alpha"])
+        return solution(learner)
 
-        monkeypatch.setattr(kind_of_learner, "solution", seen)
+    monkeypatch.setattr(learner_kind, "solution", seen)
     told: list[float] = []
     found = MinibatchSolver(settings).solve(problem, SoloComm(), Monitor(lambda step, loss: told.append(loss)))
 

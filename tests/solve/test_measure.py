@@ -305,6 +305,7 @@ def test_the_quadratic_is_the_output_error(asymmetry: float, correct_bias: bool,
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers whose moments were taken, and not shared."""
     names: list[str] = []
+
     def watched(problem: LayerProblem, comm: Any) -> Moments:
         names.append(problem.name)
         return measure(problem, comm)
