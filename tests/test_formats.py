@@ -13,12 +13,12 @@ import toy_models
 from sample_jobs import write_job
 from torch import Tensor
 
-from distributed_adaround import rounding as network
 from distributed_adaround.errors import AdaRoundError, InputError
 from distributed_adaround.export.codes import read_codes
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
 from distributed_adaround.plan import plan_job
+from distributed_adaround.solve.record import LayerRecord
 
 FORMATS = {
     "fp8": "float8_e4m3fn per_channel_symmetric",
@@ -88,7 +88,8 @@ def test_files_hold_what_a_runtime_needs(finished: Path) -> None:
             )
         else:
             assert layer["tensor_scale"] is None
-    assert not layers["int4.weight"].keys() & {"element_format", "scale_format", "tensor_scale"}
+    plain_format = {name: layers["int4.weight"][name] for name in ("element_format", "scale_format", "tensor_scale")}
+    assert plain_format == {"element_format": None, "scale_format": "float32", "tensor_scale": None}
     # No weight went further than to one of its neighbours.
     weight = dict(toy_models.wide().named_parameters())["mxfp8.weight"].detach()
     scale = stored["mxfp8.weight_scale"]
@@ -100,7 +101,7 @@ def test_a_restart_in_the_middle_gives_the_same_bytes(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_job(tmp_path, "wide", quantize=QUANTIZE)
-    make, calls = network.make_record, []
+    make, calls = LayerRecord.of, []
 
     def stop_at_the_last(*args: Any) -> Any:
         calls.append(args)
@@ -109,7 +110,7 @@ def test_a_restart_in_the_middle_gives_the_same_bytes(
         return make(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(network, "make_record", stop_at_the_last)
+        patch.setattr(LayerRecord, "of", stop_at_the_last)
         with pytest.raises(KeyboardInterrupt):
             run_job(load_spec(str(path)), tmp_path)
     table = run_job(load_spec(str(path)), tmp_path)

@@ -21,8 +21,9 @@ from distributed_adaround.checkpoint.commits import JobCommits
 from distributed_adaround.export.codes import read_codes
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import run_job
-from distributed_adaround.solve import by_channel as by_rows
-from distributed_adaround.solve import setup as layer_setup
+from distributed_adaround.solve import by_channel
+from distributed_adaround.solve import layer as layer_file
+from distributed_adaround.solve import measure as measure_file
 
 RESULTS = ("quantized.safetensors", "quantized.json", "dequantized.safetensors")
 # 6 microbatches in 4 shards for the images, 2 for the texts: uneven, and the third rank has none of the texts.
@@ -37,11 +38,11 @@ JOBS: dict[str, dict[str, Mapping[str, Any]]] = {
 
 
 def run(path: str, stop_after: int | None = None) -> list[bool]:
-    """One rank of a job with blocks of 2 rows, so that several ranks have some. Which layers were resumed.
+    """One rank of a job with blocks of 2 channels, so that several ranks have some. Which layers were resumed.
 
     stop_after: commits after which the job stops, as if it were killed.
     """
-    rows, commit, done = by_rows._BLOCK_ROWS, JobCommits.commit, []
+    channels, commit, done = by_channel._BLOCK_CHANNELS, JobCommits.commit, []
 
     def counted(commits: JobCommits, record: Any) -> None:
         if len(done) == stop_after:
@@ -49,13 +50,13 @@ def run(path: str, stop_after: int | None = None) -> list[bool]:
         done.append(record.name)
         commit(commits, record)
 
-    by_rows._BLOCK_ROWS, JobCommits.commit = {"cpu": 2}, counted  # type: ignore[method-assign]
+    by_channel._BLOCK_CHANNELS, JobCommits.commit = {"cpu": 2}, counted  # type: ignore[method-assign]
     try:
         return [row.resumed for row in run_job(load_spec(path), Path(path).parent)]
     except KeyboardInterrupt:
         return []
     finally:
-        by_rows._BLOCK_ROWS, JobCommits.commit = rows, commit  # type: ignore[method-assign]
+        by_channel._BLOCK_CHANNELS, JobCommits.commit = channels, commit  # type: ignore[method-assign]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -221,20 +222,29 @@ def test_layers_with_an_activation_in_the_loss_are_left_to_minibatch_and_not_pol
     rounding: dict[str, Any], solvers: list[str], polished: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the network's layers, all but the head have a ReLU behind them."""
-    seen: list[str] = []
-    polish = layer_setup.polish
+    seen: dict[str, list[str]] = {"polish": [], "measure": []}
 
-    def watched(problem: Any, *others: Any) -> Any:
-        seen.append(problem.name)
-        return polish(problem, *others)
+    def watch(file: Any, name: str) -> None:
+        original = getattr(file, name)
 
-    monkeypatch.setattr(layer_setup, "polish", watched)
+        def watched(problem: Any, *others: Any) -> Any:
+            seen[name].append(problem.name)
+            return original(problem, *others)
+
+        monkeypatch.setattr(file, name, watched)
+
+    watch(layer_file, "polish")
+    watch(measure_file, "measure")
     path = write_job(tmp_path, "cnn", rounding={"max_iter": 5, "sweeps": 5} | rounding)
     table = run_job(load_spec(str(path)), tmp_path)
     layers = json.loads((tmp_path / "out/report.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["conv", "depthwise", "up", "head"]
     assert [layer["solver"] for layer in layers] == solvers == [row.solver for row in table]
-    assert seen == polished
+    assert seen["polish"] == polished
+    # Nobody takes moments where nobody asks for them.
+    asks = rounding.get("polish", rounding.get("solver") == "gram")
+    with_moments = [asks or solver in ("gram", "gptq") for solver in solvers]
+    assert seen["measure"] == [row.name for row, taken in zip(table, with_moments, strict=True) if taken]
 
 
 def test_formats_of_floats_keep_their_scales_in_files(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from sample_jobs import job, write_job
 from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.numerics.soft_rounding import RoundingSchedule
-from distributed_adaround.report.console import SilentProgress
-from distributed_adaround.report.events import EventLog
+from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.rounding import NetworkRounder
 from distributed_adaround.solve.record import LayerRecord
 from distributed_adaround.solve.rows import BatchPlan
@@ -47,10 +46,10 @@ def round_network(content: dict[str, Any], folder: str) -> dict[str, Result]:
     """Round a job's network on this rank in all variants, after one capture."""
     spec = JobSpec(**content)
     with prepare(spec, Path(folder)) as ready:
-        weights = {name: tensor.clone() for name, tensor in ready.state_dict().items()}
+        weights = {name: tensor.clone() for name, tensor in ready.opened.weights.items()}
         results = {}
         for variant, changes in VARIANTS.items():
-            for name, tensor in ready.state_dict().items():
+            for name, tensor in ready.opened.weights.items():
                 tensor.copy_(weights[name])
             rounding = spec.rounding.model_copy(update=changes)
             results[variant] = _round(ready, spec.model_copy(update={"rounding": rounding}))
@@ -75,15 +74,14 @@ def _round(ready: PreparedJob, spec: JobSpec) -> Result:
 
     RoundingSchedule.beta, BatchPlan.batch = seen_beta, seen_batch  # type: ignore[method-assign]
     try:
-        where = (ready.comm, ready.context.device, ready.store)
-        rounder = NetworkRounder(spec, *where, SilentProgress(), EventLog.null(), commits)
-        result = rounder.run(ready.walker, ready.planned, ready.microbatches)
+        rounder = NetworkRounder(spec, ready.comm, JobLog(), commits)
+        result = rounder.run(ready.captured, ready.microbatches)
     finally:
         RoundingSchedule.beta, BatchPlan.batch = beta, batch  # type: ignore[method-assign]
     return {
         "owned": list(ready.microbatches.owned),
         "codes": {record.name: record.codes for record in commits.records},
-        "weights": {name: tensor.clone() for name, tensor in ready.state_dict().items()},
+        "weights": {name: tensor.clone() for name, tensor in ready.opened.weights.items()},
         "reports": [(r.name, r.nearest_error, r.soft_error, r.hard_error, r.kept_nearest) for r in result.table],
         "output_error": result.output_error,
         "betas": betas,

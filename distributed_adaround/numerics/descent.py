@@ -196,12 +196,8 @@ class Descent:
         """Codes `(G, R, J)` of levels that have settled, in the weight's order."""
         return self._grid.codes(self._outputs_first(self.levels))
 
-    def weights(self) -> Tensor:
-        """Weights `(G, R, J)` of the present levels, in the weight's order."""
-        return self._outputs_first(self._weights())
-
     def _weights(self) -> Tensor:
-        """The same in the order of the descent, `(G, J, R)`."""
+        """Weights `(G, J, R)` of the present levels, in the order of the descent."""
         scale = torch.stack([run.scale for run in self._runs], dim=1)
         groups, inputs, channels = self.levels.shape
         by_run = self.levels.view(groups, len(self._runs), -1, channels)

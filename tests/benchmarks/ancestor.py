@@ -11,16 +11,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.spec.number_format import LayerFormat
 from tests.benchmarks.cases import Batch, OnDevice, forward
 from tests.benchmarks.measure import Stopwatch
 
@@ -54,12 +54,15 @@ class AncestorResult:
 
 
 class SoftWeight:
-    """`scale * (clamp(floor(w / scale) + zero_point + h(V), qmin, qmax) - zero_point)` for a weight matrix `(O, I)`."""
+    """`scale * (clamp(floor(w / scale) + zero_point + h(V), qmin, qmax) - zero_point)` for a weight `(1, O, I)`."""
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
         self._grid = grid
-        self._floor = torch.floor(weight / grid.scale_like(weight))
-        fraction = weight / grid.scale_like(weight) - self._floor
+        self._scale, self._zero_point = (
+            part.repeat_interleave(weight.shape[2] // part.shape[2], dim=2) for part in (grid.scale, grid.zero_point)
+        )
+        self._floor = torch.floor(weight / self._scale)
+        fraction = weight / self._scale - self._floor
         self.V = (-torch.log(1.2 / (fraction + 0.1) - 1)).requires_grad_()
 
     def h(self) -> Tensor:
@@ -67,9 +70,8 @@ class SoftWeight:
 
     def value(self, hard: bool = False) -> Tensor:
         h = (self.h() >= 0.5).to(self._floor.dtype) if hard else self.h()
-        zero_point = self._grid.zero_point_like(self._floor)
-        codes = torch.clamp(self._floor + zero_point + h, self._grid.qmin, self._grid.qmax)
-        return (codes - zero_point) * self._grid.scale_like(self._floor)
+        codes = torch.clamp(self._floor + self._zero_point + h, self._grid.qmin, self._grid.qmax)
+        return (codes - self._zero_point) * self._scale
 
 
 def beta_at(step: int, settings: AncestorSettings) -> float:
@@ -154,7 +156,8 @@ def learn(
     """The first num_steps steps of learning one layer; its weight becomes the soft one."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    soft = SoftWeight(weight.detach().flatten(1), minmax_grid(weight.detach().flatten(1), layer_format))
+    by_channel = weight.detach().flatten(1)[None]
+    soft = SoftWeight(by_channel, minmax_grid(by_channel, layer_format))
     adam = torch.optim.Adam([soft.V], lr=settings.lr)
     generator = torch.Generator().manual_seed(settings.seed)
     size = min(settings.batch_size, len(inputs))
@@ -173,15 +176,6 @@ def learn(
 
 
 def minmax_grid(weight: Tensor, layer_format: LayerFormat) -> Grid:
-    """The grid that covers the largest weight; one scale per tensor, channel or group as the format says."""
-    grid = choose_grid(
-        weight.cpu(),
-        qmin=layer_format.quant_min,
-        qmax=layer_format.quant_max,
-        symmetric=layer_format.symmetric,
-        zero_point=layer_format.zero_point if layer_format.symmetric else 0,
-        strategy=layer_format.strategy,
-        group_size=layer_format.group_size,
-        observer="minmax",
-    )
-    return grid.to(weight.dtype, weight.device)
+    """The grid that covers the largest weight of `(1, O, I)`; one scale per tensor, channel or group as the format
+    says."""
+    return choose_grid(weight.cpu(), replace(layer_format, observer="minmax")).to(weight.dtype, weight.device)

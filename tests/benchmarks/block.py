@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_adaround.capture.sites import SiteActivations
+from distributed_adaround.capture.open import activation_store
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.errors import SpecError
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.soft_rounding import OutputTransform
-from distributed_adaround.rounding import activation_store, make_solver
 from distributed_adaround.runtime.context import RankContext
-from distributed_adaround.solve.layer import round_layer
 from distributed_adaround.solve.problem import LayerProblem, Monitor
 from distributed_adaround.spec.job import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.configurations import FORMATS, method_spec
-from tests.benchmarks.layers import COMM, TimedSolver, warm_up
+from tests.benchmarks.layers import round_as_job, timed_solver, warm_up
 from tests.benchmarks.measure import Stopwatch, peak_memory
 
 WARM_UP_LAYER = "q"
@@ -89,7 +88,7 @@ def run_block(options: BlockOptions) -> None:
         fields = dict(FORMATS[options.number_format])
         try:
             spec = method_spec(solver, fields, seed=options.seed, device=str(device), settings=options.settings)
-            make_solver(spec.rounding)
+            timed_solver(spec, device)
         except SpecError as error:
             line: records.Record = {**head, "refused": str(error)}
         else:
@@ -144,17 +143,10 @@ class _Features:
     def _normal(self, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(size, generator=generator, device=self._device)
 
-    def activations(self, weight: Tensor) -> SiteActivations:
+    def batches(self, weight: Tensor) -> list[Batch]:
         """What a layer with this weight sees; the inputs are the same tensors for every layer."""
-        count = len(self.inputs)
-        return SiteActivations(
-            indices=list(range(count)),
-            inputs=self.inputs,
-            float_inputs=self.float_inputs,
-            float_outputs=[x @ weight.T for x in self.float_inputs],
-            masks=[None] * count,
-            batch_sizes=[1] * count,
-        )
+        streams = enumerate(zip(self.inputs, self.float_inputs, strict=True))
+        return [Batch(index, x_hat, x, x @ weight.T, None, 1) for index, (x_hat, x) in streams]
 
     def moments_seconds(self) -> float:
         """Seconds of the bare products of both moments: x̂ᵀx̂ and xᵀx̂."""
@@ -175,35 +167,24 @@ def _solve(
     weight = torch.randn((outputs, features.width), generator=generator, device=device) * 0.02
     layer_format = spec.quantize.for_layer(name, "Linear")
     assert layer_format is not None
-    assert layer_format.symmetric, "the formats of the table are"
-    grid = choose_grid(
-        weight,
-        qmin=layer_format.quant_min,
-        qmax=layer_format.quant_max,
-        symmetric=True,
-        zero_point=layer_format.zero_point,
-        strategy=layer_format.strategy,
-        group_size=layer_format.group_size,
-        observer="mse",
-    )
     context = RankContext.from_environment(str(device))
     problem = LayerProblem(
         name=name,
         geometry=LayerGeometry(weight_shape=(outputs, features.width)),
-        weight=weight,
+        weight=weight[None],
         bias=None,
-        grid=grid,
+        grid=choose_grid(weight[None], layer_format),
         transform=OutputTransform(),
-        activations=features.activations(weight),
+        batches=features.batches(weight),
         total_microbatches=len(features.inputs),
         store=activation_store(spec.runtime, context),
         seed=spec.runtime.seed,
     )
     if name == WARM_UP_LAYER:
-        warm_up(spec, problem)
-    solver, steps = TimedSolver(make_solver(spec.rounding), device), [0]
+        warm_up(spec, problem, layer_format)
+    solver, steps = timed_solver(spec, device), [0]
     watch = Stopwatch(device)
-    result = round_layer(problem, solver, COMM, Monitor(lambda step, loss: steps.append(step)))
+    result = round_as_job(spec, problem, layer_format, solver, Monitor(lambda step, loss: steps.append(step)))
     return {
         "seconds": watch.seconds,
         "solver_seconds": solver.seconds,

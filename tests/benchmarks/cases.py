@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distributed_adaround.capture.sites import ModelInputs
 from tests.benchmarks.configurations import Case
 
 Batch = Tensor | dict[str, Tensor]
@@ -51,27 +50,6 @@ def _cut(drawn: Batch, start: int, stop: int, size: int) -> list[Batch]:
     return [{key: value[first:last] for key, value in drawn.items()} for first, last in bounds]
 
 
-def model_inputs(batch: Batch) -> ModelInputs:
-    if isinstance(batch, Tensor):
-        return ModelInputs((batch,), {})
-    return ModelInputs((), dict(batch), batch.get("attention_mask"))
-
-
-class ListMicrobatches:
-    """Microbatches of one rank in memory, as the walker takes them."""
-
-    def __init__(self, given: Sequence[Batch]) -> None:
-        self._inputs = [model_inputs(batch) for batch in given]
-        self.total = len(given)
-        self.owned: Sequence[int] = range(self.total)
-
-    def load(self, index: int) -> ModelInputs:
-        return self._inputs[index]
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        return iter(enumerate(self._inputs))
-
-
 class OnDevice(nn.Module):
     """A model on another device behind an interface on the host, which is what the cases' `evaluate` uses."""
 
@@ -87,8 +65,7 @@ class OnDevice(nn.Module):
 
 def forward(model: nn.Module, batch: Batch) -> Any:
     """The model's output for one microbatch."""
-    inputs = model_inputs(batch)
-    return model(*inputs.args, **inputs.kwargs)
+    return model(batch) if isinstance(batch, Tensor) else model(**batch)
 
 
 def metrics_of(

@@ -16,19 +16,22 @@ from typing import Any
 import torch
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.sites import Site, SiteActivations, Walker
+from distributed_adaround.capture.open import activation_store, make_walker
+from distributed_adaround.capture.sites import Batch, Site, Walker
+from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import SpecError
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.numerics.soft_rounding import OutputTransform
-from distributed_adaround.rounding import activation_store, make_walker
 from distributed_adaround.runtime.comm import Comm, SoloComm
 from distributed_adaround.runtime.context import RankContext
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.layer import round_layer
-from distributed_adaround.solve.problem import LayerProblem, MomentCache, Monitor, OutputErrors, Solution, Solver
-from distributed_adaround.solve.setup import make_problem, make_solver, weighted_grid
+from distributed_adaround.solve.layer import LayerResult, round_layer
+from distributed_adaround.solve.measure import measure
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution, Solver
+from distributed_adaround.solve.setup import make_problem, make_solver, with_moments
 from distributed_adaround.spec.job import MethodSpec
 from tests.benchmarks import records
-from tests.benchmarks.cases import ListMicrobatches, batches, load_case
+from tests.benchmarks.cases import batches, load_case
 from tests.benchmarks.configurations import Case, is_random, method_spec, quantize_fields
 from tests.benchmarks.measure import Stopwatch
 
@@ -62,24 +65,51 @@ class Run:
 
 @dataclass
 class TimedSolver:
-    """A solver that remembers how long it took; `round_layer` adds evaluations to it."""
+    """A solver that remembers how long it took; `round_layer` adds evaluations to it. moments_seconds: what its moments
+    took, which count as its own."""
 
     solver: Solver
     device: torch.device
+    moments_seconds: float = 0.0
     seconds: float = 0.0
 
-    def __call__(self, problem: LayerProblem, nearest: OutputErrors, comm: Comm, monitor: Monitor) -> Solution:
+    @property
+    def needs_moments(self) -> bool:
+        return self.solver.needs_moments
+
+    @property
+    def num_steps(self) -> int:
+        return self.solver.num_steps
+
+    def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
         watch = Stopwatch(self.device)
-        solution = self.solver(problem, nearest, comm, monitor)
-        self.seconds = watch.seconds
+        solution = self.solver.solve(problem, comm, monitor)
+        self.seconds = watch.seconds + self.moments_seconds
         return solution
 
 
-def warm_up(spec: MethodSpec, problem: LayerProblem) -> None:
+def timed_solver(spec: MethodSpec, device: torch.device) -> TimedSolver:
+    """The solver of a spec. No activation is in the loss here, so it is the one that the spec names."""
+    return TimedSolver(make_solver(spec.rounding.solver, spec.rounding), device)
+
+
+def round_as_job(
+    spec: MethodSpec, problem: LayerProblem, layer_format: LayerFormat, solver: TimedSolver, monitor: Monitor
+) -> LayerResult:
+    """One layer as a job does it: moments where anything needs them, then the solver and what follows it."""
+    polishes, moments = spec.rounding.polishes, None
+    if solver.needs_moments or polishes or layer_format.observer == "output_mse":
+        watch = Stopwatch(solver.device)
+        moments = measure(problem, COMM)
+        problem = with_moments(problem, moments, layer_format)
+        solver.moments_seconds = watch.seconds if solver.needs_moments else 0.0
+    return round_layer(problem, solver, COMM, monitor, moments=moments, polishes=polishes)
+
+
+def warm_up(spec: MethodSpec, problem: LayerProblem, layer_format: LayerFormat) -> None:
     """A few steps whose result is dropped: first calls load code and build kernels."""
-    # The real run must take its own moments.
-    problem = replace(problem, moments=MomentCache())
-    round_layer(problem, make_solver(spec.rounding.with_steps(2)), COMM, Monitor())
+    spec = spec.model_copy(update={"rounding": spec.rounding.with_steps(2)})
+    round_as_job(spec, problem, layer_format, timed_solver(spec, problem.device), Monitor())
 
 
 def run_case(case: Case, options: LayerOptions) -> None:
@@ -97,33 +127,34 @@ def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]
     model = module.load_model()
     device = torch.device(options.device)
     calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
-    data = ListMicrobatches([*calibration, *held_out])
-    context = RankContext.from_environment(str(device))
-    store = activation_store(MethodSpec().runtime, context)
-    walker = make_walker(model, data.load(0), varying=False, device=device, store=store)
+    data = Microbatches.of_list([*calibration, *held_out], COMM, sharded=False)
+    store = activation_store(MethodSpec().runtime, RankContext.from_environment(str(device)))
+    walker = make_walker(model, data.examples[:1], varying=False, store=store)
     for note in walker.notes:
         print(f"{case.name}: {note}")
-    runs = list(_runs(case, options, seeds, walker.sites))
+    sites = [unit.site for unit in walker.units]
+    runs = list(_runs(case, options, seeds, sites))
     done = set() if options.again else records.finished(records.read(options.out))
-    chosen = {run.head["format"]: _sites(walker.sites, run, options.every) for run in runs}
-    pending: dict[str, list[Run]] = {site.name: [] for site in walker.sites}
+    chosen = {run.head["format"]: _sites(sites, run, options.every) for run in runs}
+    pending: dict[str, list[Run]] = {site.name: [] for site in sites}
     for run in runs:
         for name in chosen[run.head["format"]]:
             if records.key({**run.head, "layer": name}) not in done:
                 pending[name].append(run)
-    last = max((index for index, site in enumerate(walker.sites) if pending[site.name]), default=None)
+    last = max((index for index, site in enumerate(sites) if pending[site.name]), default=None)
     if last is None:
         return
     warm: set[str] = set()
     walker.start(data)
-    for site in walker.sites[: last + 1]:
+    for unit in walker.units[: last + 1]:
+        site = unit.site
         if pending[site.name]:
-            parts = split(walker.reach(site), len(calibration))
+            parts = split(walker.reach(unit), len(calibration))
             for run in pending[site.name]:
-                line = _solve(run, walker, site, parts, device, store, warm)
+                line = _solve(run, walker, site, parts, store, warm)
                 records.append(options.out, line)
                 _print_line(line)
-        walker.commit(site, None)
+        walker.commit(unit, {})
 
 
 def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequence[Site]) -> Iterator[Run]:
@@ -144,7 +175,7 @@ def _runs(case: Case, options: LayerOptions, seeds: Sequence[int], sites: Sequen
                 try:
                     fields = quantize_fields(format_name, inputs, case.ignore)
                     spec = method_spec(solver, fields, seed=seed, device=head["device"], settings=settings)
-                    make_solver(spec.rounding)
+                    make_solver(spec.rounding.solver, spec.rounding)
                 except SpecError as error:
                     records.append(options.out, {**head, "layer": None, "refused": str(error)})
                     print(f"{case.name} {format_name} {solver}: refused: {error}")
@@ -160,29 +191,17 @@ def _sites(sites: Sequence[Site], run: Run, every: int) -> list[str]:
     return fitting[::every]
 
 
-def split(activations: SiteActivations, count: int) -> tuple[SiteActivations, SiteActivations]:
+def split(given: Sequence[Batch], count: int) -> tuple[list[Batch], list[Batch]]:
     """The first `count` microbatches and the others, each numbered from 0."""
-    assert activations.indices == list(range(len(activations.indices))), "one rank holds all microbatches"
-
-    def part(chosen: slice) -> SiteActivations:
-        return SiteActivations(
-            indices=list(range(len(activations.indices[chosen]))),
-            inputs=activations.inputs[chosen],
-            float_inputs=activations.float_inputs[chosen],
-            float_outputs=activations.float_outputs[chosen],
-            masks=activations.masks[chosen],
-            batch_sizes=activations.batch_sizes[chosen],
-        )
-
-    return part(slice(0, count)), part(slice(count, None))
+    assert [batch.index for batch in given] == list(range(len(given))), "one rank holds all microbatches"
+    return list(given[:count]), [replace(batch, index=batch.index - count) for batch in given[count:]]
 
 
 def _solve(
     run: Run,
     walker: Walker,
     site: Site,
-    parts: tuple[SiteActivations, SiteActivations],
-    device: torch.device,
+    parts: tuple[list[Batch], list[Batch]],
     store: ActivationStore,
     warm: set[str],
 ) -> records.Record:
@@ -192,25 +211,20 @@ def _solve(
     assert layer_format is not None, "ignored layers are not chosen"
     calibration, held_out = parts
     try:
-        problem = make_problem(
-            run.spec, walker, site, layer_format, calibration, len(calibration.indices), device, store, MomentCache()
-        )
-        problem = weighted_grid(problem, layer_format, COMM)
+        problem = make_problem(run.spec, walker, site, layer_format, calibration, len(calibration), store)
         if (base := run.head["solver"].partition("@")[0]) not in warm:
-            warm_up(run.spec, problem)
+            warm_up(run.spec, problem, layer_format)
             warm.add(base)
-        solver = TimedSolver(make_solver(run.spec.rounding), device)
-        watch = Stopwatch(device)
-        result = round_layer(problem, solver, COMM, Monitor())
+        solver = timed_solver(run.spec, store.device)
+        watch = Stopwatch(store.device)
+        result = round_as_job(run.spec, problem, layer_format, solver, Monitor())
         seconds = watch.seconds
         weight = result.grid.dequantize(result.codes)
     except Exception as error:
         # One configuration that fails must not end the others; the table shows it.
         traceback.print_exc()
         return {**line, "failed": f"{type(error).__name__}: {error}"}
-    fresh = replace(
-        problem, activations=held_out, total_microbatches=len(held_out.indices), transform=OutputTransform()
-    )
+    fresh = replace(problem, batches=held_out, total_microbatches=len(held_out), transform=OutputTransform())
     return {
         **line,
         "error": output_errors(fresh, [weight], COMM, result.shift).relative(0),

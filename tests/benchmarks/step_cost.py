@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.layer_modules import geometry_of
-from distributed_adaround.capture.sites import SiteActivations
+from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.numerics.soft_rounding import OutputTransform, RoundingSchedule
+from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve.adaround import solve_minibatch
-from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.learner import MinibatchSettings
+from distributed_adaround.solve.adaround import MinibatchSolver
 from distributed_adaround.solve.problem import LayerProblem, Monitor
+from distributed_adaround.spec.quantize import QuantizeSpec
+from distributed_adaround.spec.rounding import RoundingSpec
 
 # Layer, rows a batch, steps.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
@@ -48,28 +48,21 @@ def layer_problem(layer: nn.Module, relu: bool, device: torch.device) -> LayerPr
     x = torch.randn(4096, mixing.shape[0]) @ mixing
     if geometry.num_spatial_dims:
         x = x.view(16, 16, 16, -1).movedim(-1, 1)
-    weight = geometry.to_matrix(layer.weight.detach()).clone().to(device)
-    grid = choose_grid(
-        weight,
-        qmin=-8,
-        qmax=7,
-        symmetric=True,
-        zero_point=0,
-        strategy="channel",
-        group_size=None,
-        observer="mse",
-    )
+    weight = geometry.to_channels(layer.weight.detach()).clone().to(device)
+    layer_format = QuantizeSpec(dtype="int4", observer="mse").for_layer("layer", type(layer).__name__)
+    assert layer_format is not None
     x = x.to(device)
+    float_x = x + 0.05 * torch.randn_like(x)
     with torch.no_grad():
-        target = layer.to(device)(x + 0.05 * torch.randn_like(x))
+        target = layer.to(device)(float_x)
     return LayerProblem(
         name="layer",
         geometry=geometry,
         weight=weight,
         bias=layer.bias.detach(),
-        grid=grid.to(weight.dtype),
+        grid=choose_grid(weight, layer_format),
         transform=OutputTransform(activation="relu" if relu else "identity"),
-        activations=SiteActivations([0], [x], [x], [target], [None], [x.shape[0]]),
+        batches=[Batch(0, x, float_x, target, None, x.shape[0])],
         total_microbatches=1,
         store=ActivationStore(device, device_budget=2**34, host_budget=2**34),
         seed=0,
@@ -114,9 +107,8 @@ class TimingComm(SoloComm):
 
 
 def solve(problem: LayerProblem, rows: int, steps: int, comm: SoloComm, monitor: Monitor) -> None:
-    rounded = problem.grid.dequantize(problem.grid.quantize(problem.weight))
-    settings = MinibatchSettings(RoundingSchedule(steps, 0.0, 20.0, 2.0, 1.0), rows, "rows", 1e-2, "nearest")
-    solve_minibatch(problem, output_errors(problem, [rounded], comm), comm, monitor, settings=settings)
+    settings = RoundingSpec(max_iter=steps, warm_start=0.0, reg_param=1.0, batch_size=rows, lr=1e-2)
+    MinibatchSolver(settings).solve(problem, comm, monitor)
 
 
 def time_on_cpu(problem: LayerProblem, rows: int, steps: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec.number_format import LayerFormat
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.spec.quantize import QuantizeSpec
 from tests.benchmarks import records
 from tests.benchmarks.aggregate import ratio, rows_of
@@ -33,13 +33,13 @@ def layer_format(**fields: Any) -> LayerFormat:
 
 
 def test_the_ancestor_starts_at_the_float_weight_and_ends_on_the_grid() -> None:
-    weight = torch.tensor([[0.3, -0.7, 0.05], [1.0, 0.2, -0.4]])
+    weight = torch.tensor([[[0.3, -0.7, 0.05], [1.0, 0.2, -0.4]]])
     grid = minmax_grid(weight, layer_format())
-    torch.testing.assert_close(grid.scale, torch.tensor([[0.7 / 3.5], [1.0 / 3.5]]))
+    torch.testing.assert_close(grid.scale, torch.tensor([[[0.7 / 3.5], [1.0 / 3.5]]]))
     soft = SoftWeight(weight, grid)
     # 1.0 lies beyond the largest code 3 and -0.7 beyond -3.5 only by half a step, so the first is clipped.
     expected = weight.clone()
-    expected[1, 0] = 3 * 1.0 / 3.5
+    expected[0, 1, 0] = 3 * 1.0 / 3.5
     torch.testing.assert_close(soft.value().detach(), expected)
     codes = soft.value(hard=True) / grid.scale
     torch.testing.assert_close(codes, codes.round())
@@ -65,8 +65,10 @@ def test_one_step_of_the_ancestor_by_hand(warm_start: float) -> None:
         by_h = by_h - 1e-3 * 20 * centred.abs() ** 19 * centred.sign() * 2
     gradient = by_h * 1.2 * sigmoid * (1 - sigmoid)
     # Adam's first step has the length of the learning rate, against the gradient's sign.
-    torch.testing.assert_close(soft.V.detach(), start - 1e-3 * gradient / (gradient.abs() + 1e-8), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(layer.weight.detach(), soft.value().detach())
+    torch.testing.assert_close(
+        soft.V.detach()[0], start - 1e-3 * gradient / (gradient.abs() + 1e-8), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(layer.weight.detach(), soft.value().detach()[0])
 
 
 def test_schedule_and_loss_of_the_ancestor() -> None:
@@ -90,7 +92,7 @@ def test_the_ancestor_rounds_a_network_or_says_what_it_measured() -> None:
     for name, found in formats.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        hard = whole.hard.get_submodule(name).weight / minmax_grid(weight.detach(), found).scale
+        hard = whole.hard.get_submodule(name).weight / minmax_grid(weight.detach()[None], found).scale
         torch.testing.assert_close(hard, hard.round())
     part = round_network(model, batches, formats, AncestorSettings(max_iter=1000, max_layers=1, max_steps=2), CPU)
     assert not part.complete

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toy_quadratics import make_grid, make_quadratic
+from toy_quadratics import make_grid, make_quadratic, weights_of
 
 from distributed_adaround.formats import SCALE_FORMATS, Strategy
 from distributed_adaround.numerics.descent import Descent
@@ -93,7 +93,7 @@ def test_sweeps_are_those_of_a_plain_loop(
         found = descent.scale[0].expand(2, -1)
         torch.testing.assert_close(found, scale, rtol=1e-5, atol=0)
         torch.testing.assert_close(
-            descent.weights()[0], levels * scale.repeat_interleave(size, dim=1), rtol=1e-4, atol=1e-4
+            weights_of(descent)[0], levels * scale.repeat_interleave(size, dim=1), rtol=1e-4, atol=1e-4
         )
         scale = found.clone()
     moved = (descent.scale - grid.scale).abs().max()
@@ -115,11 +115,11 @@ def test_without_the_regularizer_it_solves_least_squares(
     solution = quadratic.weight
     if quadratic.linear is not None:
         solution = solution + torch.linalg.solve(quadratic.second, quadratic.linear, left=False)
-    before = (descent.weights() - solution).abs().max()
+    before = (weights_of(descent) - solution).abs().max()
     for _ in range(150):
         descent.sweep(0.0)
     assert before > 1
-    torch.testing.assert_close(descent.weights(), solution, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights_of(descent), solution, rtol=0, atol=1e-6)
 
 
 def test_one_visit_of_one_input_is_the_exact_minimum_over_it() -> None:
@@ -128,7 +128,7 @@ def test_one_visit_of_one_input_is_the_exact_minimum_over_it() -> None:
     descent = Descent(quadratic, replace(grid, scale=grid.scale * 4), block=1, steps=1)
     descent.sweep(0.0)
     # The last one visited: autograd knows of nothing but the loss.
-    weights = descent.weights().clone().requires_grad_()
+    weights = weights_of(descent).clone().requires_grad_()
     (slope,) = torch.autograd.grad(quadratic.loss(weights).sum(), weights)
     last = quadratic.second.diagonal(dim1=1, dim2=2).argmin(dim=1)
     for g in range(2):
@@ -159,7 +159,7 @@ def test_loss_and_regularizer_never_rise_under_one_mu(mu: float, block: int, ste
     descent = Descent(quadratic, grid, block=block, steps=steps)
 
     def goal() -> Tensor:
-        return descent.losses() + mu * penalty(quadratic, grid, descent.weights())
+        return descent.losses() + mu * penalty(quadratic, grid, weights_of(descent))
 
     goals = [goal()]
     for _ in range(12):

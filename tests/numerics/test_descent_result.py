@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toy_quadratics import make_grid, make_quadratic
+from toy_quadratics import make_grid, make_quadratic, weights_of
 
 from distributed_adaround.formats import Strategy
 from distributed_adaround.numerics.descent import Descent
@@ -88,7 +88,7 @@ def test_ends_on_the_grid_and_better_than_nearest(strategy: Strategy, dtype: str
     codes = descent.codes()
     assert ((codes >= grid.qmin) & (codes <= grid.qmax) & (codes == codes.round())).all()
     found = replace(grid, scale=descent.scale.view_as(grid.scale) if grid.per_channel else grid.scale)
-    torch.testing.assert_close(found.dequantize(codes), descent.weights(), rtol=1e-15, atol=0)
+    torch.testing.assert_close(found.dequantize(codes), weights_of(descent), rtol=1e-15, atol=0)
     assert descent.losses().sum() < quadratic.loss(nearest_weights(quadratic, grid)).sum()
     assert torch.equal(descent.scale, grid.representable(descent.scale))
     assert grid.per_channel or torch.equal(descent.scale.unique(), grid.scale.flatten())
@@ -104,7 +104,7 @@ def test_starts_from_the_levels_it_is_given_and_gives_them_back(strategy: Strate
     for block in (1, 7):
         descent = Descent(quadratic, grid, grid.levels(codes), block=block, steps=2)
         assert torch.equal(descent.codes(), codes)
-        torch.testing.assert_close(descent.weights(), weights)
+        torch.testing.assert_close(weights_of(descent), weights)
         assert not descent.unsettled(0.0)
         torch.testing.assert_close(descent.losses(), quadratic.loss(weights))
 
@@ -117,7 +117,7 @@ def test_starts_from_the_float_weights_inside_the_range(strategy: Strategy) -> N
     ends = [grid.dequantize(torch.full((2, 5, 12), float(code)).double()) for code in (0, 3)]
     clipped = torch.minimum(torch.maximum(quadratic.weight, ends[0]), ends[1])
     assert not torch.equal(clipped, quadratic.weight)
-    torch.testing.assert_close(descent.weights(), clipped)
+    torch.testing.assert_close(weights_of(descent), clipped)
     # So far only those on an end have settled.
     inside = (clipped == quadratic.weight).sum()
     assert descent.unsettled(0.0) == inside
@@ -152,13 +152,13 @@ def test_conv_groups_of_one_moment_are_alone_in_blocks_too() -> None:
 def test_inputs_that_are_always_0_end_at_their_nearest_code(block: int, steps: int) -> None:
     quadratic = make_quadratic(2, 4, 15, linear=True, dead=4)
     grid = make_grid(quadratic, "tensor")
-    found = annealed(quadratic, grid, block=block, steps=steps).weights()
+    found = weights_of(annealed(quadratic, grid, block=block, steps=steps))
     nearest = nearest_weights(quadratic, grid)
     torch.testing.assert_close(found[:, :, :4], nearest[:, :, :4])
     assert quadratic.linear is not None
     part = Quadratic(quadratic.second[:, 4:, 4:], quadratic.weight[:, :, 4:], quadratic.linear[:, :, 4:])
     if block == 1:
-        assert torch.equal(annealed(part, grid).weights(), found[:, :, 4:])
+        assert torch.equal(weights_of(annealed(part, grid)), found[:, :, 4:])
 
 
 def test_no_inputs_at_all() -> None:
@@ -166,7 +166,7 @@ def test_no_inputs_at_all() -> None:
         quadratic = make_quadratic(1, 4, 6, dead=6)
         grid = make_grid(quadratic, strategy)
         descent = annealed(quadratic, grid, block=2, steps=2)
-        torch.testing.assert_close(descent.weights(), nearest_weights(quadratic, grid))
+        torch.testing.assert_close(weights_of(descent), nearest_weights(quadratic, grid))
         assert torch.equal(descent.scale, grid.scale)
 
 

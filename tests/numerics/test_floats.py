@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from toy_formats import FLOAT32, layer_format
 
-from distributed_adaround.formats import E2M1, E4M3, ELEMENTS, SCALE_FORMATS
+from distributed_adaround.formats import E2M1, E4M3, SCALE_FORMATS
 from distributed_adaround.numerics.floats import decode, encode, nearest_values
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.ranges import choose_grid
+
+ELEMENTS = {"e4m3": E4M3, "e2m1": E2M1}
 
 E2M1_MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E4M3_VALUES = sorted({float(v) for v in torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float() if v == v})

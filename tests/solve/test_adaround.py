@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_formats import FLOAT32
+from toy_solving import rounded, solve, with_outputs
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics import soft_rounding as rounding
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.patches import from_patch_layout, to_patch_layout
-from distributed_adaround.numerics.soft_rounding import OutputTransform, RoundingSchedule, SoftRounding
+from distributed_adaround.numerics.soft_rounding import OutputTransform, SoftRounding
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve.adaround import channel_weights, solve_minibatch
+from distributed_adaround.solve.adaround import MinibatchSolver, channel_weights
 from distributed_adaround.solve.evaluate import output_errors
-from distributed_adaround.solve.layer import round_layer
-from distributed_adaround.solve.learner import MinibatchSettings, add_regularizer, fill_bucket
+from distributed_adaround.solve.learner import add_regularizer, fill_bucket
 from distributed_adaround.solve.problem import Monitor, OutputErrors
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
+from distributed_adaround.spec.rounding import RoundingSpec
 
-NO_PROGRESS = Monitor()
 ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "relu6": F.relu6}
 
 
-def settings(num_steps: int, **changes: Any) -> MinibatchSettings:
-    schedule = RoundingSchedule(num_steps, 0.2, 20.0, 2.0, changes.pop("reg_param", 0.01))
-    defaults = {"batch_size": 32, "batch_unit": "rows", "lr": 1e-2, "normalization": "sum"}
-    return MinibatchSettings(schedule, **(defaults | changes))
+def minibatch(num_steps: int, **changes: Any) -> MinibatchSolver:
+    defaults: dict[str, Any] = {"batch_size": 32, "lr": 1e-2, "normalization": "sum", "reg_param": 0.01}
+    return MinibatchSolver(RoundingSpec(max_iter=num_steps, **(defaults | changes)))
 
 
 class Reference:
@@ -40,7 +39,7 @@ class Reference:
 
     def __init__(self, layer: nn.Module, problem: Any) -> None:
         self.layer, self.transform = layer, problem.transform
-        weight, scale = layer.weight.detach(), problem.grid.scale[:, 0]
+        weight, scale = layer.weight.detach(), problem.grid.scale.flatten()
         if problem.geometry.transposed:
             # weight (C_in, O/G, ...): input channel c belongs to group c // (C_in/G).
             groups, per_group = layer.groups, weight.shape[1]
@@ -50,10 +49,9 @@ class Reference:
         below = torch.floor(weight / scale)
         qmin, qmax = problem.grid.qmin, problem.grid.qmax
         self.lo, self.hi = below.clamp(qmin, qmax) * scale, (below + 1).clamp(qmin, qmax) * scale
-        acts = problem.activations
-        self.inputs = acts.inputs
+        self.inputs = [batch.x_hat for batch in problem.batches]
         with torch.no_grad():
-            self.targets = self._through([layer(x) for x in acts.float_inputs])
+            self.targets = self._through([layer(batch.x) for batch in problem.batches])
 
     def _through(self, outputs: list[Tensor]) -> Tensor:
         """f(y), all rows of all microbatches, `(R, O)`."""
@@ -96,8 +94,8 @@ def as_solved(problem: Any) -> OutputTransform:
 
 def soft_rounding(problem: Any) -> SoftRounding:
     low, high = problem.grid.neighbours(problem.weight)
-    matrices = (problem.weight, problem.grid.dequantize(low), problem.grid.dequantize(high))
-    return SoftRounding(*(to_patch_layout(matrix, problem.geometry) for matrix in matrices))
+    weights = (problem.weight, problem.grid.dequantize(low), problem.grid.dequantize(high))
+    return SoftRounding(*(to_patch_layout(weight, problem.geometry) for weight in weights))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,7 @@ def test_bucket_is_the_gradient_of_the_loss(
         rows = CalibrationRows(local)
         plan = BatchPlan(local, rows.sample_rows, comm, 5, "rows")
         soft = soft_rounding(local)
-        soft.alpha.copy_(to_patch_layout(geometry.to_matrix(alpha.detach()), geometry))
+        soft.alpha.copy_(to_patch_layout(geometry.to_channels(alpha.detach()), geometry))
         soft.refresh()
         bucket = torch.full((alpha.numel() + 3,), 123.0, dtype=torch.float64)  # whatever the last step left
         ids, total = plan.batch(3)
@@ -138,8 +136,9 @@ def test_bucket_is_the_gradient_of_the_loss(
             assert not bucket.any(), "a rank without rows adds nothing"
         add_regularizer(bucket, soft, 0.3, 5.5, comm.rank, comm.world_size)
         comm.all_reduce(bucket)
-        gradient = soft.gradient_by_alpha(bucket[:-3].view_as(soft.alpha))
-        return geometry.from_matrix(from_patch_layout(gradient, geometry)), bucket[-3:]
+        gradient = bucket[:-3].view_as(soft.alpha)
+        rounding._to_gradient_by_alpha(gradient, soft.sigmoid)
+        return geometry.from_channels(from_patch_layout(gradient, geometry)), bucket[-3:]
 
     results = run_ranks(world_size, work)
     for gradient, tail in results:
@@ -175,7 +174,8 @@ def test_a_loss_that_is_not_finite_is_flagged() -> None:
 
 @pytest.mark.parametrize("normalization", ["sum", "mean", "nearest"])
 def test_channel_weights(normalization: Any) -> None:
-    errors = OutputErrors(error=torch.tensor([[4.0, 0.0, 10.0]]).double(), energy=torch.ones(3).double(), num_rows=20)
+    ones = torch.ones(3).double()
+    errors = OutputErrors(torch.tensor([[4.0, 0.0, 10.0]]).double(), energy=ones, asymmetric=ones, num_rows=20)
     expected = {"sum": [1.0, 1, 1], "mean": [1 / 3] * 3, "nearest": [8 / 0.2, 0, 8 / 0.5]}[normalization]
     assert channel_weights(errors, normalization, 24).tolist() == pytest.approx(expected, rel=1e-15)
 
@@ -199,9 +199,9 @@ def test_the_whole_solver_is_plain_adam_on_the_loss(
     inputs = [torch.randn(n, 4, s, s).double() for n, s in ((2, 5), (1, 7), (3, 5), (2, 6))]
     layer, problem = build((layer, inputs), make_problem, affine=True, activation=activation)
     num_steps = 40
-    config = settings(num_steps, batch_size=5, batch_unit=unit, normalization=normalization, lr=0.05, reg_param=0.02)
-    rounded = problem.grid.dequantize(problem.grid.quantize(problem.weight))
-    nearest = output_errors(problem, [rounded], SoloComm())
+    changes = {"batch_size": 5, "batch_unit": unit, "normalization": normalization}
+    solver = minibatch(num_steps, lr=0.05, reg_param=0.02, **changes)
+    nearest = output_errors(problem, [problem.grid.dequantize(problem.grid.quantize(problem.weight))], SoloComm())
 
     reference = Reference(layer, problem)
     per_row = nearest.error[0] / nearest.num_rows
@@ -225,17 +225,23 @@ def test_the_whole_solver_is_plain_adam_on_the_loss(
     def work(comm: Any) -> Any:
         local = share(problem, comm.rank, world_size)
         watching = Monitor(lambda step, loss: seen.append((step, loss)))
-        return solve_minibatch(local, nearest, comm, watching, settings=config)
+        return solver.solve(local, comm, watching)
 
     solutions = run_ranks(world_size, work)
-    expected = problem.geometry.to_matrix(reference.soft_weight(alpha.detach()))
+    expected = problem.geometry.to_channels(reference.soft_weight(alpha.detach()))
     for solution in solutions:
         torch.testing.assert_close(solution.soft_weight, expected, rtol=1e-6, atol=1e-8)
         assert torch.equal(solution.codes, solutions[0].codes)
-    up = problem.geometry.to_matrix(torch.sigmoid(alpha.detach()) >= 0.5)
+    up = problem.geometry.to_channels(torch.sigmoid(alpha.detach()) >= 0.5)
     low, high = problem.grid.neighbours(problem.weight)
     assert torch.equal(solutions[0].codes, torch.where(up, high, low))
     assert (solutions[0].codes != problem.grid.quantize(problem.weight)).any(), "the problem is too easy to test much"
+    # The solver has measured what it gives back, and nearest rounding.
+    hard = problem.grid.dequantize(solutions[0].codes)
+    errors = output_errors(problem, [hard, solutions[0].soft_weight], SoloComm())
+    for solution in solutions:
+        torch.testing.assert_close(solution.errors.error, errors.error, rtol=1e-9, atol=1e-18)
+        torch.testing.assert_close(solution.nearest.error, nearest.error, rtol=1e-9, atol=1e-18)
     assert [step for step, _ in seen] == [num_steps] * world_size
     assert seen[0][1] == pytest.approx(loss.item(), rel=1e-6)
 
@@ -257,9 +263,9 @@ def first_layer(kind: str, make_problem: Any, *, clips: bool) -> Any:
     layer, size = EQUAL_INPUTS[kind]
     inputs = [F.avg_pool1d(torch.randn(n, *size).flatten(1), 3, 1, 1).view(n, *size) for n in (2, 1, 3, 2)]
     problem = make_problem(layer, inputs)
-    ends = problem.weight.abs().amax(dim=1, keepdim=True)
+    ends = problem.weight.abs().amax(dim=2, keepdim=True)
     assert (problem.grid.scale * 3 < ends).any(), "the grid that is chosen does clip"
-    return problem if clips else replace(problem, grid=Grid(ends / 2.9, torch.zeros_like(ends), -4, 3))
+    return problem if clips else replace(problem, grid=Grid(ends / 2.9, torch.zeros_like(ends), -4, 3, FLOAT32))
 
 
 @pytest.mark.parametrize("transform", ["nothing", "batch norm", "batch norm and relu"])
@@ -300,15 +306,14 @@ def test_equal_inputs_on_any_number_of_ranks(
 ) -> None:
     problem = first_layer(kind, make_problem, clips=clips)
     # Few rows a batch: products of other sizes on each number of ranks, so another rounding noise.
-    config = settings(60, batch_size=16, lr=0.05, normalization=normalization, reg_param=reg_param)
-    solver = partial(solve_minibatch, settings=config)
-    alone = round_layer(problem, solver, SoloComm(), NO_PROGRESS)
+    solver = minibatch(60, batch_size=16, lr=0.05, normalization=normalization, reg_param=reg_param)
+    alone = rounded(problem, solver)
     assert alone.flipped > 0, "as nearest rounding: nothing was learned"
     assert not alone.kept_nearest
     for world_size in (3, 5):  # 4 microbatches: one of five ranks is empty
         results = run_ranks(
             world_size,
-            lambda comm: round_layer(share(problem, comm.rank, comm.world_size), solver, comm, NO_PROGRESS),
+            lambda comm: rounded(share(problem, comm.rank, comm.world_size), solver, comm),
         )
         for result in results:
             assert torch.equal(result.codes, results[0].codes)
@@ -332,8 +337,7 @@ def test_clearly_better_than_nearest_on_correlated_inputs(
     problem = correlated_problem(make_problem, torch.float32)
     grid = problem.grid
     nearest = output_errors(problem, [grid.dequantize(grid.quantize(problem.weight))], SoloComm())
-    config = settings(600, normalization=normalization, lr=2e-2, reg_param=reg_param)
-    solution = solve_minibatch(problem, nearest, SoloComm(), NO_PROGRESS, settings=config)
+    solution = solve(minibatch(600, normalization=normalization, lr=2e-2, reg_param=reg_param), problem)
     hard = output_errors(problem, [grid.dequantize(solution.codes)], SoloComm())
     assert hard.relative(0) < 0.4 * nearest.relative(0)
     assert solution.unsettled < 0.1
@@ -343,16 +347,10 @@ def test_clearly_better_than_nearest_on_correlated_inputs(
 
 def test_same_codes_in_float64_on_any_number_of_ranks(make_problem: Any, share: Any, run_ranks: Any) -> None:
     problem = correlated_problem(make_problem, torch.float64)
-    nearest = output_errors(problem, [problem.weight * 0.9], SoloComm())
-    config = settings(150, batch_size=16)
-    alone = solve_minibatch(problem, nearest, SoloComm(), NO_PROGRESS, settings=config)
+    solver = minibatch(150, batch_size=16)
+    alone = solve(solver, problem)
     for world_size in (2, 3, 8):  # 6 microbatches: two of eight ranks are empty
-        solutions = run_ranks(
-            world_size,
-            lambda comm: solve_minibatch(
-                share(problem, comm.rank, comm.world_size), nearest, comm, NO_PROGRESS, settings=config
-            ),
-        )
+        solutions = run_ranks(world_size, lambda comm: solve(solver, share(problem, comm.rank, comm.world_size), comm))
         for solution in solutions:
             assert torch.equal(solution.codes, alone.codes)
             assert solution.unsettled == alone.unsettled
@@ -361,21 +359,30 @@ def test_same_codes_in_float64_on_any_number_of_ranks(make_problem: Any, share: 
 
 def test_progress_every_hundred_steps_and_at_the_end(make_problem: Any) -> None:
     problem = correlated_problem(make_problem, torch.float32)
-    nearest = output_errors(problem, [problem.weight * 0.9], SoloComm())
     seen: list[int] = []
-    solve_minibatch(problem, nearest, SoloComm(), Monitor(lambda step, loss: seen.append(step)), settings=settings(250))
+    solve(minibatch(250), problem, monitor=Monitor(lambda step, loss: seen.append(step)))
     assert seen == [100, 200, 250]
 
 
-def test_all_ranks_stop_at_a_loss_that_is_not_finite(make_problem: Any, share: Any, run_ranks: Any) -> None:
+def test_all_ranks_stop_at_a_loss_that_is_not_finite(
+    make_problem: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured on all data is finite; then a row of one rank is not."""
     problem = correlated_problem(make_problem, torch.float32)
-    nearest = output_errors(problem, [problem.weight * 0.9], SoloComm())
-    problem.activations.inputs[4][10] = torch.nan
+    gather = CalibrationRows.gather
+
+    def spoiled(rows: CalibrationRows, ids: Tensor) -> Any:
+        inputs, *others = gather(rows, ids)
+        if any(batch.index == 4 for batch in rows._problem.batches):
+            inputs[:, :1] = torch.nan
+        return inputs, *others
+
+    monkeypatch.setattr(CalibrationRows, "gather", spoiled)
 
     def work(comm: Any) -> str:
         local = share(problem, comm.rank, comm.world_size)
         with pytest.raises(InputError) as caught:
-            solve_minibatch(local, nearest, comm, NO_PROGRESS, settings=settings(300, batch_size=200))
+            solve(minibatch(300, batch_size=200), local, comm)
         return str(caught.value)
 
     messages = run_ranks(3, work)
@@ -389,11 +396,8 @@ def test_all_ranks_stop_at_a_loss_that_is_not_finite(make_problem: Any, share: A
 def test_activations_of_any_size(size: float, make_problem: Any) -> None:
     problem = correlated_problem(make_problem, torch.float32, size)
     problem = replace(problem, bias=None)
-    problem.activations.float_outputs = [x @ problem.weight.T for x in problem.activations.inputs]
-    grid = problem.grid
-    nearest = output_errors(problem, [grid.dequantize(grid.quantize(problem.weight))], SoloComm())
-    config = settings(100, normalization="nearest")
-    solution = solve_minibatch(problem, nearest, SoloComm(), NO_PROGRESS, settings=config)
+    problem = with_outputs(problem, [batch.x_hat @ problem.weight[0].T for batch in problem.batches])
+    solution = solve(minibatch(100, normalization="nearest"), problem)
     assert torch.isfinite(solution.soft_weight).all()
     assert torch.isfinite(solution.codes).all()
 
@@ -402,7 +406,5 @@ def test_batches_of_padding_only_change_nothing_but_the_regularizer(make_problem
     layer = nn.Linear(3, 2).double()
     masks = [torch.tensor([[0, 0], [0, 0], [0, 1]])]
     problem = make_problem(layer, [torch.randn(3, 2, 3).double()], masks=masks)
-    nearest = output_errors(problem, [problem.weight * 0.9], SoloComm())
-    config = settings(20, batch_size=1, batch_unit="samples", reg_param=0.0)
-    solution = solve_minibatch(problem, nearest, SoloComm(), NO_PROGRESS, settings=config)
+    solution = solve(minibatch(20, batch_size=1, batch_unit="samples", reg_param=0.0), problem)
     assert torch.isfinite(solution.soft_weight).all()

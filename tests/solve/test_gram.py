@@ -153,7 +153,8 @@ def test_progress_is_told_up_to_the_last_sweep(num_sweeps: int, looks: list[int]
     watching = Monitor(lambda step, loss: told.append((step, loss)))
     solution = solve(solver(num_sweeps), problem, monitor=watching)
     assert [step for step, _ in told] == looks
-    # Without a linear part the loss is the squared output error of a row of the data; what has not settled yet has less of it.
+    # Without a linear part the loss is the squared output error of one row of the data; what has not settled yet has
+    # less of it.
     error = float(errors(problem, solved(problem, solution)).sum()) / 120
     assert 0.5 * error < told[-1][1] < 1.5 * error
     assert solution.unsettled < {1: 0.4, 10: 0.2, 25: 0.08}[num_sweeps]

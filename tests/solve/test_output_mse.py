@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distributed_adaround.formats import LayerFormat
+from distributed_adaround.numerics.ranges import choose_grid
+from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import SoloComm
+from distributed_adaround.solve.measure import measure
 from distributed_adaround.solve.problem import LayerProblem
-from distributed_adaround.solve.setup import choose_layer_grid, weighted_grid
-from distributed_adaround.spec.number_format import LayerFormat
+from distributed_adaround.solve.setup import with_moments
 from distributed_adaround.spec.quantize import QuantizeSpec
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -32,11 +35,15 @@ def format_of(observer: str, **fields: Any) -> LayerFormat:
 
 
 def of_other_sizes(problem: LayerProblem, layer_format: LayerFormat) -> LayerProblem:
-    return replace(problem, grid=choose_layer_grid(problem.weight.float(), layer_format).to(problem.dtype))
+    return replace(problem, grid=choose_grid(problem.weight.float(), layer_format).to(problem.dtype))
+
+
+def weighted_grid(problem: LayerProblem, layer_format: LayerFormat, comm: Any) -> LayerProblem:
+    return with_moments(problem, measure(problem, comm), layer_format)
 
 
 def weighted(problem: LayerProblem, power: Tensor) -> Tensor:
-    """Squared rounding error of each weight times the mean square of its input, `(O, I)`."""
+    """Squared rounding error of each weight times the mean square of its input, `(G, R, J)`."""
     rounded = problem.grid.dequantize(problem.grid.quantize(problem.weight))
     return (rounded - problem.weight).square() * power
 
@@ -53,7 +60,7 @@ def test_the_weighted_error_falls(name: str, make_problem: Any) -> None:
     power = x.square().mean(dim=0)
     assert weighted(found, power).sum() < 0.97 * weighted(plain, power).sum()
     # No scale group got worse.
-    shape = (1, -1) if name == "per tensor" else (7, found.grid.scale.shape[1], -1)
+    shape = (1, -1) if name == "per tensor" else (7, found.grid.scale.shape[2], -1)
     by_scale = [weighted(problem, power).reshape(shape).sum(dim=-1) for problem in (found, plain)]
     assert (by_scale[0] <= by_scale[1] * (1 + 1e-6)).all()
 
@@ -63,7 +70,7 @@ def test_scales_are_the_best_of_those_tried(make_problem: Any) -> None:
     x = torch.randn(60, 8).double() * torch.linspace(0.05, 2, 8)
     layer_format = format_of("output_mse", dtype="int3")
     problem = weighted_grid(make_problem(nn.Linear(8, 6).double(), [x]), layer_format, SoloComm())
-    for row, scale in zip(problem.weight, problem.grid.scale[:, 0], strict=True):
+    for row, scale in zip(problem.weight[0], problem.grid.scale[0, :, 0], strict=True):
         errors = []
         for share in SHARES:
             step = share * row.abs().max() / 3.5
@@ -82,10 +89,10 @@ def test_inputs_of_a_convolution_in_groups(make_problem: Any) -> None:
     plain = of_other_sizes(problem, format_of("mse", dtype="int3"))
     own = (found.grid.dequantize(found.grid.quantize(found.weight)) - found.weight).abs()
     other = (plain.grid.dequantize(plain.grid.quantize(plain.weight)) - plain.weight).abs()
-    assert own[3:, 1].sum() < 0.5 * other[3:, 1].sum()
-    assert (own[3:, 1] <= other[3:, 1]).all()
+    assert own[1, :, 1].sum() < 0.5 * other[1, :, 1].sum()
+    assert (own[1, :, 1] <= other[1, :, 1]).all()
     # Both channels of the first group are equally loud, nearly.
-    assert (own[:3].square().sum(dim=1) <= other[:3].square().sum(dim=1) * 1.2).all()
+    assert (own[0].square().sum(dim=1) <= other[0].square().sum(dim=1) * 1.2).all()
 
 
 def test_same_scales_on_any_number_of_ranks(make_problem: Any, share: Any, run_ranks: Any) -> None:
@@ -100,15 +107,22 @@ def test_same_scales_on_any_number_of_ranks(make_problem: Any, share: Any, run_r
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
-def test_other_observers_leave_the_grid_and_the_data_alone(
-    observer: str, make_problem: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unwanted(*_: Any) -> None:
-        raise AssertionError("nobody asked for moments")
-
-    monkeypatch.setattr("distributed_adaround.solve.setup.layer_moments", unwanted)
+def test_other_observers_leave_the_grid_alone(observer: str, make_problem: Any) -> None:
     problem = make_problem(nn.Linear(8, 6), [torch.randn(5, 8)])
-    assert weighted_grid(problem, format_of(observer, dtype="int3"), SoloComm()) is problem
+    found = weighted_grid(problem, format_of(observer, dtype="int3"), SoloComm())
+    assert found.grid is problem.grid
+    assert found.quadratic is not None
+    with_relu = replace(problem, transform=OutputTransform(activation="relu"))
+    assert weighted_grid(with_relu, format_of(observer, dtype="int3"), SoloComm()) is with_relu
+
+
+def test_moments_of_a_layer_with_an_activation_in_the_loss_make_its_grid_alone(make_problem: Any) -> None:
+    """They know nothing of the activation."""
+    problem = make_problem(nn.Linear(8, 6), [torch.randn(5, 8) * torch.linspace(0.05, 2, 8)])
+    problem = replace(problem, transform=OutputTransform(activation="relu"))
+    found = weighted_grid(problem, format_of("output_mse", dtype="int3"), SoloComm())
+    assert found.quadratic is None
+    assert not torch.equal(found.grid.scale, problem.grid.scale)
 
 
 def test_inputs_that_are_always_zero_do_not_ruin_the_scale(make_problem: Any) -> None:
@@ -119,5 +133,5 @@ def test_inputs_that_are_always_zero_do_not_ruin_the_scale(make_problem: Any) ->
     problem = make_problem(nn.Linear(8, 6).double(), [x])
     found = weighted_grid(problem, layer_format, SoloComm())
     rounded = found.grid.dequantize(found.grid.quantize(found.weight))
-    relative = (rounded - found.weight).square()[:, 4:].sum(dim=1) / found.weight.square()[:, 4:].sum(dim=1)
+    relative = (rounded - found.weight).square()[:, :, 4:].sum(dim=2) / found.weight.square()[:, :, 4:].sum(dim=2)
     assert relative.max() < 0.15

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from toy_formats import layer_format
 
 from distributed_adaround.formats import Strategy
+from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.moments import Quadratic
 from distributed_adaround.numerics.ranges import choose_grid
@@ -29,3 +31,8 @@ def make_grid(quadratic: Quadratic, strategy: Strategy = "channel", *, runs: int
         dtype, strategy=strategy, group_size=size, observer="mse", symmetric=not dtype.startswith("uint")
     )
     return choose_grid(quadratic.weight, fmt).to(quadratic.weight.dtype)
+
+
+def weights_of(descent: Descent) -> Tensor:
+    """Weights `(G, R, J)` of the present levels, also of soft ones, in the weight's order."""
+    return descent._outputs_first(descent._weights())
