@@ -64,19 +64,20 @@ def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor
     if quadratic.linear is not None:
         linear = quadratic.linear.transpose(1, 2).gather(1, place).double()
         left += torch.cholesky_solve(linear, factors.lower).to(left.dtype)
-    run_of_input = order // (order.shape[1] // grid.scale.shape[2])
-    levels = _round_in_order(left, factors.spread, grid, run_of_input)
+    levels = _round_in_order(left, factors.spread, grid, order)
     return grid.codes(torch.empty_like(levels).scatter_(1, place, levels).transpose(1, 2))
 
 
-def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, run_of_input: Tensor) -> Tensor:
+def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, order: Tensor) -> Tensor:
     """Levels `(G, J, R)` of weights `(G, J, R)`, which are changed, both in the order of the inputs."""
-    levels = torch.empty_like(left)
+    levels, runs = torch.empty_like(left), grid.scale.shape[2]
+    run_of_input = order // (order.shape[1] // runs)
+    shared = grid.runs()[0] if runs == 1 else None
     for first in range(0, left.shape[1], _FRONT):
         last = min(first + _FRONT, left.shape[1])
         errors = torch.empty_like(left[:, first:last])
         for j in range(first, last):
-            chosen = grid.of_inputs(run_of_input[:, j : j + 1])
+            chosen = shared or grid.of_inputs(run_of_input[:, j : j + 1])
             now = left[:, j : j + 1]
             levels[:, j : j + 1] = chosen.round(now / chosen.scale)
             error = (now - levels[:, j : j + 1] * chosen.scale) / spread[:, j : j + 1, j : j + 1]

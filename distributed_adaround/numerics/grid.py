@@ -133,16 +133,11 @@ class Grid:
 
     def runs(self) -> list[GridRun]:
         """What each run of inputs that share scales has in common; copies."""
-        return [self._run(index) for index in range(self.scale.shape[2])]
-
-    def _run(self, index: int) -> GridRun:
-        scale, zero_point = (part[:, None, :, index].contiguous() for part in (self.scale, self.zero_point))
-        return self._run_of(scale.clone(), zero_point)
+        parts = ((part[:, None].movedim(3, 0)).contiguous() for part in (self.scale, self.zero_point))
+        return [self._run_of(scale.clone(), zero_point) for scale, zero_point in zip(*parts, strict=True)]
 
     def of_inputs(self, index: Tensor) -> GridRun:
         """The same for one input of each conv group. index: int64 `(G, 1)`, the run that the input is in."""
-        if self.scale.shape[2] == 1:
-            return self._run(0)
         place = index[:, :, None].expand(-1, self.scale.shape[1], -1)
         return self._run_of(*(part.gather(2, place).transpose(1, 2) for part in (self.scale, self.zero_point)))
 
