@@ -1,4 +1,4 @@
-"""Readers of binary files: .npy, .npz, .safetensors, .pt and .pth.
+"""Named columns, which every reader of files gives, and the readers of .npy, .npz, .safetensors, .pt and .pth.
 
 No pickled object is ever built, no array may claim more than its file holds, and the checksums that zip files (.npz,
 .pt) carry are compared before anything is read.
@@ -6,7 +6,8 @@ No pickled object is ever built, no array may claim more than its file holds, an
 
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -16,45 +17,63 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.integrity import check_safetensors, check_zip, is_zip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "BF16": "bfloat16",
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-}
+# The one problem for which a field that nobody asked for is left out; every other one is an error.
+NOT_NUMERIC = "is not numeric"
 
 
-def read_npy(path: Path) -> dict[str, Column]:
+@dataclass(frozen=True)
+class Column:
+    """One field of a file.
+
+    dtype: torch's name for it. shape: the first axis counts samples; in lists of samples the others are None where
+    they vary. read: one sample, or for `...` the whole array, which lists of samples do not have.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+    read: Callable[[Any], Tensor]
+    is_list: bool = False
+
+
+# By field of the file. A text instead of a column says why it cannot be read: "the field 'x' ...".
+Columns = dict[str, Column | str]
+
+
+def common_shape(shapes: Sequence[Sequence[int | None]]) -> tuple[int | None, ...]:
+    """Sizes that all samples share, None where they differ. All have the same number of dimensions."""
+    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """For instance "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_npy(path: Path) -> Columns:
     """One array, field "input"; memory mapped."""
     with path.open("rb") as file:
         shape, dtype = _npy_header(file)
         missing = file.tell() + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing and not dtype.hasobject:
         raise InputError(f"has {abs(missing)} bytes {'less' if missing > 0 else 'more'} than its header says")
-    if dtype.hasobject:
-        return {"input": _numpy_column(shape, dtype, lambda: np.empty(0))}
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return {"input": _numpy_column(shape, dtype, lambda: array)}
+    load = cache(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+    return {"input": _numpy_column(shape, dtype, load)}
 
 
-def read_npz(path: Path) -> dict[str, Column]:
+def read_npz(path: Path) -> Columns:
     """Arrays by name; each is read whole when first used, since it may be compressed."""
     check_zip(path, compressed=True)
-    columns = {}
+    columns: Columns = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if name == member.filename:
-                raise InputError(f"holds {member.filename!r}, which is not a .npy array")
+                raise InputError(f"holds {name!r}, which is not a .npy array")
             with archive.open(member) as file:
                 shape, dtype = _npy_header(file)
             if math.prod(shape) * dtype.itemsize > member.file_size:
@@ -63,14 +82,14 @@ def read_npz(path: Path) -> dict[str, Column]:
     return columns
 
 
-def read_safetensors(path: Path) -> dict[str, Column]:
-    """Tensors by name, read sample by sample."""
+def read_safetensors(path: Path) -> Columns:
+    """Tensors by name; memory mapped."""
     check_safetensors(path)
-    file: Any = safe_open(path, framework="pt")  # mapped for as long as the columns live
-    return {name: _safetensors_column(file, name) for name in sorted(file.keys())}
+    with safe_open(path, framework="pt") as file:
+        return {name: _tensor_column(file.get_tensor(name)) for name in sorted(file.keys())}
 
 
-def read_torch(path: Path) -> dict[str, Column]:
+def read_torch(path: Path) -> Columns:
     """A tensor (field "input"), a dict of tensors, or a list of tensors or of dicts, where each item is one sample."""
     # Only zip files, which torch.save writes since 1.6, can be mapped. Mapped, no tensor reaches beyond the file.
     mapped = is_zip(path)
@@ -90,7 +109,6 @@ def read_torch(path: Path) -> dict[str, Column]:
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype, without the data."""
     version = np.lib.format.read_magic(file)
     if version == (3, 0):
         # Used only for structured arrays with non-Latin names, which are not numeric.
@@ -112,30 +130,16 @@ def _npz_member(path: Path, member: str) -> Callable[[], Array]:
     return load
 
 
-def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[], Array]) -> Column:
+def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[], Array]) -> Column | str:
     if dtype.hasobject:
-        return unreadable("holds pickled Python objects, which are never read")
+        return "holds pickled Python objects, which are never read"
     native = dtype.newbyteorder("=")
     try:
         torch_dtype = torch.from_numpy(np.empty(0, native)).dtype
     except TypeError:
-        return unreadable(NOT_NUMERIC)
+        return NOT_NUMERIC
     # Copies: the map is read-only.
-    return Column(
-        dtype_name(torch_dtype),
-        shape,
-        lambda row: torch.from_numpy(np.array(load()[row], native)),
-        lambda: torch.from_numpy(np.array(load(), native)),
-    )
-
-
-def _safetensors_column(file: Any, name: str) -> Column:
-    view = file.get_slice(name)
-    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
-    if dtype is None:
-        return unreadable(f"has the dtype {view.get_dtype()}, which is not supported")
-    # Copies: the map is private to the file, not to a sample.
-    return Column(dtype, tuple(view.get_shape()), lambda row: view[row].clone(), lambda: file.get_tensor(name).clone())
+    return Column(dtype_name(torch_dtype), shape, lambda row: torch.from_numpy(np.array(load()[row], native)))
 
 
 def _tensor_problem(value: object) -> str | None:
@@ -149,20 +153,20 @@ def _tensor_problem(value: object) -> str | None:
     return None
 
 
-def _tensor_column(value: Any) -> Column:
+def _tensor_column(value: Any) -> Column | str:
     problem = _tensor_problem(value)
     if problem is not None:
-        return unreadable(problem)
-    tensor: Tensor = value.detach()
-    return Column(dtype_name(tensor.dtype), tuple(tensor.shape), lambda row: tensor[row].clone(), tensor.clone)
+        return problem
+    # Copies: the map is private to the file, not to a sample.
+    return Column(dtype_name(value.dtype), tuple(value.shape), lambda row: value.detach()[row].clone())
 
 
-def _list_column(samples: list[Any]) -> Column:
+def _list_column(samples: list[Any]) -> Column | str:
     problem = next(filter(None, map(_tensor_problem, samples)), None)
     if problem is not None:
-        return unreadable(problem)
+        return problem
     if len({(sample.dtype, sample.dim()) for sample in samples}) > 1:
-        return unreadable("mixes dtypes or numbers of dimensions")
+        return "mixes dtypes or numbers of dimensions"
     dtype = dtype_name(samples[0].dtype) if samples else ""
     shape = (len(samples), *common_shape([sample.shape for sample in samples]))
-    return Column(dtype, shape, lambda row: samples[row].detach().clone())
+    return Column(dtype, shape, lambda row: samples[row].detach().clone(), is_list=True)

@@ -1,15 +1,76 @@
 """The manifest of a job's data: which files there are, what they hold, and how their samples are cut."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
-from distributed_adaround.data.checksums import Checksums
 from distributed_adaround.data.manifest import DataFile, Manifest, cut, take
-from distributed_adaround.data.readers import SUFFIXES, has_reader, scan
+from distributed_adaround.data.readers import SUFFIXES, has_reader, open_samples
 from distributed_adaround.errors import InputError, redact
-from distributed_adaround.files import storage
+from distributed_adaround.files import storage, uris
 
 logger = logging.getLogger(__name__)
+
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](\S.*)")
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What the files must have: a list as `sha256sum *.npz > SHA256SUMS` writes it.
+
+        0a1b...ff  images/a.npz
+        1c2d...00 *images/b.npz
+
+    A name stands for every file whose path ends in it, so the list may lie anywhere and be written in any folder above
+    the files. Names are compared as text and never opened.
+    """
+
+    uri: str
+    by_name: Mapping[str, str]
+
+    @classmethod
+    def read(cls, uri: str) -> Self:
+        """Raises: InputError when it is not such a list, or lists a name with two checksums; UnreachableError."""
+        shown = redact(uri)
+        try:
+            text = storage.read_bytes(uri).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{shown}: byte {error.start} is not UTF-8 text; write it by sha256sum") from error
+        by_name: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            match = _LINE.fullmatch(line)
+            if match is None:
+                raise InputError(f"{shown}: line {number} is not 'SHA-256, two blanks, name'; write it by sha256sum")
+            digest, name = match[1].lower(), match[2].removeprefix("./")
+            if by_name.setdefault(name, digest) != digest:
+                raise InputError(f"{shown}: line {number}: another checksum for {name!r} stands above; remove one")
+        return cls(uri, by_name)
+
+    def check(self, uri: str, sha256: str) -> None:
+        """Raises: InputError when the file differs or is not listed. The longest name that fits it counts."""
+        names = self._names(uri)
+        shown, listed = redact(uri), redact(self.uri)
+        if not names:
+            raise InputError(f"{shown}: is not in the list {listed}; add it by sha256sum, or leave it out of data.uri")
+        if self.by_name[max(names, key=len)] != sha256:
+            raise InputError(
+                f"{shown}: its SHA-256 is not that of {listed}: it is damaged or another file; get it again, or "
+                "correct the list"
+            )
+
+    def unused(self, files: Iterable[str]) -> list[str]:
+        """Names that are none of these files: of other data, or of files that have gone."""
+        used = {name for uri in files for name in self._names(uri)}
+        return [name for name in self.by_name if name not in used]
+
+    def _names(self, uri: str) -> list[str]:
+        start, end = uris.path_span(uri)
+        path = uri[start:end]
+        return [name for name in self.by_name if path == name or path.endswith(f"/{name.lstrip('/')}")]
 
 
 def build_manifest(
@@ -56,22 +117,23 @@ def build_manifest(
     return manifest
 
 
-def _list_data(uris: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+def _list_data(given: Sequence[str]) -> tuple[list[str], list[str]]:
     """Files that have a reader, and those that have none. A file named by the user must have one."""
     found: set[str] = set()
-    for uri in uris:
+    for uri in given:
         matches = storage.list_files(uri)
         if not matches:
             raise InputError(f"{redact(uri)}: no file matches; check the path, the wildcards and the mounts")
         if matches == [uri] and not has_reader(uri):
             raise InputError(f"{redact(uri)}: unknown file type; supported are {', '.join(SUFFIXES)}")
         found.update(matches)
-    usable = sorted(uri for uri in found if has_reader(uri))
-    skipped = tuple(sorted(found.difference(usable)))
+    usable = sorted(filter(has_reader, found))
+    skipped = sorted(found.difference(usable))
     if not usable:
-        shown = ", ".join(map(redact, uris))
-        example = f", for example {redact(skipped[0])}" if skipped else ""
-        raise InputError(f"{shown}: {len(skipped)} files of unknown type{example}; supported are {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"{', '.join(map(redact, given))}: {len(skipped)} files of unknown type, for example {redact(skipped[0])}; "
+            f"supported are {', '.join(SUFFIXES)}"
+        )
     return usable, skipped
 
 
@@ -79,8 +141,8 @@ def _data_file(
     uri: str, fields: Mapping[str, str] | None, one_sample_per_file: bool, expected: Checksums | None
 ) -> DataFile:
     with storage.local_file(uri) as path:
-        shown, sha256 = redact(uri), storage.sha256_file(path)
+        sha256 = storage.sha256_file(path)
         if expected is not None:
             expected.check(uri, sha256)
-        num_samples, infos = scan(path, shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
-        return DataFile(uri, path.stat().st_size, sha256, num_samples, infos)
+        file = open_samples(path, shown=redact(uri), fields=fields, one_sample_per_file=one_sample_per_file)
+        return DataFile(uri, path.stat().st_size, sha256, file.num_samples, file.fields)

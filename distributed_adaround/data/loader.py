@@ -1,6 +1,6 @@
 """Microbatches as tensors: reads the samples of a manifest, pads and stacks them, some microbatches ahead.
 
-    owned indices -> torchdata MapStyleWrapper(load) -> Prefetcher (one thread) -> (index, tensors), in order
+    owned indices -> torchdata IterableWrapper(load) -> Prefetcher (one thread) -> (index, tensors), in order
 
 What arrives depends on the manifest alone, never on the rank, the prefetching or the order of calls. torchdata's
 ParallelMapper is not used: its workers call `torch.set_num_threads(1)`, which holds for every later thread, and its
@@ -8,18 +8,16 @@ errors come back as text. One thread that reads ahead is what a walk through a m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchdata.nodes import BaseNode, MapStyleWrapper, Prefetcher
+from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 
-from distributed_adaround.data.encode import ArraysEncoder, Encoder
 from distributed_adaround.data.manifest import FieldInfo, Manifest
 from distributed_adaround.data.readers import SampleFile, open_samples
 from distributed_adaround.errors import InputError, redact
@@ -31,17 +29,38 @@ _OPEN_FILES = 4
 Loaded = dict[str, Tensor]
 
 
-class SampleLoader:
+class Encoder:
+    """Makes the tensors of a sample from a record of a file, on the rank that owns it: here the arrays as they are.
+
+    Base of all encoders. args: `data.encoder_args`.
+    """
+
+    def __init__(self, args: Mapping[str, Any]) -> None:
+        pass
+
+    def fields(self, fields: tuple[FieldInfo, ...]) -> tuple[FieldInfo, ...]:
+        """What every encoded sample has, from what every record has. A size that differs between samples is None."""
+        return fields
+
+    def __call__(self, record: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one sample, without a batch axis. Raises InputError."""
+        return dict(record)
+
+
+class SampleLoader(AbstractContextManager["SampleLoader"]):
     """Any microbatch by index, and those of one rank in order. Close it, or use it as a context manager.
 
-    owned: indices of this rank's microbatches. pad_value: fills fields that vary in size, at the end, up to the longest
-    sample of the microbatch. mask_field: where a field varies and the data has no field of this name, it is added:
-    int64 `(N, T)`, 1 for real, 0 for padding, T the first varying dimension of the first varying field. Where the data
-    has it, it is padded with 0. prefetch: microbatches read ahead by a thread; 0 for none. encoder: makes the tensors
-    of each sample; None: arrays as they are.
+    total: microbatches of the whole job. varying: samples differ in size. Each file is compared with the manifest's
+    size and checksum before its first sample is used; remote files are downloaded once, and removed by `close`.
 
-    Each file is compared with the manifest's size and checksum before its first sample is used; remote files are
-    downloaded once, and removed by `close`.
+    Args:
+        manifest: all data of the job.
+        owned: indices of this rank's microbatches; may be empty.
+        pad_value: fills fields that vary in size, at the end, up to the longest sample of the microbatch.
+        mask_field: padded with 0; added where a field varies and the data has none, by its first varying dimension:
+            int64 `(N, T)`, 1 for real, 0 for padding.
+        prefetch: microbatches read ahead by a thread; 0 for none.
+        encoder: makes the tensors of each sample; None: arrays as they are.
 
     Raises: InputError, from the constructor for a pad_value that a field's dtype cannot hold, from reading for a file
     that changed or cannot be read.
@@ -58,9 +77,8 @@ class SampleLoader:
         encoder: Encoder | None = None,
     ) -> None:
         self._manifest = manifest
-        self._encode = encoder or ArraysEncoder({})
+        self._encode = encoder or Encoder({})
         self._fields = self._encode.fields(manifest.fields)
-        self._owned = tuple(sorted(owned))
         self._mask_field = mask_field
         self._prefetch = prefetch
         varying = [info for info in self._fields if None in info.shape]
@@ -69,26 +87,14 @@ class SampleLoader:
         self._pad_values = {info.name: 0 if info.name == mask_field else pad_value for info in varying}
         for info in varying:
             _check_pad_value(info, self._pad_values[info.name])
+        self.total = len(manifest.microbatches)
+        self.owned = tuple(sorted(owned))
+        self.varying = bool(varying)
         self._lock = Lock()
         self._closed = False
         self._resources = ExitStack()
         self._paths: dict[int, Path] = {}
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
-
-    @property
-    def total(self) -> int:
-        """Number of microbatches of the whole job."""
-        return len(self._manifest.microbatches)
-
-    @property
-    def varying(self) -> bool:
-        """Samples differ in size."""
-        return any(None in info.shape for info in self._fields)
-
-    @property
-    def owned(self) -> tuple[int, ...]:
-        """Global indices of this rank's microbatches, ascending. May be empty."""
-        return self._owned
 
     def load(self, index: int) -> Loaded:
         """Any one microbatch: `(N, *sample shape)` per field, on the host. Thread-safe."""
@@ -101,11 +107,11 @@ class SampleLoader:
 
     def __iter__(self) -> Iterator[tuple[int, Loaded]]:
         """This rank's microbatches as (index, tensors), in the order of `owned`."""
-        node: BaseNode[Loaded | Exception] = MapStyleWrapper(_Outcomes(self), self._owned)
+        node: BaseNode[Loaded | Exception] = IterableWrapper(map(self._outcome, self.owned))
         if self._prefetch:
             node = Prefetcher(node, prefetch_factor=self._prefetch, snapshot_frequency=0)
         try:
-            for index, outcome in zip(self._owned, node, strict=True):
+            for index, outcome in zip(self.owned, node, strict=True):
                 if isinstance(outcome, Exception):
                     raise outcome
                 yield index, outcome
@@ -114,6 +120,13 @@ class SampleLoader:
             # keeps this frame, lives on.
             del node
 
+    def _outcome(self, index: int) -> Loaded | Exception:
+        """Errors are handed over as values: torchdata would wrap them in text of many lines."""
+        try:
+            return self.load(index)
+        except Exception as error:
+            return error
+
     def close(self) -> None:
         """Close all files and remove the downloads. Waits for a read in progress."""
         with self._lock:
@@ -121,12 +134,7 @@ class SampleLoader:
             self._open.cache_clear()
             self._resources.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_file(self, index: int) -> SampleFile:
@@ -153,19 +161,6 @@ class SampleLoader:
         if self._masked_by is not None:
             batch[self._mask_field] = _mask(samples, self._masked_by)
         return batch
-
-
-class _Outcomes:
-    """`load` as a mapping. Errors are handed over as values: torchdata would wrap them in text of many lines."""
-
-    def __init__(self, loader: SampleLoader) -> None:
-        self._loader = loader
-
-    def __getitem__(self, index: int) -> Loaded | Exception:
-        try:
-            return self._loader.load(index)
-        except Exception as error:
-            return error
 
 
 def _stack(rows: Sequence[Tensor], pad_value: int | float) -> Tensor:

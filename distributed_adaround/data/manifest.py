@@ -13,13 +13,13 @@ Nothing but the rank depends on W. No torch here: a login node can build and che
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files import jsontext, uris
@@ -75,13 +75,31 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
-        """Samples taken."""
         return sum(len(microbatch.samples) for microbatch in self.microbatches)
 
     @cached_property
     def fields(self) -> tuple[FieldInfo, ...]:
-        """What every sample has; a dimension is None where it differs between files or samples."""
-        return _merged_fields(self.files)
+        """What every sample has; a size is None where it differs. Raises InputError when the files disagree."""
+        first = self.files[0]
+        merged = {info.name: info for info in first.fields}
+        for file in self.files[1:]:
+            pair = f"{redact(file.uri)} and {redact(first.uri)}"
+            names = sorted(info.name for info in file.fields)
+            if names != sorted(merged):
+                raise InputError(
+                    f"{pair} have different fields: {', '.join(names)} and {', '.join(sorted(merged))}; choose common "
+                    "ones by data.fields"
+                )
+            for info in file.fields:
+                known = merged[info.name]
+                if (info.dtype, len(info.shape), info.source) != (known.dtype, len(known.shape), known.source):
+                    raise InputError(
+                        f"{pair} differ in the field {info.name!r}: {_described(info)} and {_described(known)}; "
+                        f"all files must have the same dtypes and numbers of dimensions"
+                    )
+                shape = tuple(a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
+                merged[info.name] = replace(known, shape=shape)
+        return tuple(merged.values())
 
     def digest(self) -> str:
         """SHA-256 of what the data is: names, sizes, checksums, fields, microbatches; not of the folder it lies in."""
@@ -97,11 +115,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Inverse of `to_json`."""
-        content = json.loads(text)
-        files = (_file_from(file) for file in content.pop("files"))
-        microbatches = (Microbatch(m["index"], m["shard"], tuple(m["samples"])) for m in content.pop("microbatches"))
-        skipped = tuple(content.pop("skipped"))
-        return cls(files=tuple(files), microbatches=tuple(microbatches), skipped=skipped, **content)
+        return TypeAdapter(cls).validate_json(text)
 
     def owned(self, rank: int, world_size: int) -> tuple[int, ...]:
         """Indices of one rank's microbatches, ascending; empty when there are more ranks than shards in use."""
@@ -116,12 +130,10 @@ class Manifest:
 
     @cached_property
     def _first_ids(self) -> list[int]:
-        """Global id of each file's first sample."""
         return [0, *accumulate(file.num_samples for file in self.files)][:-1]
 
 
 def owner(shard: int, world_size: int) -> int:
-    """The rank that owns a virtual shard."""
     return shard % world_size
 
 
@@ -172,39 +184,6 @@ def prove_coverage(total: int, owned_by_rank: Sequence[Sequence[int]]) -> None:
         )
 
 
-def _merged_fields(files: Sequence[DataFile]) -> tuple[FieldInfo, ...]:
-    """The fields of the first file, with None where a shape differs. Raises InputError when the files disagree."""
-    first = files[0]
-    merged = {info.name: info for info in first.fields}
-    for file in files[1:]:
-        pair = f"{redact(file.uri)} and {redact(first.uri)}"
-        names = {info.name for info in file.fields}
-        if names != set(merged):
-            raise InputError(
-                f"{pair} have different fields: {_listed(names)} and {_listed(merged)}; "
-                f"choose common ones by data.fields"
-            )
-        for info in file.fields:
-            known = merged[info.name]
-            if (info.dtype, len(info.shape), info.source) != (known.dtype, len(known.shape), known.source):
-                raise InputError(
-                    f"{pair} differ in the field {info.name!r}: {_described(info)} and {_described(known)}; "
-                    f"all files must have the same dtypes and numbers of dimensions"
-                )
-            shape = (a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
-            merged[info.name] = replace(known, shape=tuple(shape))
-    return tuple(merged.values())
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
 def _described(info: FieldInfo) -> str:
     shape = ", ".join("?" if size is None else str(size) for size in info.shape)
     return f"{info.dtype} ({shape})"
-
-
-def _file_from(content: dict[str, Any]) -> DataFile:
-    fields = tuple(FieldInfo(**{**info, "shape": tuple(info["shape"])}) for info in content.pop("fields"))
-    return DataFile(fields=fields, **content)

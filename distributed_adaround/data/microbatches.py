@@ -59,8 +59,7 @@ class Microbatches:
             return convert(loader.load(index))
 
         def read() -> Iterator[tuple[int, ModelInputs]]:
-            for index, fields in loader:
-                yield index, convert(fields)
+            return ((index, convert(fields)) for index, fields in loader)
 
         return cls(loader.total, loader.owned, load, read, (load(0), load(loader.total - 1)), loader.varying)
 
@@ -68,8 +67,7 @@ class Microbatches:
     def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> Microbatches:
         """Those of a caller. A collective. sharded: every rank gives its own batches; else all give the same ones.
 
-        Raises:
-            InputError: a batch cannot be used, there is none, or ranks give different numbers of them.
+        Raises: InputError when a batch cannot be used, there is none, or ranks give different numbers of them.
         """
         with phase(comm, "read the batches"):
             given = _read(batches)
@@ -163,7 +161,8 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
             f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}; "
             "rename or leave out fields with data.fields"
         )
-    if mask is not None and mask.ndim != 2 and not mask_is_passed:
+    two_axes = mask is not None and mask.ndim == 2
+    if mask is not None and not two_axes and not mask_is_passed:
         raise InputError(
             f"data field {mask_field!r} has shape {tuple(mask.shape)} and the model's forward, which takes {takes}, "
             "does not use it; a mask of rows must be (samples, tokens)"
@@ -171,8 +170,4 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
     kwargs: dict[str, object] = {name: batch[name] for name in names if name not in unknown}
     if mask_is_passed:
         kwargs[mask_field] = mask
-    return ModelInputs(
-        args=tuple(batch[name] for name in unknown),
-        kwargs=kwargs,
-        mask=mask if mask is not None and mask.ndim == 2 else None,
-    )
+    return ModelInputs(tuple(batch[name] for name in unknown), kwargs, mask if two_axes else None)

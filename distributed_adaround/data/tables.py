@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
+from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns, common_shape, dtype_name
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.integrity import check_expansion
 
 
-def read_jsonl(path: Path) -> dict[str, Column]:
+def read_jsonl(path: Path) -> Columns:
     """Objects of numbers or (nested) lists of numbers, or bare lists (field "input_ids").
 
     Every line is parsed once for dtypes and shapes; what stays in memory are the offsets of the lines.
@@ -59,16 +59,15 @@ class _JsonField:
         if tensor.numel():
             self.dtype = torch.promote_types(self.dtype, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
-    def column(self, read: Callable[[int], Tensor]) -> Column:
+    def column(self, read: Callable[[int], Tensor]) -> Column | str:
         if self._ragged is not None:
-            return unreadable(
-                f"is ragged, too large for int64 or holds other things beside numbers in sample {self._ragged}"
-            )
+            return f"is ragged, too large for int64 or holds other things beside numbers in sample {self._ragged}"
         if self._not_numeric is not None:
-            return unreadable(f"is not a number in sample {self._not_numeric}" if self._shapes else NOT_NUMERIC)
+            return f"is not a number in sample {self._not_numeric}" if self._shapes else NOT_NUMERIC
         if len({len(shape) for shape in self._shapes}) > 1:
-            return unreadable("mixes numbers of dimensions")
-        return Column(dtype_name(self.dtype), (len(self._shapes), *common_shape(self._shapes)), read)
+            return "mixes numbers of dimensions"
+        shape = (len(self._shapes), *common_shape(self._shapes))
+        return Column(dtype_name(self.dtype), shape, read, is_list=True)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -106,11 +105,8 @@ def _row_reader(path: Path, offsets: list[int], name: str, dtype: torch.dtype) -
     return read
 
 
-def read_parquet(path: Path) -> dict[str, Column]:
-    """Columns of numbers or (nested) lists of numbers; one row group at a time is in memory.
-
-    Raises: InputError when pyarrow, which is optional, is not installed.
-    """
+def read_parquet(path: Path) -> Columns:
+    """Columns of numbers or (nested) lists of numbers; one row group at a time is in memory."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -125,20 +121,20 @@ def read_parquet(path: Path) -> dict[str, Column]:
     return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
 
 
-def _parquet_column(file: Any, field: Any) -> Column:
+def _parquet_column(file: Any, field: Any) -> Column | str:
     from pyarrow import types
 
     value_type, depth = field.type, 0
     while types.is_list(value_type) or types.is_large_list(value_type) or types.is_fixed_size_list(value_type):
         value_type, depth = value_type.value_type, depth + 1
     if types.is_boolean(value_type):
-        dtype = torch.bool
+        dtype = "bool"
     elif types.is_integer(value_type):
-        dtype = torch.int64
+        dtype = "int64"
     elif types.is_floating(value_type):
-        dtype = torch.float32
+        dtype = "float32"
     else:
-        return unreadable(NOT_NUMERIC)
+        return NOT_NUMERIC
     group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     first_rows = [0, *accumulate(group_sizes)]
 
@@ -149,18 +145,15 @@ def _parquet_column(file: Any, field: Any) -> Column:
     def read(row: int) -> Tensor:
         group = bisect_right(first_rows, row) - 1
         values, (_, *shape) = _flatten(read_group(group).slice(row - first_rows[group], 1), depth)
-        sizes = [size for size in shape if size is not None]
-        if len(sizes) < len(shape):
+        if None in shape:
             raise InputError(f"the field {field.name!r} is ragged")
-        array = np.array(values.cast(dtype_name(dtype)).to_numpy(zero_copy_only=False))
-        return torch.from_numpy(array).reshape(sizes)
+        return torch.from_numpy(np.array(values.cast(dtype).to_numpy(zero_copy_only=False)).reshape(shape))
 
     # Groups without rows have no shape.
     flat = [_flatten(read_group(group), depth) for group, size in enumerate(group_sizes) if size]
     if any(values.null_count for values, _ in flat):
-        return unreadable("holds nulls")
-    shape = common_shape([shape[1:] for _, shape in flat])
-    return Column(dtype_name(dtype), (first_rows[-1], *shape), read)
+        return "holds nulls"
+    return Column(dtype, (first_rows[-1], *common_shape([shape[1:] for _, shape in flat])), read, is_list=True)
 
 
 def _flatten(array: Any, depth: int) -> tuple[Any, list[int | None]]:
