@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distributed_adaround.errors import InputError
-from distributed_adaround.files.integrity import check_safetensors, check_zip, is_zip
+from distributed_adaround.files.integrity import check_safetensors, check_zip, load_tensors
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,17 +45,15 @@ Columns = dict[str, Column | str]
 
 
 def common_shape(shapes: Sequence[Sequence[int | None]]) -> tuple[int | None, ...]:
-    """Sizes that all samples share, None where they differ. All have the same number of dimensions."""
+    """Sizes that all share, None where they differ. All have the same number of dimensions."""
     return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """For instance "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def read_npy(path: Path) -> Columns:
-    """One array, field "input"; memory mapped."""
     with path.open("rb") as file:
         shape, dtype = _npy_header(file)
         missing = file.tell() + math.prod(shape) * dtype.itemsize - path.stat().st_size
@@ -66,7 +64,7 @@ def read_npy(path: Path) -> Columns:
 
 
 def read_npz(path: Path) -> Columns:
-    """Arrays by name; each is read whole when first used, since it may be compressed."""
+    """Each array is read whole when first used, since it may be compressed."""
     check_zip(path, compressed=True)
     columns: Columns = {}
     with zipfile.ZipFile(path) as archive:
@@ -83,19 +81,13 @@ def read_npz(path: Path) -> Columns:
 
 
 def read_safetensors(path: Path) -> Columns:
-    """Tensors by name; memory mapped."""
     check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         return {name: _tensor_column(file.get_tensor(name)) for name in sorted(file.keys())}
 
 
 def read_torch(path: Path) -> Columns:
-    """A tensor (field "input"), a dict of tensors, or a list of tensors or of dicts, where each item is one sample."""
-    # Only zip files, which torch.save writes since 1.6, can be mapped. Mapped, no tensor reaches beyond the file.
-    mapped = is_zip(path)
-    if mapped:
-        check_zip(path, compressed=False)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    content = load_tensors(path)
     if isinstance(content, Tensor):
         return {"input": _tensor_column(content)}
     if isinstance(content, dict):

@@ -1,10 +1,8 @@
 """Microbatches as tensors: reads the samples of a manifest, pads and stacks them, some microbatches ahead.
 
-    owned indices -> torchdata IterableWrapper(load) -> Prefetcher (one thread) -> (index, tensors), in order
-
 What arrives depends on the manifest alone, never on the rank, the prefetching or the order of calls. torchdata's
-ParallelMapper is not used: its workers call `torch.set_num_threads(1)`, which holds for every later thread, and its
-errors come back as text. One thread that reads ahead is what a walk through a model needs.
+ParallelMapper is not used: its workers call `torch.set_num_threads(1)`, which holds for every later thread. One thread
+that reads ahead is what a walk through a model needs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,8 +114,7 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
                     raise outcome
                 yield index, outcome
         finally:
-            # The thread ends with its node: also when this generator is dropped, and when an error, whose traceback
-            # keeps this frame, lives on.
+            # The thread ends with its node, also when an error, whose traceback keeps this frame, lives on.
             del node
 
     def _outcome(self, index: int) -> Loaded | Exception:
@@ -146,12 +143,12 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
             if size != file.size or storage.sha256_file(path) != file.sha256:
                 raise InputError(
                     f"{shown}: the file is not the one in the manifest ({size} bytes, {file.size} expected, or another "
-                    f"SHA-256): it changed while the job ran; start the job again"
+                    "SHA-256): it changed while the job ran; start the job again"
                 )
             self._paths[index] = path
         fields = {info.name: info.source or info.name for info in file.fields}
-        one_sample_per_file = self._manifest.one_sample_per_file
-        return open_samples(self._paths[index], shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
+        whole = self._manifest.one_sample_per_file
+        return open_samples(self._paths[index], shown=shown, fields=fields, one_sample_per_file=whole)
 
     def _collate(self, samples: Sequence[Mapping[str, Tensor]]) -> Loaded:
         batch = {}
@@ -186,6 +183,4 @@ def _check_pad_value(info: FieldInfo, value: int | float) -> None:
     except (RuntimeError, OverflowError):
         kept = None
     if kept is None or (kept != value and not dtype.is_floating_point):
-        raise InputError(
-            f"pad_value {value} does not fit the field {info.name!r} of dtype {info.dtype}; choose another"
-        )
+        raise InputError(f"pad_value {value} does not fit the field {info.name!r} of dtype {info.dtype}; use another")

@@ -27,9 +27,9 @@ from distributed_adaround.files import jsontext, uris
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One tensor of a sample. shape: of one sample, None where it varies between samples; dtype: torch's name for it.
+    """One tensor of a sample. name: the model's input. dtype: torch's name for it. shape: None where samples differ.
 
-    name: the model's input. source: the field in the file, where it has another name.
+    source: the field in the file, where it has another name.
     """
 
     name: str
@@ -40,7 +40,7 @@ class FieldInfo:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of samples; size in bytes, sha256 as hex."""
+    """size: in bytes. sha256: as hex."""
 
     uri: str
     size: int
@@ -60,9 +60,8 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All calibration data of a job.
+    """All calibration data of a job. num_available: samples in the files; num_samples of them are taken.
 
-    num_available: samples in the files; num_samples of them are taken. num_shards: virtual shards.
     skipped: URIs of files in the folder that no reader knows; for the report, not part of the digest.
     """
 
@@ -138,16 +137,13 @@ def owner(shard: int, world_size: int) -> int:
 
 
 def take(num_available: int, num_samples: int | None) -> list[int]:
-    """Global ids of the samples taken: all, or `num_samples` of them evenly spaced.
-
-    Raises: InputError when there are fewer than asked for.
-    """
+    """Global ids of the samples taken: all, or `num_samples` of them evenly spaced. Raises InputError."""
     if num_samples is None:
         return list(range(num_available))
     if not 1 <= num_samples <= num_available:
         raise InputError(
-            f"num_samples is {num_samples}, but the files hold {num_available} samples: "
-            f"it must be between 1 and {num_available}, or left out to take all"
+            f"num_samples is {num_samples}, but the files hold {num_available} samples: it must be between 1 and "
+            f"{num_available}, or left out to take all"
         )
     return [i * num_available // num_samples for i in range(num_samples)]
 
@@ -162,10 +158,7 @@ def cut(samples: Sequence[int], microbatch_size: int, virtual_shards: int) -> tu
 
 
 def prove_coverage(total: int, owned_by_rank: Sequence[Sequence[int]]) -> None:
-    """Check what the ranks say they own: every microbatch index below `total` exactly once.
-
-    Raises: InputError that names indices and ranks.
-    """
+    """Raises: InputError unless the ranks own every microbatch index below `total` exactly once."""
     owners: dict[int, list[int]] = {}
     for rank, owned in enumerate(owned_by_rank):
         for index in owned:

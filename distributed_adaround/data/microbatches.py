@@ -25,20 +25,14 @@ class ModelInputs:
     kwargs: dict[str, object]
     mask: Tensor | None = None
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What must be the same in all microbatches for one graph to do: shapes without the batch, other values."""
-        values = (*enumerate(self.args), *sorted(self.kwargs.items()))
-        return tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
-
 
 @dataclass(frozen=True)
 class Microbatches:
     """The calibration data of one rank. Indices are global: the same on any number of ranks.
 
-    total: microbatches of the whole job. owned: those of this rank, ascending; may be empty. load: any of the owned.
-    read: all owned, in order. examples: one or two for the capture, of different kinds where the data has them, the
-    same on all ranks. varying: microbatches differ in more than the number of samples.
+    total: of the whole job. owned: those of this rank, ascending; may be empty. load: any of the owned. read: all
+    owned, in order. examples: one or two for the capture, of different kinds where the data has them, the same on all
+    ranks. varying: microbatches differ in more than the number of samples.
     """
 
     total: int
@@ -78,7 +72,7 @@ class Microbatches:
         first, total = (sum(counts[: comm.rank]), sum(counts)) if sharded else (0, len(given))
         if not total:
             raise agreed(InputError("batches is empty; give at least one calibration batch"))
-        held = {first + position: inputs for position, inputs in enumerate(given)}
+        held = dict(enumerate(given, first))
         if not sharded:
             held = {index: inputs for index, inputs in held.items() if owner(index, comm.world_size) == comm.rank}
         prove_coverage(total, comm.all_gather_object(tuple(held)))
@@ -106,10 +100,12 @@ def _read(batches: Iterable[CallerBatch]) -> list[ModelInputs]:
 
 
 def _of_two_kinds(given: Sequence[ModelInputs]) -> tuple[ModelInputs, ...]:
-    """The first batch, and the first one of another kind if there is any."""
+    """The first batch, and the first one of another kind: one graph may not do for other shapes without the batch."""
     by_kind: dict[object, ModelInputs] = {}
     for inputs in given:
-        by_kind.setdefault(inputs.kind, inputs)
+        values = (*enumerate(inputs.args), *sorted(inputs.kwargs.items()))
+        kind = tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
+        by_kind.setdefault(kind, inputs)
     return tuple(by_kind.values())[:2]
 
 
@@ -131,25 +127,20 @@ def call_transform(transform: Callable[..., Any], name: str, batch: Mapping[str,
     except Exception as error:
         raise InputError(f"data.transform {name!r} failed: {first_line(error)}") from error
     if not isinstance(result, Mapping) or not result:
-        raise InputError(
-            f"data.transform {name!r} returned a {type(result).__name__}; it must return a dict of tensors"
-        )
+        kind = type(result).__name__
+        raise InputError(f"data.transform {name!r} returned a {kind}; it must return a dict of tensors")
     for field, value in result.items():
         if not isinstance(field, str) or not isinstance(value, Tensor):
-            raise InputError(
-                f"data.transform {name!r} returned {field!r}: {type(value).__name__}; fields must be tensors"
-            )
+            kind = type(value).__name__
+            raise InputError(f"data.transform {name!r} returned {field!r}: {kind}; fields must be tensors")
     return dict(result)
 
 
 def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, mask_field: str) -> ModelInputs:
-    """Fields of a batch to the arguments of forward.
+    """Fields of a batch become keywords of forward, or an only field its first argument where it has another name.
 
-    parameters: names that forward takes as keywords, in order; None: any. Fields become keywords of the same name. When
-    there is only one field besides the mask and forward has no such parameter, it is passed by position. The mask goes
-    to the model when forward takes it, and is kept as `ModelInputs.mask` when it is `(N, T)`.
-
-    Raises InputError listing the fields and forward's parameters when they do not match.
+    parameters: names that forward takes as keywords, in order; None: any. The mask goes to the model when forward takes
+    it, and is kept as `ModelInputs.mask` when it is `(N, T)`. Raises InputError when fields and parameters differ.
     """
     mask = batch.get(mask_field)
     mask_is_passed = mask is not None and (parameters is None or mask_field in parameters)
@@ -158,8 +149,8 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
     takes = "any keyword" if parameters is None else ", ".join(parameters) or "nothing by name"
     if not names or (unknown and len(names) > 1):
         raise InputError(
-            f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}; "
-            "rename or leave out fields with data.fields"
+            f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}; rename "
+            "or leave out fields with data.fields"
         )
     two_axes = mask is not None and mask.ndim == 2
     if mask is not None and not two_axes and not mask_is_passed:

@@ -18,28 +18,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distributed_adaround.data.arrays import (
-    NOT_NUMERIC,
-    Column,
-    Columns,
-    read_npy,
-    read_npz,
-    read_safetensors,
-    read_torch,
-)
+from distributed_adaround.data import arrays, tables
+from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns
 from distributed_adaround.data.manifest import FieldInfo
-from distributed_adaround.data.tables import read_jsonl, read_parquet
 from distributed_adaround.errors import InputError, shorten
 from distributed_adaround.files import uris
 
 _READERS: dict[str, Callable[[Path], Columns]] = {
-    ".npy": read_npy,
-    ".npz": read_npz,
-    ".safetensors": read_safetensors,
-    ".pt": read_torch,
-    ".pth": read_torch,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
+    ".npy": arrays.read_npy,
+    ".npz": arrays.read_npz,
+    ".safetensors": arrays.read_safetensors,
+    ".pt": arrays.read_torch,
+    ".pth": arrays.read_torch,
+    ".jsonl": tables.read_jsonl,
+    ".parquet": tables.read_parquet,
 }
 SUFFIXES = tuple(_READERS)
 

@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -18,21 +18,24 @@ from distributed_adaround.files.integrity import check_expansion
 
 
 def read_jsonl(path: Path) -> Columns:
-    """Objects of numbers or (nested) lists of numbers, or bare lists (field "input_ids").
-
-    Every line is parsed once for dtypes and shapes; what stays in memory are the offsets of the lines.
-    """
+    """Every line is parsed once for dtypes and shapes; what stays in memory are the offsets of the lines."""
     offsets: list[int] = []
     fields: dict[str, _JsonField] = {}
-    for offset, line in _lines(path):
-        values = _parse(line, len(offsets))
-        if not offsets:
-            fields = {name: _JsonField() for name in values}
-        elif values.keys() != fields.keys():
-            raise InputError(f"sample {len(offsets)} has other fields than the first: {', '.join(values)}")
-        for name, value in values.items():
-            fields[name].add(value, len(offsets))
-        offsets.append(offset)
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            start, end = end, end + len(line)
+            if not line.strip():
+                continue
+            row = len(offsets)
+            values = _parse(line, row)
+            if row == 0:
+                fields = {name: _JsonField() for name in values}
+            elif values.keys() != fields.keys():
+                raise InputError(f"sample {row} has other fields than the first: {', '.join(values)}")
+            for name, value in values.items():
+                fields[name].add(value, row)
+            offsets.append(start)
     return {name: field.column(_row_reader(path, offsets, name, field.dtype)) for name, field in fields.items()}
 
 
@@ -70,16 +73,6 @@ class _JsonField:
         return Column(dtype_name(self.dtype), shape, read, is_list=True)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of all lines that are not blank."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield offset, line
-            offset += len(line)
-
-
 def _parse(line: bytes, row: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
@@ -106,7 +99,7 @@ def _row_reader(path: Path, offsets: list[int], name: str, dtype: torch.dtype) -
 
 
 def read_parquet(path: Path) -> Columns:
-    """Columns of numbers or (nested) lists of numbers; one row group at a time is in memory."""
+    """One row group at a time is in memory."""
     try:
         from pyarrow import parquet
     except ImportError as error:

@@ -1,7 +1,4 @@
-"""URIs as text: cut and joined.
-
-A URI is a path ("data/x.npy"), a URL ("s3://bucket/x.npy") or a chain ("simplecache::s3://bucket/x.npy").
-"""
+"""URIs as text: a path ("data/x.npy"), a URL ("s3://bucket/x.npy") or a chain ("simplecache::s3://bucket/x.npy")."""
 
 import re
 
@@ -9,7 +6,6 @@ from distributed_adaround.errors import without_credentials
 
 
 def join(uri: str, *parts: str) -> str:
-    """The URI of something inside a folder."""
     for part in parts:
         uri = uri + part.lstrip("/") if not uri or uri.endswith("/") else f"{uri}/{part.lstrip('/')}"
     return uri
@@ -22,7 +18,6 @@ def file_name(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether it is a path of this machine."""
     return "::" not in uri and ("://" not in uri or uri.startswith(("file://", "local://")))
 
 
