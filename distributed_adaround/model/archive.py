@@ -50,7 +50,7 @@ _HIGHER_ORDER = re.compile(
 
 
 def unsafe_content(path: Path) -> str | None:
-    """What makes the archive unsafe to load, in words, or None. Raises what torch's reader raises on a damaged file."""
+    """What makes the archive unsafe to load, in words. Raises what torch's reader raises on a damaged file."""
     with zipfile.ZipFile(path) as archive:
         if "version" in archive.namelist():
             return "it is in the format of torch 2.7 and older, which is read by unpickling"
@@ -121,7 +121,7 @@ def _is_known_operator(target: str) -> bool:
 
 
 def _is_plain_expression(text: str) -> bool:
-    """True for nested calls of known sympy classes on numbers, and names given to Symbol."""
+    """Only nested calls of known sympy classes on numbers, and names given to Symbol."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
