@@ -1,7 +1,5 @@
-"""The network of this example: depthwise separable convolutions with batch norm, and one linear layer.
-
-It is small on purpose: few weights per output channel leave little redundancy, so that the choice between the two
-neighbours on a 3-bit grid shows in the accuracy.
+"""The network of this example, small on purpose: few weights per output channel leave little redundancy, so that the
+choice between the two neighbours on a 3-bit grid shows in the accuracy.
 """
 
 from torch import Tensor, nn

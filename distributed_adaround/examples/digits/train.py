@@ -50,7 +50,6 @@ def _distorted(images: Tensor) -> Tensor:
 
 
 def write_weights(path: Path) -> None:
-    """Trains, and writes the state dict."""
     save_file(train().state_dict(), path)
 
 
