@@ -20,8 +20,6 @@ from torch import Tensor
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.integrity import check_safetensors, check_zip, load_tensors
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 # The one problem for which a field that nobody asked for is left out; every other one is an error.
 NOT_NUMERIC = "is not numeric"
 
@@ -83,20 +81,20 @@ def read_npz(path: Path) -> Columns:
 def read_safetensors(path: Path) -> Columns:
     check_safetensors(path)
     with safe_open(path, framework="pt") as file:
-        return {name: _tensor_column(file.get_tensor(name)) for name in sorted(file.keys())}
+        return {name: _column(file.get_tensor(name)) for name in sorted(file.keys())}
 
 
 def read_torch(path: Path) -> Columns:
     content = load_tensors(path)
     if isinstance(content, Tensor):
-        return {"input": _tensor_column(content)}
+        return {"input": _column(content)}
     if isinstance(content, dict):
-        return {str(name): _tensor_column(value) for name, value in content.items()}
+        return {str(name): _column(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
         if all(isinstance(item, Tensor) for item in content):
-            return {"input": _list_column(list(content))}
+            return {"input": _column(list(content), is_list=True)}
         if all(isinstance(item, dict) and item.keys() == content[0].keys() for item in content):
-            return {str(name): _list_column([item[name] for item in content]) for name in content[0]}
+            return {str(name): _column([item[name] for item in content], is_list=True) for name in content[0]}
     raise InputError("must hold a tensor, a dict of tensors, a list of tensors, or a list of dicts with the same keys")
 
 
@@ -112,17 +110,16 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _npz_member(path: Path, member: str) -> Callable[[], Array]:
+def _npz_member(path: Path, member: str) -> Callable[[], Any]:
     @cache
-    def load() -> Array:
+    def load() -> Any:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            array: Array = np.lib.format.read_array(file, allow_pickle=False)
-            return array
+            return np.lib.format.read_array(file, allow_pickle=False)
 
     return load
 
 
-def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[], Array]) -> Column | str:
+def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[], Any]) -> Column | str:
     if dtype.hasobject:
         return "holds pickled Python objects, which are never read"
     native = dtype.newbyteorder("=")
@@ -134,31 +131,20 @@ def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[
     return Column(dtype_name(torch_dtype), shape, lambda row: torch.from_numpy(np.array(load()[row], native)))
 
 
-def _tensor_problem(value: object) -> str | None:
-    if not isinstance(value, Tensor):
-        return "is not a tensor"
-    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        return "is not a plain dense tensor"
-    # torch.zeros(1).expand(10**12) makes a file of 1 kB.
-    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-        return "claims more elements than the file holds (an expanded tensor); save a contiguous copy"
-    return None
-
-
-def _tensor_column(value: Any) -> Column | str:
-    problem = _tensor_problem(value)
-    if problem is not None:
-        return problem
-    # Copies: the map is private to the file, not to a sample.
-    return Column(dtype_name(value.dtype), tuple(value.shape), lambda row: value.detach()[row].clone())
-
-
-def _list_column(samples: list[Any]) -> Column | str:
-    problem = next(filter(None, map(_tensor_problem, samples)), None)
-    if problem is not None:
-        return problem
+def _column(value: Any, *, is_list: bool = False) -> Column | str:
+    """Of a tensor, or of a list with a tensor for each sample."""
+    samples = value if is_list else [value]
+    for sample in samples:
+        if not isinstance(sample, Tensor):
+            return "is not a tensor"
+        if sample.layout != torch.strided or sample.is_quantized or sample.device.type != "cpu":
+            return "is not a plain dense tensor"
+        # torch.zeros(1).expand(10**12) makes a file of 1 kB.
+        if sample.untyped_storage().nbytes() < sample.numel() * sample.element_size():
+            return "claims more elements than the file holds (an expanded tensor); save a contiguous copy"
     if len({(sample.dtype, sample.dim()) for sample in samples}) > 1:
         return "mixes dtypes or numbers of dimensions"
     dtype = dtype_name(samples[0].dtype) if samples else ""
-    shape = (len(samples), *common_shape([sample.shape for sample in samples]))
-    return Column(dtype, shape, lambda row: samples[row].detach().clone(), is_list=True)
+    shape = (len(samples), *common_shape([x.shape for x in samples])) if is_list else tuple(value.shape)
+    # Copies: the map is private to the file, not to a sample.
+    return Column(dtype, shape, lambda row: value[row].detach().clone(), is_list)

@@ -23,8 +23,8 @@ class Checksums:
         0a1b...ff  images/a.npz
         1c2d...00 *images/b.npz
 
-    A name stands for every file whose path ends in it, so the list may lie anywhere and be written in any folder above
-    the files. Names are compared as text and never opened.
+    A name stands for every file whose path ends in it, so the list may be written in any folder above the files. Names
+    are compared as text and never opened.
     """
 
     uri: str
@@ -52,18 +52,15 @@ class Checksums:
 
     def check(self, uri: str, sha256: str) -> None:
         """Raises: InputError when the file differs or is not listed. The longest name that fits it counts."""
-        names = self._names(uri)
-        shown, listed = redact(uri), redact(self.uri)
+        names, shown, listed = self._names(uri), redact(uri), redact(self.uri)
         if not names:
             raise InputError(f"{shown}: is not in the list {listed}; add it by sha256sum, or leave it out of data.uri")
         if self.by_name[max(names, key=len)] != sha256:
-            raise InputError(
-                f"{shown}: its SHA-256 is not that of {listed}: it is damaged or another file; get it again, or "
-                "correct the list"
-            )
+            what = f"its SHA-256 is not that of {listed}: it is damaged or another file"
+            raise InputError(f"{shown}: {what}; get it again, or correct the list")
 
     def unused(self, files: Iterable[str]) -> list[str]:
-        """Names that are none of these files: of other data, or of files that have gone."""
+        """Names of none of these files."""
         used = {name for uri in files for name in self._names(uri)}
         return [name for name in self.by_name if name not in used]
 
@@ -94,19 +91,25 @@ def build_manifest(
         one_sample_per_file: the arrays have no sample axis.
         checksums: URI of a list of the SHA-256 that the files must have.
 
-    Raises: InputError when nothing matches, or a file is empty, damaged, of an unknown type, unlike the others, or not
-    as the list says.
+    Raises: InputError when nothing matches, or a file is empty, damaged, unlike the others or not as the list says.
     """
     usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri)
     expected = None if checksums is None else Checksums.read(checksums)
-    files = tuple(_data_file(found, fields, one_sample_per_file, expected) for found in usable)
+    files = []
+    for found in usable:
+        with storage.local_file(found) as path:
+            sha256 = storage.sha256_file(path)
+            if expected is not None:
+                expected.check(found, sha256)
+            file = open_samples(path, shown=redact(found), fields=fields, one_sample_per_file=one_sample_per_file)
+            files.append(DataFile(found, path.stat().st_size, sha256, file.num_samples, file.fields))
     unused = [] if expected is None else expected.unused(usable)
     if unused:
         message = "data.checksums lists %d files that data.uri does not name, the first is %s"
         logger.warning(message, len(unused), unused[0])
     num_available = sum(file.num_samples for file in files)
     manifest = Manifest(
-        files=files,
+        files=tuple(files),
         num_available=num_available,
         microbatches=cut(take(num_available, num_samples), microbatch_size, virtual_shards),
         num_shards=virtual_shards,
@@ -130,19 +133,6 @@ def _list_data(given: Sequence[str]) -> tuple[list[str], list[str]]:
     usable = sorted(filter(has_reader, found))
     skipped = sorted(found.difference(usable))
     if not usable:
-        raise InputError(
-            f"{', '.join(map(redact, given))}: {len(skipped)} files of unknown type, for example {redact(skipped[0])}; "
-            f"supported are {', '.join(SUFFIXES)}"
-        )
+        what = f"{len(skipped)} files of unknown type, for example {redact(skipped[0])}"
+        raise InputError(f"{', '.join(map(redact, given))}: {what}; supported are {', '.join(SUFFIXES)}")
     return usable, skipped
-
-
-def _data_file(
-    uri: str, fields: Mapping[str, str] | None, one_sample_per_file: bool, expected: Checksums | None
-) -> DataFile:
-    with storage.local_file(uri) as path:
-        sha256 = storage.sha256_file(path)
-        if expected is not None:
-            expected.check(uri, sha256)
-        file = open_samples(path, shown=redact(uri), fields=fields, one_sample_per_file=one_sample_per_file)
-        return DataFile(uri, path.stat().st_size, sha256, file.num_samples, file.fields)

@@ -28,13 +28,10 @@ Loaded = dict[str, Tensor]
 
 
 class Encoder:
-    """Makes the tensors of a sample from a record of a file, on the rank that owns it: here the arrays as they are.
-
-    Base of all encoders. args: `data.encoder_args`.
-    """
+    """Base of what makes the tensors of a sample from a record of a file. This one: the arrays as they are."""
 
     def __init__(self, args: Mapping[str, Any]) -> None:
-        pass
+        """args: `data.encoder_args`."""
 
     def fields(self, fields: tuple[FieldInfo, ...]) -> tuple[FieldInfo, ...]:
         """What every encoded sample has, from what every record has. A size that differs between samples is None."""
@@ -55,13 +52,11 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
         manifest: all data of the job.
         owned: indices of this rank's microbatches; may be empty.
         pad_value: fills fields that vary in size, at the end, up to the longest sample of the microbatch.
-        mask_field: padded with 0; added where a field varies and the data has none, by its first varying dimension:
-            int64 `(N, T)`, 1 for real, 0 for padding.
+        mask_field: padded with 0; made where a field varies and it is not in the data: int64 `(N, T)`, 0 for padding.
         prefetch: microbatches read ahead by a thread; 0 for none.
         encoder: makes the tensors of each sample; None: arrays as they are.
 
-    Raises: InputError, from the constructor for a pad_value that a field's dtype cannot hold, from reading for a file
-    that changed or cannot be read.
+    Raises: InputError for a pad_value that a field's dtype cannot hold, and for a file that changed or is damaged.
     """
 
     def __init__(
@@ -141,10 +136,9 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
             path = self._resources.enter_context(storage.local_file(file.uri))
             size = path.stat().st_size
             if size != file.size or storage.sha256_file(path) != file.sha256:
-                raise InputError(
-                    f"{shown}: the file is not the one in the manifest ({size} bytes, {file.size} expected, or another "
-                    "SHA-256): it changed while the job ran; start the job again"
-                )
+                found = f"{size} bytes, {file.size} expected, or another SHA-256"
+                what = f"the file is not the one in the manifest ({found}): it changed while the job ran"
+                raise InputError(f"{shown}: {what}; start the job again")
             self._paths[index] = path
         fields = {info.name: info.source or info.name for info in file.fields}
         whole = self._manifest.one_sample_per_file
@@ -156,7 +150,10 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
             rows = [sample[info.name] for sample in samples]
             batch[info.name] = _stack(rows, self._pad_values[info.name]) if None in info.shape else torch.stack(rows)
         if self._masked_by is not None:
-            batch[self._mask_field] = _mask(samples, self._masked_by)
+            # 1 below each sample's size in the first varying dimension.
+            dimension = self._masked_by.shape.index(None)
+            lengths = torch.tensor([sample[self._masked_by.name].shape[dimension] for sample in samples])
+            batch[self._mask_field] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch
 
 
@@ -167,13 +164,6 @@ def _stack(rows: Sequence[Tensor], pad_value: int | float) -> Tensor:
     for i, row in enumerate(rows):
         stacked[i][tuple(slice(size) for size in row.shape)] = row
     return stacked
-
-
-def _mask(samples: Sequence[Mapping[str, Tensor]], info: FieldInfo) -> Tensor:
-    """int64 `(N, T)`: 1 below each sample's size in the first varying dimension of the field."""
-    dimension = info.shape.index(None)
-    lengths = torch.tensor([sample[info.name].shape[dimension] for sample in samples])
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 def _check_pad_value(info: FieldInfo, value: int | float) -> None:

@@ -37,6 +37,10 @@ class FieldInfo:
     shape: tuple[int | None, ...]
     source: str | None = None
 
+    def __str__(self) -> str:
+        shape = ", ".join("?" if size is None else str(size) for size in self.shape)
+        return f"{self.dtype} ({shape})"
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -85,17 +89,13 @@ class Manifest:
             pair = f"{redact(file.uri)} and {redact(first.uri)}"
             names = sorted(info.name for info in file.fields)
             if names != sorted(merged):
-                raise InputError(
-                    f"{pair} have different fields: {', '.join(names)} and {', '.join(sorted(merged))}; choose common "
-                    "ones by data.fields"
-                )
+                both = f"{', '.join(names)} and {', '.join(sorted(merged))}"
+                raise InputError(f"{pair} have different fields: {both}; choose common ones by data.fields")
             for info in file.fields:
                 known = merged[info.name]
                 if (info.dtype, len(info.shape), info.source) != (known.dtype, len(known.shape), known.source):
-                    raise InputError(
-                        f"{pair} differ in the field {info.name!r}: {_described(info)} and {_described(known)}; "
-                        f"all files must have the same dtypes and numbers of dimensions"
-                    )
+                    what = f"{pair} differ in the field {info.name!r}: {info} and {known}"
+                    raise InputError(f"{what}; all files must have the same dtypes and numbers of dimensions")
                 shape = tuple(a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
                 merged[info.name] = replace(known, shape=shape)
         return tuple(merged.values())
@@ -141,15 +141,13 @@ def take(num_available: int, num_samples: int | None) -> list[int]:
     if num_samples is None:
         return list(range(num_available))
     if not 1 <= num_samples <= num_available:
-        raise InputError(
-            f"num_samples is {num_samples}, but the files hold {num_available} samples: it must be between 1 and "
-            f"{num_available}, or left out to take all"
-        )
+        what = f"num_samples is {num_samples}, but the files hold {num_available} samples"
+        raise InputError(f"{what}: it must be between 1 and {num_available}, or left out to take all")
     return [i * num_available // num_samples for i in range(num_samples)]
 
 
 def cut(samples: Sequence[int], microbatch_size: int, virtual_shards: int) -> tuple[Microbatch, ...]:
-    """Consecutive runs of the samples, dealt to the shards in turn. The last microbatch may be smaller."""
+    """Runs of the samples, dealt to the shards in turn. The last microbatch may be smaller."""
     for name, value in (("microbatch_size", microbatch_size), ("virtual_shards", virtual_shards)):
         if value < 1:
             raise InputError(f"{name} is {value}: it must be at least 1")
@@ -171,12 +169,5 @@ def prove_coverage(total: int, owned_by_rank: Sequence[Sequence[int]]) -> None:
             raise InputError(f"microbatch {index} is owned by ranks {', '.join(map(str, ranks))} at once: {remedy}")
     missing = [index for index in range(total) if index not in owners]
     if missing:
-        raise InputError(
-            f"{len(missing)} of {total} microbatches, the first of them {missing[0]}, are owned by none of the "
-            f"ranks 0 to {len(owned_by_rank) - 1}: {remedy}"
-        )
-
-
-def _described(info: FieldInfo) -> str:
-    shape = ", ".join("?" if size is None else str(size) for size in info.shape)
-    return f"{info.dtype} ({shape})"
+        what = f"{len(missing)} of {total} microbatches, the first of them {missing[0]}"
+        raise InputError(f"{what}, are owned by none of the ranks 0 to {len(owned_by_rank) - 1}: {remedy}")

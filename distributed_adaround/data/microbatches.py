@@ -14,7 +14,6 @@ from distributed_adaround.errors import InputError, first_line
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 
 CallerBatch = Tensor | Sequence[Any] | Mapping[str, Any]
-_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _model_inputs(batch: CallerBatch) -> ModelInputs:
     if isinstance(batch, Tensor):
         return ModelInputs((batch,), {})
     if isinstance(batch, Mapping):
-        mask = batch.get(_MASK)
+        mask = batch.get("attention_mask")
         return ModelInputs((), dict(batch), mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return ModelInputs(tuple(batch), {})
@@ -148,16 +147,12 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
     unknown = [] if parameters is None else [name for name in names if name not in parameters]
     takes = "any keyword" if parameters is None else ", ".join(parameters) or "nothing by name"
     if not names or (unknown and len(names) > 1):
-        raise InputError(
-            f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}; rename "
-            "or leave out fields with data.fields"
-        )
+        what = f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}"
+        raise InputError(f"{what}; rename or leave out fields with data.fields")
     two_axes = mask is not None and mask.ndim == 2
     if mask is not None and not two_axes and not mask_is_passed:
-        raise InputError(
-            f"data field {mask_field!r} has shape {tuple(mask.shape)} and the model's forward, which takes {takes}, "
-            "does not use it; a mask of rows must be (samples, tokens)"
-        )
+        what = f"has shape {tuple(mask.shape)} and the model's forward, which takes {takes}, does not use it"
+        raise InputError(f"data field {mask_field!r} {what}; a mask of rows must be (samples, tokens)")
     kwargs: dict[str, object] = {name: batch[name] for name in names if name not in unknown}
     if mask_is_passed:
         kwargs[mask_field] = mask

@@ -59,18 +59,16 @@ class SampleFile:
 
 def has_reader(uri: str) -> bool:
     """Whether the file's suffix is a known one."""
-    return _suffix(uris.file_name(uri)) in _READERS
+    return Path(uris.file_name(uri)).suffix.lower() in _READERS
 
 
 def open_samples(path: Path, *, shown: str, fields: Mapping[str, str] | None, one_sample_per_file: bool) -> SampleFile:
-    """Open a local file; its suffix says which type it is.
-
-    shown: its name in messages. fields: model input name -> field in the file; None: all numeric fields.
+    """Open a local file. shown: its name in messages. fields: model input name -> its field; None: all numeric fields.
 
     Raises: InputError when it is damaged, empty, holds pickled objects or lacks a field.
     """
     with _explained(shown):
-        columns = _READERS[_suffix(path.name)](path)
+        columns = _READERS[path.suffix.lower()](path)
         sources = fields or {name: name for name, column in columns.items() if column != NOT_NUMERIC}
         chosen = {name: _readable(columns, source) for name, source in sources.items()}
         if not chosen:
@@ -80,14 +78,10 @@ def open_samples(path: Path, *, shown: str, fields: Mapping[str, str] | None, on
             counts = ", ".join(f"{source}: {length}" for source, length in lengths.items())
             raise InputError(f"its fields differ in the number of samples ({counts}); choose by data.fields")
         num_samples = next(iter(lengths.values()))
+        first_axis = 0 if one_sample_per_file else 1
         infos = tuple(
-            FieldInfo(
-                name,
-                column.dtype,
-                column.shape if one_sample_per_file else column.shape[1:],
-                None if sources[name] == name else sources[name],
-            )
-            for name, column in chosen.items()
+            FieldInfo(name, c.dtype, c.shape[first_axis:], None if sources[name] == name else sources[name])
+            for name, c in chosen.items()
         )
         if num_samples == 0 or any(0 in info.shape for info in infos):
             raise InputError("is empty: no samples, or samples without elements; remove the file")
@@ -122,10 +116,6 @@ def _check_finite(name: str, value: Tensor) -> None:
         place = tuple((~finite).nonzero()[0].tolist())
         where = f" at {place}" if place else ""
         raise InputError(f"the field {name!r} is {value[place].item()}{where}; mend it, or leave the sample out")
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
 
 
 @contextmanager

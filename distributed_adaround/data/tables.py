@@ -3,7 +3,7 @@
 import json
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def read_jsonl(path: Path) -> Columns:
             for name, value in values.items():
                 fields[name].add(value, row)
             offsets.append(start)
-    return {name: field.column(_row_reader(path, offsets, name, field.dtype)) for name, field in fields.items()}
+    return {name: field.column(partial(_read_row, path, offsets, name, field.dtype)) for name, field in fields.items()}
 
 
 class _JsonField:
@@ -67,10 +67,9 @@ class _JsonField:
             return f"is ragged, too large for int64 or holds other things beside numbers in sample {self._ragged}"
         if self._not_numeric is not None:
             return f"is not a number in sample {self._not_numeric}" if self._shapes else NOT_NUMERIC
-        if len({len(shape) for shape in self._shapes}) > 1:
+        if len(set(map(len, self._shapes))) > 1:
             return "mixes numbers of dimensions"
-        shape = (len(self._shapes), *common_shape(self._shapes))
-        return Column(dtype_name(self.dtype), shape, read, is_list=True)
+        return Column(dtype_name(self.dtype), (len(self._shapes), *common_shape(self._shapes)), read, is_list=True)
 
 
 def _parse(line: bytes, row: int) -> dict[str, Any]:
@@ -89,13 +88,10 @@ def _holds_numbers(value: object) -> bool:
     return any(map(_holds_numbers, value)) if isinstance(value, list) else isinstance(value, int | float)
 
 
-def _row_reader(path: Path, offsets: list[int], name: str, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    def read(row: int) -> Tensor:
-        with path.open("rb") as file:
-            file.seek(offsets[row])
-            return torch.tensor(_parse(file.readline(), row)[name], dtype=dtype)
-
-    return read
+def _read_row(path: Path, offsets: list[int], name: str, dtype: torch.dtype, row: int) -> Tensor:
+    with path.open("rb") as file:
+        file.seek(offsets[row])
+        return torch.tensor(_parse(file.readline(), row)[name], dtype=dtype)
 
 
 def read_parquet(path: Path) -> Columns:
@@ -108,9 +104,8 @@ def read_parquet(path: Path) -> Columns:
     file = parquet.ParquetFile(path, page_checksum_verification=True)
     groups = map(file.metadata.row_group, range(file.num_row_groups))
     chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-    check_expansion(
-        sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks), path.stat().st_size
-    )
+    claimed = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
+    check_expansion(claimed, path.stat().st_size)
     return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
 
 

@@ -52,9 +52,9 @@ _Result = TypeVar("_Result")
 def _attempt(
     verb: str, lasting: type[InputError] | type[OutputError]
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Work on a URI, its first argument, is done again where a store fails for the moment.
+    """Work on a URI, its first argument, is done again where a store fails for the moment, which may raise any class.
 
-    Stores raise any class, so all errors are translated; to `lasting` where another try does not help.
+    lasting: what errors become where another try does not help.
     """
 
     def decorate(work: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -237,7 +237,7 @@ def _kind(fs: AbstractFileSystem, path: str) -> str | None:
 
 
 def _find(fs: AbstractFileSystem, path: str, kind: str | None) -> list[str]:
-    """All files below a folder, or nothing when there is none. kind: what `_kind` says of the path.
+    """All files below a folder, or nothing when there is no such folder. kind: what `_kind` says of the path.
 
     fsspec would pass over folders that cannot be listed, and take links to local folders for files. Here the first is
     an error, also a circle of links, and links are followed.

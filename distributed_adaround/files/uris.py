@@ -13,8 +13,9 @@ def join(uri: str, *parts: str) -> str:
 
 def file_name(uri: str) -> str:
     """Last part of the path, without folder, credentials and query string."""
-    links = without_credentials(uri).split("::")
-    return links[_path_link(links)].rstrip("/").rsplit("/", 1)[-1]
+    bare = without_credentials(uri)
+    start, end = path_span(bare)
+    return bare[start:end].rstrip("/").rsplit("/", 1)[-1]
 
 
 def is_local(uri: str) -> bool:
@@ -22,9 +23,9 @@ def is_local(uri: str) -> bool:
 
 
 def path_span(uri: str) -> tuple[int, int]:
-    """Start and end of the link that holds the path."""
+    """Start and end of the link with the path: the first of a chain with "://", else the last (after the caches)."""
     links = uri.split("::")
-    position = _path_link(links)
+    position = next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)
     start = sum(len(link) + 2 for link in links[:position])
     return start, start + len(links[position])
 
@@ -36,8 +37,3 @@ def wildcard(uri: str) -> int | None:
     pattern = re.compile(r"[*[]" if uri.startswith("http", start) else r"[*?[]")
     match = pattern.search(uri, start, end)
     return match.start() if match else None
-
-
-def _path_link(links: list[str]) -> int:
-    """Which link of a chain holds the path: the first with "://", else the last (caches come before it)."""
-    return next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)

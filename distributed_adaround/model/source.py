@@ -1,14 +1,13 @@
 """Where a trained network comes from: a factory with weights, or an exported program.
 
-Each source is a function of the section `model` of a job and the folder of the job file, which returns an OpenedModel
-and raises InputError when what the job names cannot be found or used. A factory is an import path, so it runs code;
-only the author of the job names it. A program is read without running anything it contains.
+Each source is a function of the section `model` of a job and the folder of the job file. A factory is an import path,
+so it runs code; only the author of the job names it. A program is read without running anything.
 """
 
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,36 +76,29 @@ def fixed_batch_size(program: ExportedProgram) -> int | None:
 
 
 @contextmanager
-def checked_file(uri: str | None, sha256: str | None) -> Iterator[Path | None]:
-    """A file of weights as a local path; None for None. Raises InputError when its SHA-256 is another one."""
-    if uri is None:
-        yield None
-        return
+def checked_file(uri: str, sha256: str | None) -> Iterator[Path]:
+    """A file of weights as a local path. Raises InputError when its SHA-256 is another one."""
     with storage.local_file(uri) as path:
         if sha256 is not None and storage.sha256_file(path) != sha256.lower():
-            raise InputError(
-                f"{redact(uri)}: its SHA-256 is not model.sha256: it is damaged or another file; get it again, or "
-                "correct the field"
-            )
+            what = "its SHA-256 is not model.sha256: it is damaged or another file"
+            raise InputError(f"{redact(uri)}: {what}; get it again, or correct the field")
         yield path
 
 
 def open_factory(spec: ModelSpec, folder: Path | None) -> OpenedModel:
     """`model.factory`, called with `model.factory_args`, and `model.weights`."""
     assert spec.factory is not None
-    with checked_file(spec.weights, spec.sha256) as weights:
+    with nullcontext() if spec.weights is None else checked_file(spec.weights, spec.sha256) as weights:
         return OpenedModel(load_factory(spec.factory, spec.factory_args, weights, folder))
 
 
 def load_factory(
     factory: str, factory_args: Mapping[str, Any], weights: Path | None, search_path: Path | None
 ) -> nn.Module:
-    """Call `factory` ("module:callable") and load `weights` into the module it returns.
+    """Call `factory` ("module:callable") and load `weights` into the module, in eval mode and without gradients.
 
-    search_path: the folder of the job file, searched after Python's own path. The module comes back in eval mode, its
-    parameters without gradients.
-
-    Raises InputError in one line for anything that cannot be found, does not fit, or holds values that are not finite.
+    search_path: the folder of the job file, searched after Python's own path. Raises InputError for anything that
+    cannot be found, does not fit, or holds values that are not finite.
     """
     build, named = load_callable(factory, search_path), f"model.factory {factory!r}"
     with importable(search_path):
@@ -128,18 +120,15 @@ def load_factory(
 
 def open_program(spec: ModelSpec, folder: Path | None) -> OpenedModel:
     """`model.program`."""
+    assert spec.program is not None
     with checked_file(spec.program, spec.sha256) as path:
-        assert path is not None
         return OpenedModel(load_program(path))
 
 
 def load_program(path: Path) -> ExportedProgram:
-    """Read a `.pt2` file of `torch.export.save`.
+    """Read a `.pt2` file of `torch.export.save`, unless `archive.py` finds that it could run code.
 
-    `torch.export.load` (torch 2.13) unpickles without `weights_only`, evaluates strings and resolves any attribute of
-    torch; see `archive.py`. A file that would need any of that is refused before torch loads it, and the guard
-    expressions of the program, which torch compiles as Python, are dropped: the caller checks its own inputs.
-
+    The guard expressions of the program, which torch compiles as Python, are dropped: the caller checks its own inputs.
     Raises InputError for a missing, damaged or unsafe file and for weights that are not finite.
     """
     kind = f"not a program of torch.export.save that torch {torch.__version__} can load"

@@ -102,10 +102,8 @@ def refuse_expanded(tensors: Mapping[str, Tensor], path: Path) -> None:
         if tensor.layout is not torch.strided:
             raise InputError(f"{str(path)!r}: {shorten(name)!r} is a sparse tensor; weights must be dense")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise InputError(
-                f"{str(path)!r}: {shorten(name)!r} of shape {tuple(tensor.shape)} has fewer bytes in the file than "
-                "elements; save it with .contiguous()"
-            )
+            what = f"{shorten(name)!r} of shape {tuple(tensor.shape)} has fewer bytes in the file than elements"
+            raise InputError(f"{str(path)!r}: {what}; save it with .contiguous()")
 
 
 def refuse_non_finite(named: Iterable[tuple[str, Tensor]], parameters: Container[str], what: str) -> None:

@@ -59,14 +59,14 @@ class SoloComm(Comm):
 class GroupComm(Comm):
     """The default process group of torch.distributed, which must be initialised.
 
-    device: where collectives run, the CPU for gloo and the rank's GPU for NCCL. Tensors elsewhere are copied there
-    and back. roll_call: `missing_ranks`, asked when a collective fails.
+    device: of this rank. Collectives run there by NCCL, else on the CPU; tensors elsewhere are copied there and back.
+    roll_call: `missing_ranks`, asked when a collective fails.
     """
 
     def __init__(self, device: torch.device, roll_call: Callable[[], list[int] | None] | None = None) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.device = device
+        self.device = device if "nccl" in str(dist.get_backend()) else torch.device("cpu")
         self._roll_call = roll_call
 
     def _run(self, tensor: Tensor, collective: Any) -> Tensor:
@@ -139,7 +139,7 @@ def missing_ranks(store: Store, session: str) -> list[int] | None:
 
 
 def agreed(error: _Error) -> _Error:
-    """Mark an error that all ranks raise at the same place, so that only rank 0 tells the user."""
+    """Of an error that all ranks raise at the same place, only rank 0 tells the user."""
     error.reported_by = 0
     return error
 

@@ -7,7 +7,7 @@ from distributed_adaround.errors import redact
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment, so that a progress bar that took it over stays whole."""
+    """Writes to what `sys.stderr` is at that moment: a progress bar may have taken it over."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

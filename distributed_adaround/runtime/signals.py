@@ -77,11 +77,10 @@ class StopRequest:
 
 
 def end_with_launcher() -> None:
-    """Ask Linux for SIGTERM when torchrun dies; elsewhere, or without torchrun, nothing happens.
+    """Ask Linux for SIGTERM when torchrun dies: killed (SIGKILL, out of memory), it does not end its ranks.
 
-    torchrun ends its ranks when it ends, but not when it is killed (SIGKILL, out of memory). The ranks would go on
-    unseen, for hours, and beside them the job that somebody starts again, in the same output. Linux sends the signal
-    when the thread that started this process ends; that of torchrun is its main one.
+    They would go on unseen, beside the job that somebody starts again in the same output. Linux sends the signal when
+    the thread that started this process ends; that of torchrun is its main one.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

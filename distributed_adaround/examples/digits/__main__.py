@@ -29,9 +29,8 @@ JOBS = {"nearest": ("--set", "rounding.solver=nearest", "--set", "output.uri=nea
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or that of the job that failed."""
-    parser = argparse.ArgumentParser(
-        "python -m distributed_adaround.examples.digits", description=__doc__.split("\n")[0]
-    )
+    name = "python -m distributed_adaround.examples.digits"
+    parser = argparse.ArgumentParser(name, description=__doc__.split("\n")[0])
     parser.add_argument("action", nargs="?", choices=["all", "prepare", "evaluate"], default="all")
     parser.add_argument("--folder", type=Path, default=Path("digits-job"), help="job folder (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the job (default: %(default)s)")

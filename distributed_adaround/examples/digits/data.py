@@ -7,8 +7,7 @@ Source: the test set of "Optical Recognition of Handwritten Digits", E. Alpaydin
 Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0; taken from scikit-learn (BSD-3-Clause).
 Only the storage type was changed.
 
-Split: the first 1,257 images (70 %) are for training, and the first 512 of these for calibration. The last 540 images
-(30 %) are held out: neither training nor calibration sees them.
+The first 1,257 images (70 %) are for training, the first 512 of these for calibration. The other 540 are held out.
 """
 
 from pathlib import Path

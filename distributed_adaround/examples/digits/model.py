@@ -32,7 +32,5 @@ class DigitsNet(nn.Module):
 
 
 def _block(in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, stride: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]

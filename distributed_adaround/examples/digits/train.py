@@ -1,6 +1,4 @@
-"""Trains the network of this example and writes `digits.safetensors`.
-
-    python -m distributed_adaround.examples.digits.train
+"""`python -m distributed_adaround.examples.digits.train` trains the network and writes `digits.safetensors`.
 
 On a CPU, in less than a minute, with a fixed seed and one thread. The held-out images are not read here.
 """
