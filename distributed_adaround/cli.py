@@ -21,8 +21,7 @@ from distributed_adaround.launch.arguments import add_launch
 from distributed_adaround.report.status import read_status, record_failure
 from distributed_adaround.report.text import console, layout, rendered
 from distributed_adaround.runtime import logs
-from distributed_adaround.runtime.parent import end_with_launcher
-from distributed_adaround.runtime.signals import StopRequest
+from distributed_adaround.runtime.signals import StopRequest, end_with_launcher
 from distributed_adaround.spec.job import JobSpec, json_schema
 from distributed_adaround.spec.reference import markdown
 

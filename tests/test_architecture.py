@@ -31,7 +31,7 @@ FLOORS = [
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 ROOT_FILES = {file.stem for file in PACKAGE.glob("*.py")}
 TORCH_FREE = {"spec", "formats", "errors", "files", "launch", "__init__", "__main__", "cli"}
-TORCH_FREE_FILES = {f"runtime/{name}.py" for name in ("imports", "logs", "memory", "parent", "signals")}
+TORCH_FREE_FILES = {f"runtime/{name}.py" for name in ("imports", "logs", "memory", "signals")}
 LAUNCHERS = ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ROOT_FILES = 400, 60, 12
 

@@ -1,4 +1,4 @@
-"""Readers of binary files: .npy, .npz, .safetensors, .pt and .pth.
+"""Named columns, which every reader of files gives, and the readers of .npy, .npz, .safetensors, .pt and .pth.
 
 No pickled object is ever built, no array may claim more than its file holds, and the checksums that zip files (.npz,
 .pt) carry are compared before anything is read.
@@ -6,7 +6,8 @@ No pickled object is ever built, no array may claim more than its file holds, an
 
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -16,45 +17,59 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
 from distributed_adaround.errors import InputError
-from distributed_adaround.files.integrity import check_safetensors, check_zip, is_zip
+from distributed_adaround.files.integrity import check_safetensors, check_zip, load_tensors
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-_SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "BF16": "bfloat16",
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-}
+# The one problem for which a field that nobody asked for is left out; every other one is an error.
+NOT_NUMERIC = "is not numeric"
 
 
-def read_npy(path: Path) -> dict[str, Column]:
-    """One array, field "input"; memory mapped."""
+@dataclass(frozen=True)
+class Column:
+    """One field of a file.
+
+    dtype: torch's name for it. shape: the first axis counts samples; in lists of samples the others are None where
+    they vary. read: one sample, or for `...` the whole array, which lists of samples do not have.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+    read: Callable[[Any], Tensor]
+    is_list: bool = False
+
+
+# By field of the file. A text instead of a column says why it cannot be read: "the field 'x' ...".
+Columns = dict[str, Column | str]
+
+
+def common_shape(shapes: Sequence[Sequence[int | None]]) -> tuple[int | None, ...]:
+    """Sizes that all share, None where they differ. All have the same number of dimensions."""
+    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_npy(path: Path) -> Columns:
     with path.open("rb") as file:
         shape, dtype = _npy_header(file)
         missing = file.tell() + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing and not dtype.hasobject:
         raise InputError(f"has {abs(missing)} bytes {'less' if missing > 0 else 'more'} than its header says")
-    if dtype.hasobject:
-        return {"input": _numpy_column(shape, dtype, lambda: np.empty(0))}
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return {"input": _numpy_column(shape, dtype, lambda: array)}
+    load = cache(lambda: np.load(path, mmap_mode="r", allow_pickle=False))
+    return {"input": _numpy_column(shape, dtype, load)}
 
 
-def read_npz(path: Path) -> dict[str, Column]:
-    """Arrays by name; each is read whole when first used, since it may be compressed."""
+def read_npz(path: Path) -> Columns:
+    """Each array is read whole when first used, since it may be compressed."""
     check_zip(path, compressed=True)
-    columns = {}
+    columns: Columns = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if name == member.filename:
-                raise InputError(f"holds {member.filename!r}, which is not a .npy array")
+                raise InputError(f"holds {name!r}, which is not a .npy array")
             with archive.open(member) as file:
                 shape, dtype = _npy_header(file)
             if math.prod(shape) * dtype.itemsize > member.file_size:
@@ -63,34 +78,27 @@ def read_npz(path: Path) -> dict[str, Column]:
     return columns
 
 
-def read_safetensors(path: Path) -> dict[str, Column]:
-    """Tensors by name, read sample by sample."""
+def read_safetensors(path: Path) -> Columns:
     check_safetensors(path)
-    file: Any = safe_open(path, framework="pt")  # mapped for as long as the columns live
-    return {name: _safetensors_column(file, name) for name in sorted(file.keys())}
+    with safe_open(path, framework="pt") as file:
+        return {name: _column(file.get_tensor(name)) for name in sorted(file.keys())}
 
 
-def read_torch(path: Path) -> dict[str, Column]:
-    """A tensor (field "input"), a dict of tensors, or a list of tensors or of dicts, where each item is one sample."""
-    # Only zip files, which torch.save writes since 1.6, can be mapped. Mapped, no tensor reaches beyond the file.
-    mapped = is_zip(path)
-    if mapped:
-        check_zip(path, compressed=False)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+def read_torch(path: Path) -> Columns:
+    content = load_tensors(path)
     if isinstance(content, Tensor):
-        return {"input": _tensor_column(content)}
+        return {"input": _column(content)}
     if isinstance(content, dict):
-        return {str(name): _tensor_column(value) for name, value in content.items()}
+        return {str(name): _column(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
         if all(isinstance(item, Tensor) for item in content):
-            return {"input": _list_column(list(content))}
+            return {"input": _column(list(content), is_list=True)}
         if all(isinstance(item, dict) and item.keys() == content[0].keys() for item in content):
-            return {str(name): _list_column([item[name] for item in content]) for name in content[0]}
+            return {str(name): _column([item[name] for item in content], is_list=True) for name in content[0]}
     raise InputError("must hold a tensor, a dict of tensors, a list of tensors, or a list of dicts with the same keys")
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype, without the data."""
     version = np.lib.format.read_magic(file)
     if version == (3, 0):
         # Used only for structured arrays with non-Latin names, which are not numeric.
@@ -102,67 +110,41 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _npz_member(path: Path, member: str) -> Callable[[], Array]:
+def _npz_member(path: Path, member: str) -> Callable[[], Any]:
     @cache
-    def load() -> Array:
+    def load() -> Any:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            array: Array = np.lib.format.read_array(file, allow_pickle=False)
-            return array
+            return np.lib.format.read_array(file, allow_pickle=False)
 
     return load
 
 
-def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[], Array]) -> Column:
+def _numpy_column(shape: tuple[int, ...], dtype: np.dtype[Any], load: Callable[[], Any]) -> Column | str:
     if dtype.hasobject:
-        return unreadable("holds pickled Python objects, which are never read")
+        return "holds pickled Python objects, which are never read"
     native = dtype.newbyteorder("=")
     try:
         torch_dtype = torch.from_numpy(np.empty(0, native)).dtype
     except TypeError:
-        return unreadable(NOT_NUMERIC)
+        return NOT_NUMERIC
     # Copies: the map is read-only.
-    return Column(
-        dtype_name(torch_dtype),
-        shape,
-        lambda row: torch.from_numpy(np.array(load()[row], native)),
-        lambda: torch.from_numpy(np.array(load(), native)),
-    )
+    return Column(dtype_name(torch_dtype), shape, lambda row: torch.from_numpy(np.array(load()[row], native)))
 
 
-def _safetensors_column(file: Any, name: str) -> Column:
-    view = file.get_slice(name)
-    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
-    if dtype is None:
-        return unreadable(f"has the dtype {view.get_dtype()}, which is not supported")
-    # Copies: the map is private to the file, not to a sample.
-    return Column(dtype, tuple(view.get_shape()), lambda row: view[row].clone(), lambda: file.get_tensor(name).clone())
-
-
-def _tensor_problem(value: object) -> str | None:
-    if not isinstance(value, Tensor):
-        return "is not a tensor"
-    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        return "is not a plain dense tensor"
-    # torch.zeros(1).expand(10**12) makes a file of 1 kB.
-    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-        return "claims more elements than the file holds (an expanded tensor); save a contiguous copy"
-    return None
-
-
-def _tensor_column(value: Any) -> Column:
-    problem = _tensor_problem(value)
-    if problem is not None:
-        return unreadable(problem)
-    tensor: Tensor = value.detach()
-    return Column(dtype_name(tensor.dtype), tuple(tensor.shape), lambda row: tensor[row].clone(), tensor.clone)
-
-
-def _list_column(samples: list[Any]) -> Column:
-    problem = next(filter(None, map(_tensor_problem, samples)), None)
-    if problem is not None:
-        return unreadable(problem)
+def _column(value: Any, *, is_list: bool = False) -> Column | str:
+    """Of a tensor, or of a list with a tensor for each sample."""
+    samples = value if is_list else [value]
+    for sample in samples:
+        if not isinstance(sample, Tensor):
+            return "is not a tensor"
+        if sample.layout != torch.strided or sample.is_quantized or sample.device.type != "cpu":
+            return "is not a plain dense tensor"
+        # torch.zeros(1).expand(10**12) makes a file of 1 kB.
+        if sample.untyped_storage().nbytes() < sample.numel() * sample.element_size():
+            return "claims more elements than the file holds (an expanded tensor); save a contiguous copy"
     if len({(sample.dtype, sample.dim()) for sample in samples}) > 1:
-        return unreadable("mixes dtypes or numbers of dimensions")
+        return "mixes dtypes or numbers of dimensions"
     dtype = dtype_name(samples[0].dtype) if samples else ""
-    shape = (len(samples), *common_shape([sample.shape for sample in samples]))
-    return Column(dtype, shape, lambda row: samples[row].detach().clone())
+    shape = (len(samples), *common_shape([x.shape for x in samples])) if is_list else tuple(value.shape)
+    # Copies: the map is private to the file, not to a sample.
+    return Column(dtype, shape, lambda row: value[row].detach().clone(), is_list)

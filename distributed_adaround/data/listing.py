@@ -1,15 +1,73 @@
 """The manifest of a job's data: which files there are, what they hold, and how their samples are cut."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
-from distributed_adaround.data.checksums import Checksums
 from distributed_adaround.data.manifest import DataFile, Manifest, cut, take
-from distributed_adaround.data.readers import SUFFIXES, has_reader, scan
+from distributed_adaround.data.readers import SUFFIXES, has_reader, open_samples
 from distributed_adaround.errors import InputError, redact
-from distributed_adaround.files import storage
+from distributed_adaround.files import storage, uris
 
 logger = logging.getLogger(__name__)
+
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](\S.*)")
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What the files must have: a list as `sha256sum *.npz > SHA256SUMS` writes it.
+
+        0a1b...ff  images/a.npz
+        1c2d...00 *images/b.npz
+
+    A name stands for every file whose path ends in it, so the list may be written in any folder above the files. Names
+    are compared as text and never opened.
+    """
+
+    uri: str
+    by_name: Mapping[str, str]
+
+    @classmethod
+    def read(cls, uri: str) -> Self:
+        """Raises: InputError when it is not such a list, or lists a name with two checksums; UnreachableError."""
+        shown = redact(uri)
+        try:
+            text = storage.read_bytes(uri).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{shown}: byte {error.start} is not UTF-8 text; write it by sha256sum") from error
+        by_name: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            match = _LINE.fullmatch(line)
+            if match is None:
+                raise InputError(f"{shown}: line {number} is not 'SHA-256, two blanks, name'; write it by sha256sum")
+            digest, name = match[1].lower(), match[2].removeprefix("./")
+            if by_name.setdefault(name, digest) != digest:
+                raise InputError(f"{shown}: line {number}: another checksum for {name!r} stands above; remove one")
+        return cls(uri, by_name)
+
+    def check(self, uri: str, sha256: str) -> None:
+        """Raises: InputError when the file differs or is not listed. The longest name that fits it counts."""
+        names, shown, listed = self._names(uri), redact(uri), redact(self.uri)
+        if not names:
+            raise InputError(f"{shown}: is not in the list {listed}; add it by sha256sum, or leave it out of data.uri")
+        if self.by_name[max(names, key=len)] != sha256:
+            what = f"its SHA-256 is not that of {listed}: it is damaged or another file"
+            raise InputError(f"{shown}: {what}; get it again, or correct the list")
+
+    def unused(self, files: Iterable[str]) -> list[str]:
+        """Names of none of these files."""
+        used = {name for uri in files for name in self._names(uri)}
+        return [name for name in self.by_name if name not in used]
+
+    def _names(self, uri: str) -> list[str]:
+        start, end = uris.path_span(uri)
+        path = uri[start:end]
+        return [name for name in self.by_name if path == name or path.endswith(f"/{name.lstrip('/')}")]
 
 
 def build_manifest(
@@ -33,19 +91,25 @@ def build_manifest(
         one_sample_per_file: the arrays have no sample axis.
         checksums: URI of a list of the SHA-256 that the files must have.
 
-    Raises: InputError when nothing matches, or a file is empty, damaged, of an unknown type, unlike the others, or not
-    as the list says.
+    Raises: InputError when nothing matches, or a file is empty, damaged, unlike the others or not as the list says.
     """
     usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri)
     expected = None if checksums is None else Checksums.read(checksums)
-    files = tuple(_data_file(found, fields, one_sample_per_file, expected) for found in usable)
+    files = []
+    for found in usable:
+        with storage.local_file(found) as path:
+            sha256 = storage.sha256_file(path)
+            if expected is not None:
+                expected.check(found, sha256)
+            file = open_samples(path, shown=redact(found), fields=fields, one_sample_per_file=one_sample_per_file)
+            files.append(DataFile(found, path.stat().st_size, sha256, file.num_samples, file.fields))
     unused = [] if expected is None else expected.unused(usable)
     if unused:
         message = "data.checksums lists %d files that data.uri does not name, the first is %s"
         logger.warning(message, len(unused), unused[0])
     num_available = sum(file.num_samples for file in files)
     manifest = Manifest(
-        files=files,
+        files=tuple(files),
         num_available=num_available,
         microbatches=cut(take(num_available, num_samples), microbatch_size, virtual_shards),
         num_shards=virtual_shards,
@@ -56,31 +120,19 @@ def build_manifest(
     return manifest
 
 
-def _list_data(uris: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+def _list_data(given: Sequence[str]) -> tuple[list[str], list[str]]:
     """Files that have a reader, and those that have none. A file named by the user must have one."""
     found: set[str] = set()
-    for uri in uris:
+    for uri in given:
         matches = storage.list_files(uri)
         if not matches:
             raise InputError(f"{redact(uri)}: no file matches; check the path, the wildcards and the mounts")
         if matches == [uri] and not has_reader(uri):
             raise InputError(f"{redact(uri)}: unknown file type; supported are {', '.join(SUFFIXES)}")
         found.update(matches)
-    usable = sorted(uri for uri in found if has_reader(uri))
-    skipped = tuple(sorted(found.difference(usable)))
+    usable = sorted(filter(has_reader, found))
+    skipped = sorted(found.difference(usable))
     if not usable:
-        shown = ", ".join(map(redact, uris))
-        example = f", for example {redact(skipped[0])}" if skipped else ""
-        raise InputError(f"{shown}: {len(skipped)} files of unknown type{example}; supported are {', '.join(SUFFIXES)}")
+        what = f"{len(skipped)} files of unknown type, for example {redact(skipped[0])}"
+        raise InputError(f"{', '.join(map(redact, given))}: {what}; supported are {', '.join(SUFFIXES)}")
     return usable, skipped
-
-
-def _data_file(
-    uri: str, fields: Mapping[str, str] | None, one_sample_per_file: bool, expected: Checksums | None
-) -> DataFile:
-    with storage.local_file(uri) as path:
-        shown, sha256 = redact(uri), storage.sha256_file(path)
-        if expected is not None:
-            expected.check(uri, sha256)
-        num_samples, infos = scan(path, shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
-        return DataFile(uri, path.stat().st_size, sha256, num_samples, infos)

@@ -13,13 +13,13 @@ Nothing but the rank depends on W. No torch here: a login node can build and che
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files import jsontext, uris
@@ -27,9 +27,9 @@ from distributed_adaround.files import jsontext, uris
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One tensor of a sample. shape: of one sample, None where it varies between samples; dtype: torch's name for it.
+    """One tensor of a sample. name: the model's input. dtype: torch's name for it. shape: None where samples differ.
 
-    name: the model's input. source: the field in the file, where it has another name.
+    source: the field in the file, where it has another name.
     """
 
     name: str
@@ -37,10 +37,14 @@ class FieldInfo:
     shape: tuple[int | None, ...]
     source: str | None = None
 
+    def __str__(self) -> str:
+        shape = ", ".join("?" if size is None else str(size) for size in self.shape)
+        return f"{self.dtype} ({shape})"
+
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of samples; size in bytes, sha256 as hex."""
+    """size: in bytes. sha256: as hex."""
 
     uri: str
     size: int
@@ -60,9 +64,8 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All calibration data of a job.
+    """All calibration data of a job. num_available: samples in the files; num_samples of them are taken.
 
-    num_available: samples in the files; num_samples of them are taken. num_shards: virtual shards.
     skipped: URIs of files in the folder that no reader knows; for the report, not part of the digest.
     """
 
@@ -75,13 +78,27 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
-        """Samples taken."""
         return sum(len(microbatch.samples) for microbatch in self.microbatches)
 
     @cached_property
     def fields(self) -> tuple[FieldInfo, ...]:
-        """What every sample has; a dimension is None where it differs between files or samples."""
-        return _merged_fields(self.files)
+        """What every sample has; a size is None where it differs. Raises InputError when the files disagree."""
+        first = self.files[0]
+        merged = {info.name: info for info in first.fields}
+        for file in self.files[1:]:
+            pair = f"{redact(file.uri)} and {redact(first.uri)}"
+            names = sorted(info.name for info in file.fields)
+            if names != sorted(merged):
+                both = f"{', '.join(names)} and {', '.join(sorted(merged))}"
+                raise InputError(f"{pair} have different fields: {both}; choose common ones by data.fields")
+            for info in file.fields:
+                known = merged[info.name]
+                if (info.dtype, len(info.shape), info.source) != (known.dtype, len(known.shape), known.source):
+                    what = f"{pair} differ in the field {info.name!r}: {info} and {known}"
+                    raise InputError(f"{what}; all files must have the same dtypes and numbers of dimensions")
+                shape = tuple(a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
+                merged[info.name] = replace(known, shape=shape)
+        return tuple(merged.values())
 
     def digest(self) -> str:
         """SHA-256 of what the data is: names, sizes, checksums, fields, microbatches; not of the folder it lies in."""
@@ -97,11 +114,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Inverse of `to_json`."""
-        content = json.loads(text)
-        files = (_file_from(file) for file in content.pop("files"))
-        microbatches = (Microbatch(m["index"], m["shard"], tuple(m["samples"])) for m in content.pop("microbatches"))
-        skipped = tuple(content.pop("skipped"))
-        return cls(files=tuple(files), microbatches=tuple(microbatches), skipped=skipped, **content)
+        return TypeAdapter(cls).validate_json(text)
 
     def owned(self, rank: int, world_size: int) -> tuple[int, ...]:
         """Indices of one rank's microbatches, ascending; empty when there are more ranks than shards in use."""
@@ -116,32 +129,25 @@ class Manifest:
 
     @cached_property
     def _first_ids(self) -> list[int]:
-        """Global id of each file's first sample."""
         return [0, *accumulate(file.num_samples for file in self.files)][:-1]
 
 
 def owner(shard: int, world_size: int) -> int:
-    """The rank that owns a virtual shard."""
     return shard % world_size
 
 
 def take(num_available: int, num_samples: int | None) -> list[int]:
-    """Global ids of the samples taken: all, or `num_samples` of them evenly spaced.
-
-    Raises: InputError when there are fewer than asked for.
-    """
+    """Global ids of the samples taken: all, or `num_samples` of them evenly spaced. Raises InputError."""
     if num_samples is None:
         return list(range(num_available))
     if not 1 <= num_samples <= num_available:
-        raise InputError(
-            f"num_samples is {num_samples}, but the files hold {num_available} samples: "
-            f"it must be between 1 and {num_available}, or left out to take all"
-        )
+        what = f"num_samples is {num_samples}, but the files hold {num_available} samples"
+        raise InputError(f"{what}: it must be between 1 and {num_available}, or left out to take all")
     return [i * num_available // num_samples for i in range(num_samples)]
 
 
 def cut(samples: Sequence[int], microbatch_size: int, virtual_shards: int) -> tuple[Microbatch, ...]:
-    """Consecutive runs of the samples, dealt to the shards in turn. The last microbatch may be smaller."""
+    """Runs of the samples, dealt to the shards in turn. The last microbatch may be smaller."""
     for name, value in (("microbatch_size", microbatch_size), ("virtual_shards", virtual_shards)):
         if value < 1:
             raise InputError(f"{name} is {value}: it must be at least 1")
@@ -150,10 +156,7 @@ def cut(samples: Sequence[int], microbatch_size: int, virtual_shards: int) -> tu
 
 
 def prove_coverage(total: int, owned_by_rank: Sequence[Sequence[int]]) -> None:
-    """Check what the ranks say they own: every microbatch index below `total` exactly once.
-
-    Raises: InputError that names indices and ranks.
-    """
+    """Raises: InputError unless the ranks own every microbatch index below `total` exactly once."""
     owners: dict[int, list[int]] = {}
     for rank, owned in enumerate(owned_by_rank):
         for index in owned:
@@ -166,45 +169,5 @@ def prove_coverage(total: int, owned_by_rank: Sequence[Sequence[int]]) -> None:
             raise InputError(f"microbatch {index} is owned by ranks {', '.join(map(str, ranks))} at once: {remedy}")
     missing = [index for index in range(total) if index not in owners]
     if missing:
-        raise InputError(
-            f"{len(missing)} of {total} microbatches, the first of them {missing[0]}, are owned by none of the "
-            f"ranks 0 to {len(owned_by_rank) - 1}: {remedy}"
-        )
-
-
-def _merged_fields(files: Sequence[DataFile]) -> tuple[FieldInfo, ...]:
-    """The fields of the first file, with None where a shape differs. Raises InputError when the files disagree."""
-    first = files[0]
-    merged = {info.name: info for info in first.fields}
-    for file in files[1:]:
-        pair = f"{redact(file.uri)} and {redact(first.uri)}"
-        names = {info.name for info in file.fields}
-        if names != set(merged):
-            raise InputError(
-                f"{pair} have different fields: {_listed(names)} and {_listed(merged)}; "
-                f"choose common ones by data.fields"
-            )
-        for info in file.fields:
-            known = merged[info.name]
-            if (info.dtype, len(info.shape), info.source) != (known.dtype, len(known.shape), known.source):
-                raise InputError(
-                    f"{pair} differ in the field {info.name!r}: {_described(info)} and {_described(known)}; "
-                    f"all files must have the same dtypes and numbers of dimensions"
-                )
-            shape = (a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
-            merged[info.name] = replace(known, shape=tuple(shape))
-    return tuple(merged.values())
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def _described(info: FieldInfo) -> str:
-    shape = ", ".join("?" if size is None else str(size) for size in info.shape)
-    return f"{info.dtype} ({shape})"
-
-
-def _file_from(content: dict[str, Any]) -> DataFile:
-    fields = tuple(FieldInfo(**{**info, "shape": tuple(info["shape"])}) for info in content.pop("fields"))
-    return DataFile(fields=fields, **content)
+        what = f"{len(missing)} of {total} microbatches, the first of them {missing[0]}"
+        raise InputError(f"{what}, are owned by none of the ranks 0 to {len(owned_by_rank) - 1}: {remedy}")

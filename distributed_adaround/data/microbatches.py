@@ -15,7 +15,6 @@ from distributed_adaround.errors import InputError, first_line
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 
 CallerBatch = Tensor | Sequence[Any] | Mapping[str, Any]
-_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,14 @@ class ModelInputs:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return next((leaf.shape[0] if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)), 0)
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What must be the same in all microbatches for one graph to do: shapes without the batch, other values."""
-        values = (*enumerate(self.args), *sorted(self.kwargs.items()))
-        return tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
-
 
 @dataclass(frozen=True)
 class Microbatches:
     """The calibration data of one rank. Indices are global: the same on any number of ranks.
 
-    total: microbatches of the whole job. owned: those of this rank, ascending; may be empty. load: any of the owned.
-    read: all owned, in order. examples: one or two for the capture, of different kinds where the data has them, the
-    same on all ranks. varying: microbatches differ in more than the number of samples.
+    total: of the whole job. owned: those of this rank, ascending; may be empty. load: any of the owned. read: all
+    owned, in order. examples: one or two for the capture, of different kinds where the data has them, the same on all
+    ranks. varying: microbatches differ in more than the number of samples.
     """
 
     total: int
@@ -66,8 +59,7 @@ class Microbatches:
             return convert(loader.load(index))
 
         def read() -> Iterator[tuple[int, ModelInputs]]:
-            for index, fields in loader:
-                yield index, convert(fields)
+            return ((index, convert(fields)) for index, fields in loader)
 
         return cls(loader.total, loader.owned, load, read, (load(0), load(loader.total - 1)), loader.varying)
 
@@ -75,8 +67,7 @@ class Microbatches:
     def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> Microbatches:
         """Those of a caller. A collective. sharded: every rank gives its own batches; else all give the same ones.
 
-        Raises:
-            InputError: a batch cannot be used, there is none, or ranks give different numbers of them.
+        Raises: InputError when a batch cannot be used, there is none, or ranks give different numbers of them.
         """
         with phase(comm, "read the batches"):
             given = _read(batches)
@@ -87,7 +78,7 @@ class Microbatches:
         first, total = (sum(counts[: comm.rank]), sum(counts)) if sharded else (0, len(given))
         if not total:
             raise agreed(InputError("batches is empty; give at least one calibration batch"))
-        held = {first + position: inputs for position, inputs in enumerate(given)}
+        held = dict(enumerate(given, first))
         if not sharded:
             held = {index: inputs for index, inputs in held.items() if owner(index, comm.world_size) == comm.rank}
         prove_coverage(total, comm.all_gather_object(tuple(held)))
@@ -115,10 +106,12 @@ def _read(batches: Iterable[CallerBatch]) -> list[ModelInputs]:
 
 
 def _of_two_kinds(given: Sequence[ModelInputs]) -> tuple[ModelInputs, ...]:
-    """The first batch, and the first one of another kind if there is any."""
+    """The first batch, and the first one of another kind: one graph may not do for other shapes without the batch."""
     by_kind: dict[object, ModelInputs] = {}
     for inputs in given:
-        by_kind.setdefault(inputs.kind, inputs)
+        values = (*enumerate(inputs.args), *sorted(inputs.kwargs.items()))
+        kind = tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
+        by_kind.setdefault(kind, inputs)
     return tuple(by_kind.values())[:2]
 
 
@@ -126,7 +119,7 @@ def _model_inputs(batch: CallerBatch) -> ModelInputs:
     if isinstance(batch, Tensor):
         return ModelInputs((batch,), {})
     if isinstance(batch, Mapping):
-        mask = batch.get(_MASK)
+        mask = batch.get("attention_mask")
         return ModelInputs((), dict(batch), mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return ModelInputs(tuple(batch), {})
@@ -140,25 +133,20 @@ def call_transform(transform: Callable[..., Any], name: str, batch: Mapping[str,
     except Exception as error:
         raise InputError(f"data.transform {name!r} failed: {first_line(error)}") from error
     if not isinstance(result, Mapping) or not result:
-        raise InputError(
-            f"data.transform {name!r} returned a {type(result).__name__}; it must return a dict of tensors"
-        )
+        kind = type(result).__name__
+        raise InputError(f"data.transform {name!r} returned a {kind}; it must return a dict of tensors")
     for field, value in result.items():
         if not isinstance(field, str) or not isinstance(value, Tensor):
-            raise InputError(
-                f"data.transform {name!r} returned {field!r}: {type(value).__name__}; fields must be tensors"
-            )
+            kind = type(value).__name__
+            raise InputError(f"data.transform {name!r} returned {field!r}: {kind}; fields must be tensors")
     return dict(result)
 
 
 def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, mask_field: str) -> ModelInputs:
-    """Fields of a batch to the arguments of forward.
+    """Fields of a batch become keywords of forward, or an only field its first argument where it has another name.
 
-    parameters: names that forward takes as keywords, in order; None: any. Fields become keywords of the same name. When
-    there is only one field besides the mask and forward has no such parameter, it is passed by position. The mask goes
-    to the model when forward takes it, and is kept as `ModelInputs.mask` when it is `(N, T)`.
-
-    Raises InputError listing the fields and forward's parameters when they do not match.
+    parameters: names that forward takes as keywords, in order; None: any. The mask goes to the model when forward takes
+    it, and is kept as `ModelInputs.mask` when it is `(N, T)`. Raises InputError when fields and parameters differ.
     """
     mask = batch.get(mask_field)
     mask_is_passed = mask is not None and (parameters is None or mask_field in parameters)
@@ -166,20 +154,13 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
     unknown = [] if parameters is None else [name for name in names if name not in parameters]
     takes = "any keyword" if parameters is None else ", ".join(parameters) or "nothing by name"
     if not names or (unknown and len(names) > 1):
-        raise InputError(
-            f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}; "
-            "rename or leave out fields with data.fields"
-        )
-    if mask is not None and mask.ndim != 2 and not mask_is_passed:
-        raise InputError(
-            f"data field {mask_field!r} has shape {tuple(mask.shape)} and the model's forward, which takes {takes}, "
-            "does not use it; a mask of rows must be (samples, tokens)"
-        )
+        what = f"data fields {', '.join(batch) or '(none)'} do not match the model's forward, which takes {takes}"
+        raise InputError(f"{what}; rename or leave out fields with data.fields")
+    two_axes = mask is not None and mask.ndim == 2
+    if mask is not None and not two_axes and not mask_is_passed:
+        what = f"has shape {tuple(mask.shape)} and the model's forward, which takes {takes}, does not use it"
+        raise InputError(f"data field {mask_field!r} {what}; a mask of rows must be (samples, tokens)")
     kwargs: dict[str, object] = {name: batch[name] for name in names if name not in unknown}
     if mask_is_passed:
         kwargs[mask_field] = mask
-    return ModelInputs(
-        args=tuple(batch[name] for name in unknown),
-        kwargs=kwargs,
-        mask=mask if mask is not None and mask.ndim == 2 else None,
-    )
+    return ModelInputs(tuple(batch[name] for name in unknown), kwargs, mask if two_axes else None)

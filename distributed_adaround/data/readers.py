@@ -18,21 +18,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distributed_adaround.data.arrays import read_npy, read_npz, read_safetensors, read_torch
-from distributed_adaround.data.columns import NOT_NUMERIC, Column
+from distributed_adaround.data import arrays, tables
+from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns
 from distributed_adaround.data.manifest import FieldInfo
-from distributed_adaround.data.tables import read_jsonl, read_parquet
 from distributed_adaround.errors import InputError, shorten
 from distributed_adaround.files import uris
 
-_READERS: dict[str, Callable[[Path], dict[str, Column]]] = {
-    ".npy": read_npy,
-    ".npz": read_npz,
-    ".safetensors": read_safetensors,
-    ".pt": read_torch,
-    ".pth": read_torch,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
+_READERS: dict[str, Callable[[Path], Columns]] = {
+    ".npy": arrays.read_npy,
+    ".npz": arrays.read_npz,
+    ".safetensors": arrays.read_safetensors,
+    ".pt": arrays.read_torch,
+    ".pth": arrays.read_torch,
+    ".jsonl": tables.read_jsonl,
+    ".parquet": tables.read_parquet,
 }
 SUFFIXES = tuple(_READERS)
 
@@ -44,13 +43,15 @@ class SampleFile:
     shown: str
     num_samples: int
     fields: tuple[FieldInfo, ...]
-    _rows: Mapping[str, Callable[[int], Tensor]]
+    one_sample_per_file: bool
+    _columns: Mapping[str, Column]
 
     def read(self, row: int) -> dict[str, Tensor]:
         """One sample, without a batch axis. Raises InputError, also for NaN and infinity."""
         assert 0 <= row < self.num_samples, f"row {row} of {self.num_samples}"
         with _explained(f"{self.shown}, sample {row}"):
-            sample = {name: read(row) for name, read in self._rows.items()}
+            index = ... if self.one_sample_per_file else row
+            sample = {name: column.read(index) for name, column in self._columns.items()}
             for name, value in sample.items():
                 _check_finite(name, value)
             return sample
@@ -58,73 +59,52 @@ class SampleFile:
 
 def has_reader(uri: str) -> bool:
     """Whether the file's suffix is a known one."""
-    return _suffix(uris.file_name(uri)) in _READERS
-
-
-def scan(
-    path: Path, *, shown: str, fields: Mapping[str, str] | None, one_sample_per_file: bool
-) -> tuple[int, tuple[FieldInfo, ...]]:
-    """(number of samples, fields). Arguments and errors as in `open_samples`."""
-    file = open_samples(path, shown=shown, fields=fields, one_sample_per_file=one_sample_per_file)
-    return file.num_samples, file.fields
+    return Path(uris.file_name(uri)).suffix.lower() in _READERS
 
 
 def open_samples(path: Path, *, shown: str, fields: Mapping[str, str] | None, one_sample_per_file: bool) -> SampleFile:
-    """Open a local file; its suffix says which type it is.
-
-    shown: its name in messages. fields: model input name -> field in the file; None: all numeric fields.
+    """Open a local file. shown: its name in messages. fields: model input name -> its field; None: all numeric fields.
 
     Raises: InputError when it is damaged, empty, holds pickled objects or lacks a field.
     """
     with _explained(shown):
-        columns = _READERS[_suffix(path.name)](path)
-        sources = _sources(columns, fields)
-        chosen = {name: columns[source] for name, source in sources.items()}
+        columns = _READERS[path.suffix.lower()](path)
+        sources = fields or {name: name for name, column in columns.items() if column != NOT_NUMERIC}
+        chosen = {name: _readable(columns, source) for name, source in sources.items()}
+        if not chosen:
+            raise InputError("holds no numeric field")
         lengths = {sources[name]: _num_samples(sources[name], c, one_sample_per_file) for name, c in chosen.items()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{source}: {length}" for source, length in lengths.items())
             raise InputError(f"its fields differ in the number of samples ({counts}); choose by data.fields")
         num_samples = next(iter(lengths.values()))
-        shapes = {name: c.shape if one_sample_per_file else c.shape[1:] for name, c in chosen.items()}
-        if num_samples == 0 or any(0 in shape for shape in shapes.values()):
-            raise InputError("is empty: no samples, or samples without elements; remove the file")
+        first_axis = 0 if one_sample_per_file else 1
         infos = tuple(
-            FieldInfo(name, c.dtype, shapes[name], None if sources[name] == name else sources[name])
+            FieldInfo(name, c.dtype, c.shape[first_axis:], None if sources[name] == name else sources[name])
             for name, c in chosen.items()
         )
-        return SampleFile(
-            shown, num_samples, infos, {n: _row_reader(c, one_sample_per_file) for n, c in chosen.items()}
-        )
+        if num_samples == 0 or any(0 in info.shape for info in infos):
+            raise InputError("is empty: no samples, or samples without elements; remove the file")
+        return SampleFile(shown, num_samples, infos, one_sample_per_file, chosen)
 
 
-def _sources(columns: Mapping[str, Column], fields: Mapping[str, str] | None) -> dict[str, str]:
-    """Model input name -> field in the file, all of them readable."""
-    sources = dict(fields or {name: name for name, column in columns.items() if column.problem != NOT_NUMERIC})
-    if not sources:
-        raise InputError("holds no numeric field")
-    for source in sources.values():
-        if source not in columns:
-            raise InputError(f"has no field {source!r}; it has {', '.join(sorted(columns))}")
-        if columns[source].problem is not None:
-            raise InputError(
-                f"the field {source!r} {columns[source].problem}; mend it, or choose others by data.fields"
-            )
-    return sources
+def _readable(columns: Columns, source: str) -> Column:
+    if source not in columns:
+        raise InputError(f"has no field {source!r}; it has {', '.join(sorted(columns))}")
+    column = columns[source]
+    if isinstance(column, str):
+        raise InputError(f"the field {source!r} {column}; mend it, or choose others by data.fields")
+    return column
 
 
 def _num_samples(source: str, column: Column, one_sample_per_file: bool) -> int:
     if one_sample_per_file:
-        if column.whole is None:
+        if column.is_list:
             raise InputError("is a list of samples already; one_sample_per_file is for arrays")
         return 1
     if not column.shape or column.shape[0] is None:
         raise InputError(f"the field {source!r} is a single number without a sample axis; set one_sample_per_file")
     return column.shape[0]
-
-
-def _row_reader(column: Column, one_sample_per_file: bool) -> Callable[[int], Tensor]:
-    whole = column.whole
-    return (lambda _: whole()) if one_sample_per_file and whole is not None else column.row
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -138,10 +118,6 @@ def _check_finite(name: str, value: Tensor) -> None:
         raise InputError(f"the field {name!r} is {value[place].item()}{where}; mend it, or leave the sample out")
 
 
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
-
-
 @contextmanager
 def _explained(shown: str) -> Iterator[None]:
     """Name the file in every error: what the libraries raise for a damaged file is of all sorts."""
@@ -150,5 +126,5 @@ def _explained(shown: str) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{shown}: {shorten(str(error))}") from error
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{shown}: cannot be read, damaged or not of this type: {shorten(lines[0])}") from error
+        reason = shorten(str(error).partition("\n")[0]) or type(error).__name__
+        raise InputError(f"{shown}: cannot be read, damaged or not of this type: {reason}") from error

@@ -2,8 +2,8 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_adaround.data.columns import NOT_NUMERIC, Column, common_shape, dtype_name, unreadable
+from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns, common_shape, dtype_name
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.integrity import check_expansion
 
 
-def read_jsonl(path: Path) -> dict[str, Column]:
-    """Objects of numbers or (nested) lists of numbers, or bare lists (field "input_ids").
-
-    Every line is parsed once for dtypes and shapes; what stays in memory are the offsets of the lines.
-    """
+def read_jsonl(path: Path) -> Columns:
+    """Every line is parsed once for dtypes and shapes; what stays in memory are the offsets of the lines."""
     offsets: list[int] = []
     fields: dict[str, _JsonField] = {}
-    for offset, line in _lines(path):
-        values = _parse(line, len(offsets))
-        if not offsets:
-            fields = {name: _JsonField() for name in values}
-        elif values.keys() != fields.keys():
-            raise InputError(f"sample {len(offsets)} has other fields than the first: {', '.join(values)}")
-        for name, value in values.items():
-            fields[name].add(value, len(offsets))
-        offsets.append(offset)
-    return {name: field.column(_row_reader(path, offsets, name, field.dtype)) for name, field in fields.items()}
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            start, end = end, end + len(line)
+            if not line.strip():
+                continue
+            row = len(offsets)
+            values = _parse(line, row)
+            if row == 0:
+                fields = {name: _JsonField() for name in values}
+            elif values.keys() != fields.keys():
+                raise InputError(f"sample {row} has other fields than the first: {', '.join(values)}")
+            for name, value in values.items():
+                fields[name].add(value, row)
+            offsets.append(start)
+    return {name: field.column(partial(_read_row, path, offsets, name, field.dtype)) for name, field in fields.items()}
 
 
 class _JsonField:
@@ -59,26 +62,14 @@ class _JsonField:
         if tensor.numel():
             self.dtype = torch.promote_types(self.dtype, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
-    def column(self, read: Callable[[int], Tensor]) -> Column:
+    def column(self, read: Callable[[int], Tensor]) -> Column | str:
         if self._ragged is not None:
-            return unreadable(
-                f"is ragged, too large for int64 or holds other things beside numbers in sample {self._ragged}"
-            )
+            return f"is ragged, too large for int64 or holds other things beside numbers in sample {self._ragged}"
         if self._not_numeric is not None:
-            return unreadable(f"is not a number in sample {self._not_numeric}" if self._shapes else NOT_NUMERIC)
-        if len({len(shape) for shape in self._shapes}) > 1:
-            return unreadable("mixes numbers of dimensions")
-        return Column(dtype_name(self.dtype), (len(self._shapes), *common_shape(self._shapes)), read)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of all lines that are not blank."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield offset, line
-            offset += len(line)
+            return f"is not a number in sample {self._not_numeric}" if self._shapes else NOT_NUMERIC
+        if len(set(map(len, self._shapes))) > 1:
+            return "mixes numbers of dimensions"
+        return Column(dtype_name(self.dtype), (len(self._shapes), *common_shape(self._shapes)), read, is_list=True)
 
 
 def _parse(line: bytes, row: int) -> dict[str, Any]:
@@ -97,20 +88,14 @@ def _holds_numbers(value: object) -> bool:
     return any(map(_holds_numbers, value)) if isinstance(value, list) else isinstance(value, int | float)
 
 
-def _row_reader(path: Path, offsets: list[int], name: str, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    def read(row: int) -> Tensor:
-        with path.open("rb") as file:
-            file.seek(offsets[row])
-            return torch.tensor(_parse(file.readline(), row)[name], dtype=dtype)
-
-    return read
+def _read_row(path: Path, offsets: list[int], name: str, dtype: torch.dtype, row: int) -> Tensor:
+    with path.open("rb") as file:
+        file.seek(offsets[row])
+        return torch.tensor(_parse(file.readline(), row)[name], dtype=dtype)
 
 
-def read_parquet(path: Path) -> dict[str, Column]:
-    """Columns of numbers or (nested) lists of numbers; one row group at a time is in memory.
-
-    Raises: InputError when pyarrow, which is optional, is not installed.
-    """
+def read_parquet(path: Path) -> Columns:
+    """One row group at a time is in memory."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -119,26 +104,25 @@ def read_parquet(path: Path) -> dict[str, Column]:
     file = parquet.ParquetFile(path, page_checksum_verification=True)
     groups = map(file.metadata.row_group, range(file.num_row_groups))
     chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-    check_expansion(
-        sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks), path.stat().st_size
-    )
+    claimed = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
+    check_expansion(claimed, path.stat().st_size)
     return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
 
 
-def _parquet_column(file: Any, field: Any) -> Column:
+def _parquet_column(file: Any, field: Any) -> Column | str:
     from pyarrow import types
 
     value_type, depth = field.type, 0
     while types.is_list(value_type) or types.is_large_list(value_type) or types.is_fixed_size_list(value_type):
         value_type, depth = value_type.value_type, depth + 1
     if types.is_boolean(value_type):
-        dtype = torch.bool
+        dtype = "bool"
     elif types.is_integer(value_type):
-        dtype = torch.int64
+        dtype = "int64"
     elif types.is_floating(value_type):
-        dtype = torch.float32
+        dtype = "float32"
     else:
-        return unreadable(NOT_NUMERIC)
+        return NOT_NUMERIC
     group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     first_rows = [0, *accumulate(group_sizes)]
 
@@ -149,18 +133,15 @@ def _parquet_column(file: Any, field: Any) -> Column:
     def read(row: int) -> Tensor:
         group = bisect_right(first_rows, row) - 1
         values, (_, *shape) = _flatten(read_group(group).slice(row - first_rows[group], 1), depth)
-        sizes = [size for size in shape if size is not None]
-        if len(sizes) < len(shape):
+        if None in shape:
             raise InputError(f"the field {field.name!r} is ragged")
-        array = np.array(values.cast(dtype_name(dtype)).to_numpy(zero_copy_only=False))
-        return torch.from_numpy(array).reshape(sizes)
+        return torch.from_numpy(np.array(values.cast(dtype).to_numpy(zero_copy_only=False)).reshape(shape))
 
     # Groups without rows have no shape.
     flat = [_flatten(read_group(group), depth) for group, size in enumerate(group_sizes) if size]
     if any(values.null_count for values, _ in flat):
-        return unreadable("holds nulls")
-    shape = common_shape([shape[1:] for _, shape in flat])
-    return Column(dtype_name(dtype), (first_rows[-1], *shape), read)
+        return "holds nulls"
+    return Column(dtype, (first_rows[-1], *common_shape([shape[1:] for _, shape in flat])), read, is_list=True)
 
 
 def _flatten(array: Any, depth: int) -> tuple[Any, list[int | None]]:

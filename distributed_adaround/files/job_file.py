@@ -9,13 +9,7 @@ from distributed_adaround.spec.load import check_suffix, parse_job
 
 
 def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job of a file: .yaml, .yml, .json or .toml; a local path or a URI.
-
-    overrides: "section.field=value" each, applied in order before anything is checked.
-
-    Raises:
-        SpecError: the file is missing or not valid, or the job is wrong.
-    """
+    """overrides: "section.field=value" each, applied in order before anything is checked. Raises SpecError."""
     check_suffix(path)
     try:
         data = storage.read_bytes(path)

@@ -9,10 +9,7 @@ from collections.abc import Mapping
 
 
 def json_safe(value: object) -> object:
-    """The value with tuples as lists and non-finite floats as None.
-
-    Raises TypeError for anything JSON has no word for (a tensor, a path, a key that is not a string).
-    """
+    """The value with tuples as lists and non-finite floats as None. Raises TypeError for what JSON cannot hold."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -28,6 +25,6 @@ def json_safe(value: object) -> object:
 
 
 def dumps(value: object, *, indent: int | None = None) -> str:
-    """Text with sorted keys in ASCII: compact, or over several lines when `indent` is given."""
+    """Sorted keys, ASCII; compact, or over several lines when `indent` is given."""
     separators = (",", ":") if indent is None else (",", ": ")
     return json.dumps(json_safe(value), sort_keys=True, allow_nan=False, indent=indent, separators=separators)

@@ -1,10 +1,8 @@
 """Patience with stores that answer "not now": which errors pass by themselves, and how long to wait for that.
 
-s3fs, gcsfs and adlfs repeat most requests by themselves, 4 to 6 times; http, sftp and others do not. So there are only
-a few tries here, and their main purpose is to tell a store that is away from a file that is missing.
-
-The libraries below fsspec have no common base class. What passes is seen from an HTTP status, or from an error of
-Python's own (or of aiohttp, which most of them use) among its causes.
+s3fs, gcsfs and adlfs repeat most requests by themselves; http, sftp and others do not. So there are only a few tries
+here, mainly to tell a store that is away from a file that is missing. The libraries below fsspec have no common base
+class: what passes is seen from an HTTP status, or from an error of Python or aiohttp among its causes.
 """
 
 import errno
@@ -38,12 +36,14 @@ _Result = TypeVar("_Result")
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may well succeed in a moment: the store is busy, away, or the line broke."""
     return passing_cause(error) is not None
 
 
 def passing_cause(error: BaseException) -> BaseException | None:
-    """The error, or what caused it, that passes. fsspec turns an unreachable web server into FileNotFoundError."""
+    """The error, or what caused it, after which the same request may well succeed in a moment.
+
+    fsspec turns an unreachable web server into FileNotFoundError.
+    """
     errors = list(_with_causes(error))
     if any(isinstance(cause, ssl.SSLError) for cause in errors):
         return None  # a certificate or a protocol that does not fit
@@ -51,34 +51,21 @@ def passing_cause(error: BaseException) -> BaseException | None:
 
 
 def patiently(work: Callable[[], _Result], what: str) -> _Result:
-    """The result of `work`, repeated up to MAX_TRIES times while it raises errors that pass. Raises its last error.
-
-    what: for the log.
-    """
+    """The result of `work`, repeated while it raises errors that pass; then its last error. what: for the log."""
 
     def note(state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None
-        error = state.outcome.exception()
-        assert error is not None
+        error = state.outcome and state.outcome.exception()
+        assert error
         reason = redact(str(passing_cause(error))).partition("\n")[0][:200] or type(error).__name__
         number = state.attempt_number
         logger.warning("%s: the store does not answer (%s), try %d of %d", what, reason, number, MAX_TRIES)
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_passing),
-        stop=tenacity.stop_after_attempt(MAX_TRIES),
-        wait=_WAIT,
-        before_sleep=note,
-        reraise=True,
-    )
-    return retrying(work)
+    retry, stop = tenacity.retry_if_exception(is_passing), tenacity.stop_after_attempt(MAX_TRIES)
+    return tenacity.Retrying(retry=retry, stop=stop, wait=_WAIT, before_sleep=note, reraise=True)(work)
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and so on: botocore names no cause, but raises while it handles one.
-
-    An error of ours ends the chain: it is what the caller handles, as when the end of a job is written down.
-    """
+    """botocore names no cause, but raises while it handles one. An error of ours ends the chain: callers handle it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen and not isinstance(error, AdaRoundError):
         seen.add(id(error))

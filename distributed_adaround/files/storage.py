@@ -1,16 +1,16 @@
-"""Files behind URIs: local paths and every scheme fsspec knows. The only importer of fsspec.
+"""Files behind URIs: local paths and every scheme fsspec knows.
 
-Writes are atomic. A local file is written under a hidden name in the same folder, synced and renamed, so a full disk
-or a kill leaves the old file and no half of the new one. A remote file is uploaded in one piece, because leaving
-`fsspec.open(..., "wb")` by an exception publishes what was written so far.
+Writes are atomic: a full disk or a kill leaves the old file and no half of the new one. A remote file is uploaded in
+one piece, because leaving `fsspec.open(..., "wb")` by an exception publishes what was written so far.
 
-Reading errors are InputError, writing errors OutputError. A store that is busy or away is asked again a few times, then
-the error is UnreachableError. Messages show URIs without credentials.
+All functions raise InputError for what cannot be read and OutputError for what cannot be written. A store that is busy
+or away is asked again a few times, then the error is UnreachableError. Messages show URIs without credentials.
 """
 
 import errno
 import glob
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -19,8 +19,9 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -41,24 +42,59 @@ from distributed_adaround.files.uris import file_name, is_local, join, path_span
 _DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 # Servers that write into the old file itself, and can rename.
 _FILE_SERVERS = frozenset({"sftp", "ssh"})
-
 # Temporary files of `_replace`.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
+_Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
+def _attempt(
+    verb: str, lasting: type[InputError] | type[OutputError]
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Work on a URI, its first argument, is done again where a store fails for the moment, which may raise any class.
+
+    lasting: what errors become where another try does not help.
+    """
+
+    def decorate(work: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @wraps(work)
+        def attempt(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            uri = str(args[0])
+            try:
+                if is_local(uri):
+                    return work(*args, **kwargs)
+                return patiently(partial(work, *args, **kwargs), redact(uri))
+            except AdaRoundError:
+                raise
+            except Exception as error:
+                text = f"{redact(uri)}: cannot be {verb}: {_reason(error)}"
+                if is_local(uri) or not is_passing(error):
+                    raise lasting(text) from error
+                raise UnreachableError(f"{text}; the store does not answer, start the job again later") from error
+
+        return attempt
+
+    return decorate
+
+
+def _reason(error: BaseException) -> str:
+    """One line, without credentials."""
+    error = passing_cause(error) or error
+    if isinstance(error, FileNotFoundError):
+        return "no such file or folder"
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        return " ".join(redact(error.strerror).lower().split())
+    lines = redact(str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@_attempt("read", InputError)
 def list_files(uri: str) -> list[str]:
     """URIs of all files at `uri`, sorted: the file itself, a folder's files (recursive), or a glob's matches.
 
     Hidden files and folders (a name that starts with ".") are left out. Empty when nothing matches.
-
-    Raises: InputError when it cannot be listed, UnreachableError.
     """
-    return _reading(uri, lambda: _list_files(uri))
-
-
-def _list_files(uri: str) -> list[str]:
     fs, path = _resolve(uri)
     kind = _kind(fs, path)
     if not path.endswith("/") and kind == "file":
@@ -76,48 +112,31 @@ def _list_files(uri: str) -> list[str]:
     return sorted(uri[:start] + join(prefix, tail) + uri[end:] for tail in visible)
 
 
+@_attempt("read", InputError)
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder. Raises InputError or UnreachableError when that cannot be found out."""
-    return _reading(uri, lambda: _kind(*_resolve(uri)) is not None)
+    """Whether there is a file or folder. An error when that cannot be found out."""
+    return _kind(*_resolve(uri)) is not None
 
 
+@_attempt("read", InputError)
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file. Raises InputError, UnreachableError."""
-
-    def read() -> bytes:
-        fs, path = _resolve(uri)
-        return bytes(fs.cat_file(path))
-
-    return _reading(uri, read)
+    fs, path = _resolve(uri)
+    return bytes(fs.cat_file(path))
 
 
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """The file itself when it is local, else a download that is removed at the end.
-
-    Raises: InputError when it cannot be read, UnreachableError, OutputError when the temporary folder is full.
-    """
-    if (path := _reading(uri, lambda: _local_path(uri))) is not None:
+    """The file itself when it is local, else a download that is removed at the end. OutputError: no room for it."""
+    if (path := _local_path(uri)) is not None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder, file_name(uri))
-
-        def download() -> None:
-            fs, path = _resolve(uri)
-            try:
-                fs.get_file(path, str(copy))
-            except OSError as error:
-                if error.errno not in _DISK_IS_FULL:
-                    raise
-                raise OutputError(
-                    f"{folder}: no room for a copy of {redact(uri)}; set TMPDIR to another disk"
-                ) from error
-
-        _reading(uri, download)
+        _download(uri, copy)
         yield copy
 
 
+@_attempt("read", InputError)
 def _local_path(uri: str) -> Path | None:
     fs, path = _resolve(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -127,85 +146,74 @@ def _local_path(uri: str) -> Path | None:
     return Path(path)
 
 
+@_attempt("read", InputError)
+def _download(uri: str, copy: Path) -> None:
+    fs, path = _resolve(uri)
+    try:
+        fs.get_file(path, str(copy))
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        raise OutputError(f"{copy.parent}: no room for a copy of {redact(uri)}; set TMPDIR to another disk") from error
+
+
+@_attempt("read", InputError)
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a local file, as hex. Raises InputError."""
-
-    def digest() -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return _reading(str(path), digest)
+    """SHA-256 of a local file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@_attempt("written", OutputError)
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file, whole or not at all. Raises OutputError, UnreachableError."""
-
-    def write() -> None:
-        fs, path = _resolve(uri)
-        if isinstance(fs, LocalFileSystem):
-            _replace(Path(path), lambda temporary: _dump(temporary, data))
-        else:
-            _upload(fs, path, lambda target: fs.pipe_file(target, data))
-
-    _writing(uri, write)
+    """Write a file, whole or not at all."""
+    fs, path = _resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        _replace(Path(path), lambda temporary: temporary.write_bytes(data))
+    else:
+        _upload(fs, path, lambda target: fs.pipe_file(target, data))
 
 
+@_attempt("written", OutputError)
 def write_file(uri: str, write: Callable[[Path], object]) -> None:
-    """Write a file, whole or not at all, from what `write` puts at the local path it is given.
+    """Write a file, whole or not at all, from what `write` puts at the local path it is given; maybe several times.
 
-    Raises: OutputError, also for exceptions of `write`: a full disk makes torch raise RuntimeError and safetensors
-    its own type, not OSError. UnreachableError.
+    Exceptions of `write` are OutputError too: a full disk makes torch raise RuntimeError and safetensors its own type.
     """
-    if is_local(uri):
-        _writing(uri, lambda: _replace(Path(_resolve(uri)[1]), write))
+    fs, path = _resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        _replace(Path(path), write)
         return
     with tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder, "upload")
-        _writing(uri, lambda: write(copy))
-
-        def upload() -> None:
-            fs, path = _resolve(uri)
-            _upload(fs, path, lambda target: fs.put_file(str(copy), target))
-
-        _writing(uri, upload)
+        write(copy)
+        _upload(fs, path, lambda target: fs.put_file(str(copy), target))
 
 
+@_attempt("cleaned", OutputError)
 def remove_leftovers(uri: str) -> None:
-    """Remove temporary files that killed writers left in a local folder (not below it), where nobody writes now.
-
-    Raises: OutputError when one cannot be removed.
-    """
-
-    def remove() -> None:
-        fs, path = _resolve(uri)
-        if isinstance(fs, LocalFileSystem):
-            for file in Path(path).glob(".*.tmp"):
-                if _TEMPORARY.fullmatch(file.name):
-                    file.unlink(missing_ok=True)
-
-    _writing(uri, remove, "cleaned")
+    """Remove temporary files that killed writers left in a local folder (not below it), where nobody writes now."""
+    fs, path = _resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        for file in Path(path).glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
 
+@_attempt("removed", OutputError)
 def remove_tree(uri: str) -> None:
-    """Remove a file or a folder with all it holds; nothing happens when there is none.
-
-    Raises OutputError, UnreachableError.
-    """
-
-    def remove() -> None:
-        fs, path = _resolve(uri)
-        try:
-            if not isinstance(fs, LocalFileSystem):
-                fs.rm(path, recursive=True)
-            elif os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
-        except FileNotFoundError as error:
-            if is_passing(error):
-                raise
-
-    _writing(uri, remove, "removed")
+    """Remove a file or a folder with all it holds; nothing happens when there is none."""
+    fs, path = _resolve(uri)
+    try:
+        if not isinstance(fs, LocalFileSystem):
+            fs.rm(path, recursive=True)
+        elif os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError as error:
+        if is_passing(error):
+            raise
 
 
 def _resolve(uri: str) -> tuple[AbstractFileSystem, str]:
@@ -218,11 +226,9 @@ def _resolve(uri: str) -> tuple[AbstractFileSystem, str]:
 
 def _kind(fs: AbstractFileSystem, path: str) -> str | None:
     """ "file", "directory", or None where nothing is. fsspec's own isfile and isdir also say no when a store fails."""
-    if isinstance(fs, LocalFileSystem):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return "directory" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
-        return None
     try:
+        if isinstance(fs, LocalFileSystem):
+            return "directory" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
         return str(fs.info(path)["type"])
     except (FileNotFoundError, NotADirectoryError) as error:
         if is_passing(error):
@@ -241,19 +247,18 @@ def _find(fs: AbstractFileSystem, path: str, kind: str | None) -> list[str]:
         return []
     if isinstance(fs, LocalFileSystem):
         return list(_walk(path, frozenset())) if kind == "directory" else []
-    return [name for name, is_folder in _below(fs, path, None) if not is_folder]
+    return [name for name, is_folder in _below(fs, path, math.inf) if not is_folder]
 
 
-def _below(fs: AbstractFileSystem, folder: str, depth: int | None) -> Iterator[tuple[str, bool]]:
+def _below(fs: AbstractFileSystem, folder: str, depth: float) -> Iterator[tuple[str, bool]]:
     """(path, whether it is a folder) of all that lies in a remote folder, down to `depth` levels."""
     for info in fs.ls(folder, detail=True):
-        is_folder = info["type"] == "directory"
+        name, is_folder = info["name"], info["type"] == "directory"
         # Some stores list the folder itself.
-        if info["name"].strip("/") == folder.strip("/"):
-            continue
-        yield info["name"], is_folder
-        if is_folder and depth != 1:
-            yield from _below(fs, info["name"], None if depth is None else depth - 1)
+        if name.strip("/") != folder.strip("/"):
+            yield name, is_folder
+            if is_folder and depth > 1:
+                yield from _below(fs, name, depth - 1)
 
 
 def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
@@ -284,14 +289,9 @@ def _remote_glob(fs: AbstractFileSystem, pattern: str) -> dict[str, bool]:
     root = pattern[: first.start() if first else None].rpartition("/")[0]
     if root and _kind(fs, root) is None:
         return {}
-    depth = None if "**" in pattern else pattern[len(root) :].lstrip("/").count("/") + 1
+    depth = math.inf if "**" in pattern else pattern[len(root) :].lstrip("/").count("/") + 1
     matches = re.compile(glob_translate(pattern)).match
     return {name: is_folder for name, is_folder in _below(fs, root, depth) if matches(name)}
-
-
-def _dump(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -336,44 +336,3 @@ def _upload(fs: AbstractFileSystem, path: str, put: Callable[[str], object]) -> 
             with suppress(Exception):
                 fs.rm(target)
         raise
-
-
-def _reading(uri: str, work: Callable[[], _Result]) -> _Result:
-    return _attempt(uri, work, "read", InputError)
-
-
-def _writing(uri: str, work: Callable[[], _Result], verb: str = "written") -> _Result:
-    return _attempt(uri, work, verb, OutputError)
-
-
-def _attempt(
-    uri: str, work: Callable[[], _Result], verb: str, lasting: type[InputError] | type[OutputError]
-) -> _Result:
-    """Do it, and where a store fails for the moment, do it again. Stores raise any class, so all errors are translated.
-
-    Args:
-        uri: What is read or written.
-        work: May be called several times.
-        verb: For the message: read, written.
-        lasting: Class of errors that another try does not help.
-    """
-    try:
-        return work() if is_local(uri) else patiently(work, redact(uri))
-    except AdaRoundError:
-        raise
-    except Exception as error:
-        text = f"{redact(uri)}: cannot be {verb}: {_reason(error)}"
-        if is_local(uri) or not is_passing(error):
-            raise lasting(text) from error
-        raise UnreachableError(f"{text}; the store does not answer, start the job again later") from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line, without credentials."""
-    error = passing_cause(error) or error
-    if isinstance(error, FileNotFoundError):
-        return "no such file or folder"
-    if isinstance(error, OSError) and error.errno and error.strerror:
-        return " ".join(redact(error.strerror).lower().split())
-    lines = redact(str(error)).splitlines()
-    return lines[0] if lines else type(error).__name__

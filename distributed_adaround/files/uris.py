@@ -1,7 +1,4 @@
-"""URIs as text: cut and joined.
-
-A URI is a path ("data/x.npy"), a URL ("s3://bucket/x.npy") or a chain ("simplecache::s3://bucket/x.npy").
-"""
+"""URIs as text: a path ("data/x.npy"), a URL ("s3://bucket/x.npy") or a chain ("simplecache::s3://bucket/x.npy")."""
 
 import re
 
@@ -9,7 +6,6 @@ from distributed_adaround.errors import without_credentials
 
 
 def join(uri: str, *parts: str) -> str:
-    """The URI of something inside a folder."""
     for part in parts:
         uri = uri + part.lstrip("/") if not uri or uri.endswith("/") else f"{uri}/{part.lstrip('/')}"
     return uri
@@ -17,19 +13,19 @@ def join(uri: str, *parts: str) -> str:
 
 def file_name(uri: str) -> str:
     """Last part of the path, without folder, credentials and query string."""
-    links = without_credentials(uri).split("::")
-    return links[_path_link(links)].rstrip("/").rsplit("/", 1)[-1]
+    bare = without_credentials(uri)
+    start, end = path_span(bare)
+    return bare[start:end].rstrip("/").rsplit("/", 1)[-1]
 
 
 def is_local(uri: str) -> bool:
-    """Whether it is a path of this machine."""
     return "::" not in uri and ("://" not in uri or uri.startswith(("file://", "local://")))
 
 
 def path_span(uri: str) -> tuple[int, int]:
-    """Start and end of the link that holds the path."""
+    """Start and end of the link with the path: the first of a chain with "://", else the last (after the caches)."""
     links = uri.split("::")
-    position = _path_link(links)
+    position = next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)
     start = sum(len(link) + 2 for link in links[:position])
     return start, start + len(links[position])
 
@@ -41,8 +37,3 @@ def wildcard(uri: str) -> int | None:
     pattern = re.compile(r"[*[]" if uri.startswith("http", start) else r"[*?[]")
     match = pattern.search(uri, start, end)
     return match.start() if match else None
-
-
-def _path_link(links: list[str]) -> int:
-    """Which link of a chain holds the path: the first with "://", else the last (caches come before it)."""
-    return next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch.utils._sympy import functions as sympy_functions
 
-MODEL_RECORD = "models/model.json"
-SAMPLE_INPUTS_RECORD = "data/sample_inputs/model.pt"
 _CONFIG_RECORDS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
 _RECORD = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)"
@@ -50,7 +48,7 @@ _HIGHER_ORDER = re.compile(
 
 
 def unsafe_content(path: Path) -> str | None:
-    """What makes the archive unsafe to load, in words, or None. Raises what torch's reader raises on a damaged file."""
+    """What makes the archive unsafe to load, in words. Raises what torch's reader raises on a damaged file."""
     with zipfile.ZipFile(path) as archive:
         if "version" in archive.namelist():
             return "it is in the format of torch 2.7 and older, which is read by unpickling"
@@ -63,10 +61,10 @@ def unsafe_content(path: Path) -> str | None:
             if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
                 return f"{name!r} is stored as a pickle"
     try:
-        torch.load(io.BytesIO(reader.get_record(SAMPLE_INPUTS_RECORD)), weights_only=True, map_location="cpu")
+        torch.load(io.BytesIO(reader.get_record("data/sample_inputs/model.pt")), weights_only=True, map_location="cpu")
     except Exception as error:
         return f"its example inputs hold more than tensors ({type(error).__name__})"
-    for key, value in _strings(json.loads(reader.get_record(MODEL_RECORD))):
+    for key, value in _strings(json.loads(reader.get_record("models/model.json"))):
         if not _is_harmless(key, value):
             return f"its graph contains {key} {value[:80]!r}, which is not on the list of what may run"
     return None
@@ -115,13 +113,11 @@ def _is_known_operator(target: str) -> bool:
     for part in name.split("."):
         found = getattr(found, part, None)
     # Operators that take a file name read or write files.
-    return isinstance(found, torch._ops.OpOverload) and all(
-        argument.name != "filename" for argument in found._schema.arguments
-    )
+    return isinstance(found, torch._ops.OpOverload) and "filename" not in {x.name for x in found._schema.arguments}
 
 
 def _is_plain_expression(text: str) -> bool:
-    """True for nested calls of known sympy classes on numbers, and names given to Symbol."""
+    """Only nested calls of known sympy classes on numbers, and names given to Symbol."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -137,8 +133,5 @@ def _is_plain_expression(text: str) -> bool:
                     named.add(node.args[0])
         elif not isinstance(node, _SYMPY_NODES):
             return False
-    return all(
-        node in named or isinstance(node.value, int | float)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant)
-    )
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return all(node in named or isinstance(node.value, int | float) for node in constants)

@@ -1,20 +1,29 @@
-"""Where a trained network comes from: the contract of all sources, and what they give."""
+"""Where a trained network comes from: a factory with weights, or an exported program.
+
+Each source is a function of the section `model` of a job and the folder of the job file. A factory is an import path,
+so it runs code; only the author of the job names it. A program is read without running anything.
+"""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.nn.parameter import is_lazy
 
-from distributed_adaround.errors import InputError, redact
+from distributed_adaround.errors import InputError, first_line, redact
 from distributed_adaround.files import storage
-from distributed_adaround.model.weights import model_digest
-from distributed_adaround.runtime.imports import implementation
+from distributed_adaround.files.integrity import check_zip, is_zip
+from distributed_adaround.model.archive import unsafe_content
+from distributed_adaround.model.weights import explained, load_weights, model_digest, refuse_expanded, refuse_non_finite
+from distributed_adaround.runtime.imports import implementation, importable, load_callable
 from distributed_adaround.spec.model import SOURCES, ModelSpec
 
 
@@ -27,12 +36,10 @@ class OpenedModel:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors under its own names."""
         return dict(self.model.state_dict if isinstance(self.model, ExportedProgram) else self.model.state_dict())
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights, in hex."""
         return model_digest((name, tensor) for name, tensor in self.weights.items() if isinstance(tensor, Tensor))
 
     @property
@@ -52,34 +59,10 @@ class OpenedModel:
         return fixed_batch_size(self.model) if isinstance(self.model, ExportedProgram) else None
 
 
-class ModelSource(Protocol):
-    """One way to name a model in a job; made from the section `model` and the folder of the job file."""
-
-    def __init__(self, spec: ModelSpec, folder: Path | None) -> None: ...
-
-    def open(self) -> OpenedModel:
-        """Raises InputError when what the job names cannot be found or used."""
-
-
 def open_model(spec: ModelSpec, folder: Path | None) -> OpenedModel:
     """The model that a job names. Raises InputError."""
-    source: type[ModelSource] = implementation(SOURCES, spec.source_name)
-    return source(spec, folder).open()
-
-
-@contextmanager
-def checked_file(uri: str | None, sha256: str | None) -> Iterator[Path | None]:
-    """A file of weights as a local path; None for None. Raises InputError when its SHA-256 is another one."""
-    if uri is None:
-        yield None
-        return
-    with storage.local_file(uri) as path:
-        if sha256 is not None and storage.sha256_file(path) != sha256.lower():
-            raise InputError(
-                f"{redact(uri)}: its SHA-256 is not model.sha256: it is damaged or another file; get it again, or "
-                "correct the field"
-            )
-        yield path
+    source: Callable[[ModelSpec, Path | None], OpenedModel] = implementation(SOURCES, spec.source_name)
+    return source(spec, folder)
 
 
 def fixed_batch_size(program: ExportedProgram) -> int | None:
@@ -90,3 +73,79 @@ def fixed_batch_size(program: ExportedProgram) -> int | None:
         if is_input and isinstance(value, Tensor) and value.dim() and is_concrete_int(value.shape[0]):
             return int(value.shape[0])
     return None
+
+
+@contextmanager
+def checked_file(uri: str, sha256: str | None) -> Iterator[Path]:
+    """A file of weights as a local path. Raises InputError when its SHA-256 is another one."""
+    with storage.local_file(uri) as path:
+        if sha256 is not None and storage.sha256_file(path) != sha256.lower():
+            what = "its SHA-256 is not model.sha256: it is damaged or another file"
+            raise InputError(f"{redact(uri)}: {what}; get it again, or correct the field")
+        yield path
+
+
+def open_factory(spec: ModelSpec, folder: Path | None) -> OpenedModel:
+    """`model.factory`, called with `model.factory_args`, and `model.weights`."""
+    assert spec.factory is not None
+    with nullcontext() if spec.weights is None else checked_file(spec.weights, spec.sha256) as weights:
+        return OpenedModel(load_factory(spec.factory, spec.factory_args, weights, folder))
+
+
+def load_factory(
+    factory: str, factory_args: Mapping[str, Any], weights: Path | None, search_path: Path | None
+) -> nn.Module:
+    """Call `factory` ("module:callable") and load `weights` into the module, in eval mode and without gradients.
+
+    search_path: the folder of the job file, searched after Python's own path. Raises InputError for anything that
+    cannot be found, does not fit, or holds values that are not finite.
+    """
+    build, named = load_callable(factory, search_path), f"model.factory {factory!r}"
+    with importable(search_path):
+        try:
+            module = build(**factory_args)
+        except Exception as error:
+            raise InputError(f"{named} failed: {first_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{named} returned a {type(module).__name__}; it must return a torch.nn.Module")
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise InputError(f"{named} left {name!r} without values; run or materialize the model in it")
+    if weights is not None:
+        load_weights(module, weights)
+    parameters = dict(module.named_parameters())
+    refuse_non_finite((*parameters.items(), *module.named_buffers()), parameters, f"the model of {factory!r}")
+    return module.eval().requires_grad_(False)
+
+
+def open_program(spec: ModelSpec, folder: Path | None) -> OpenedModel:
+    """`model.program`."""
+    assert spec.program is not None
+    with checked_file(spec.program, spec.sha256) as path:
+        return OpenedModel(load_program(path))
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Read a `.pt2` file of `torch.export.save`, unless `archive.py` finds that it could run code.
+
+    The guard expressions of the program, which torch compiles as Python, are dropped: the caller checks its own inputs.
+    Raises InputError for a missing, damaged or unsafe file and for weights that are not finite.
+    """
+    kind = f"not a program of torch.export.save that torch {torch.__version__} can load"
+    with explained(f"model.program {str(path)!r}", kind):
+        if is_zip(path):
+            check_zip(path, compressed=False)
+        found = unsafe_content(path)
+        if found is not None:
+            raise InputError(f"is refused: {found}; use model.factory for such a model")
+        logger = logging.getLogger("torch.export")
+        before, logger.disabled = logger.disabled, True  # it logs a traceback of what it then raises
+        try:
+            program = torch.export.load(path)
+        finally:
+            logger.disabled = before
+    program._guards_code = []
+    tensors = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
+    refuse_expanded(tensors, path)
+    refuse_non_finite(tensors.items(), set(program.graph_signature.parameters), str(path))
+    return program

@@ -1,8 +1,7 @@
 """All collectives of the program, as methods of one small object that is handed to whoever needs it.
 
-`GroupComm` talks through torch.distributed; `SoloComm` is its twin for one rank, so nobody else asks how many ranks
-there are. Ranks agree at phase boundaries only: inside a loop a rank that fails raises and exits, it never skips a
-collective, because its peers would pair with the wrong one.
+Ranks agree at phase boundaries only: inside a loop a rank that fails raises and exits, it never skips a collective,
+because its peers would pair with the wrong one.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,58 +29,44 @@ _ROLL_CALL_SECONDS = 1.0
 _Error = TypeVar("_Error", bound=AdaRoundError)
 
 
-class Comm(Protocol):
-    """What ranks say to each other."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place where the tensor lies on the collective's device; returns the sum."""
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, in place likewise. Shape and dtype must be the same on all ranks."""
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Small picklable values of all ranks, in rank order. For control only, never in a loop over steps."""
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's small picklable value."""
-
-
-class SoloComm:
-    """One rank: every collective is the identity."""
+class Comm:
+    """What ranks say to each other. This class is the twin for one rank, where every collective is the identity."""
 
     rank = 0
     world_size = 1
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place where the tensor lies on the collective's device; returns the sum."""
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place likewise. Shape and dtype must be the same on all ranks."""
         return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:
+        """Small picklable values of all ranks, in rank order. For control only, never in a loop over steps."""
         return [value]
 
     def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's small picklable value."""
         return value
 
 
-class GroupComm:
+class SoloComm(Comm):
+    """One rank alone."""
+
+
+class GroupComm(Comm):
     """The default process group of torch.distributed, which must be initialised.
 
-    device: where collectives run, the CPU for gloo and the rank's GPU for NCCL. Tensors elsewhere are copied there
-    and back. roll_call: which ranks are alive, asked when a collective fails.
+    device: of this rank. Collectives run there by NCCL, else on the CPU; tensors elsewhere are copied there and back.
+    roll_call: `missing_ranks`, asked when a collective fails.
     """
 
-    def __init__(self, device: torch.device, roll_call: RollCall | None = None) -> None:
+    def __init__(self, device: torch.device, roll_call: Callable[[], list[int] | None] | None = None) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.device = device
+        self.device = device if "nccl" in str(dist.get_backend()) else torch.device("cpu")
         self._roll_call = roll_call
 
     def _run(self, tensor: Tensor, collective: Any) -> Tensor:
@@ -120,7 +105,7 @@ class GroupComm:
             if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
                 raise
             reason = str(error).strip().partition("\n")[0][:300]
-            missing = None if self._roll_call is None else self._roll_call.missing()
+            missing = None if self._roll_call is None else self._roll_call()
             who = "another rank" if not missing else f"rank {', '.join(map(str, missing))}"
             lost = PeerError(f"{who} failed or does not answer ({reason}); see its own error")
             # The first survivor tells the user, and where nobody knows who that is, every rank does.
@@ -128,54 +113,42 @@ class GroupComm:
             raise lost from error
 
 
-class RollCall:
-    """Which ranks are still there when a collective has failed: each survivor signs in, in the store of the group.
+def missing_ranks(store: Store, session: str) -> list[int] | None:
+    """Ranks that do not sign in, in the store of the group, within a second; None where the store does not answer.
 
-    session: the same on all ranks, another one for every start, since a store may outlive the ranks of a restart.
+    Called when a collective has failed, on all ranks at about the same moment, since they waited for the same one.
+    session: another one for every start, since a store may outlive the ranks of a restart.
     """
+    keys = [f"alive/{session}/{rank}" for rank in range(dist.get_world_size())]
+    found: list[list[int]] = []
 
-    def __init__(self, store: Store, session: str) -> None:
-        self._store, self._session = store, session
-
-    def missing(self) -> list[int] | None:
-        """Ranks that do not sign in within a second; None where the store does not answer either.
-
-        Ranks time out at about the same moment, since they waited for the same one.
-        """
-        found: list[list[int] | None] = []
-        # In a thread: a store whose host hangs, hangs too.
-        caller = threading.Thread(target=lambda: found.append(self._call()), daemon=True)
-        caller.start()
-        caller.join(2 * _ROLL_CALL_SECONDS)
-        return found[0] if found else None
-
-    def _call(self) -> list[int] | None:
-        keys = [f"alive/{self._session}/{rank}" for rank in range(dist.get_world_size())]
-        try:
-            self._store.set(keys[dist.get_rank()], "1")
+    def call() -> None:
+        with suppress(RuntimeError):
+            store.set(keys[dist.get_rank()], "1")
             # Not store.wait: it logs warnings of its own.
             until = time.monotonic() + _ROLL_CALL_SECONDS
-            while not self._store.check(keys) and time.monotonic() < until:
+            while not store.check(keys) and time.monotonic() < until:
                 time.sleep(_ROLL_CALL_SECONDS / 20)
-            return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-        except RuntimeError:
-            return None
+            found.append([rank for rank, key in enumerate(keys) if not store.check([key])])
+
+    # In a thread: a store whose host hangs, hangs too.
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(2 * _ROLL_CALL_SECONDS)
+    return found[0] if found else None
 
 
 def agreed(error: _Error) -> _Error:
-    """Mark an error that all ranks raise at the same place, so that only rank 0 tells the user."""
+    """Of an error that all ranks raise at the same place, only rank 0 tells the user."""
     error.reported_by = 0
     return error
 
 
 @contextmanager
 def phase(comm: Comm, what: str) -> Iterator[None]:
-    """Local work that all ranks finish, or all give up on.
+    """Local work that all ranks finish, or all give up on. No collective may run inside.
 
-    The rank that failed raises its own error; the others raise one that names it. No collective may run inside.
-
-    Raises:
-        PeerError: another rank failed in this phase.
+    The rank that failed raises its own error; the others raise PeerError, which names it.
     """
     error: Exception | None = None
     try:
@@ -194,17 +167,12 @@ def phase(comm: Comm, what: str) -> Iterator[None]:
 
 
 def same_everywhere(comm: Comm, tensors: Sequence[Tensor], what: str) -> None:
-    """Check that all ranks hold the same bytes.
-
-    Raises:
-        AdaRoundError: they differ; the message names the ranks that are not like rank 0.
-    """
+    """Raises: AdaRoundError when ranks do not hold the same bytes; it names those that are not like rank 0."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digests = comm.all_gather_object(digest.hexdigest())
     odd = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if odd:
-        raise agreed(
-            AdaRoundError(f"{what} differs between ranks: ranks {odd} do not hold what rank 0 holds; this is a bug")
-        )
+        text = f"{what} differs between ranks: ranks {odd} do not hold what rank 0 holds; this is a bug"
+        raise agreed(AdaRoundError(text))

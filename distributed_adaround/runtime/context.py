@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from distributed_adaround.errors import PeerError, SpecError
-from distributed_adaround.runtime.comm import Comm, GroupComm, RollCall, SoloComm
+from distributed_adaround.runtime.comm import Comm, GroupComm, SoloComm, missing_ranks
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,15 @@ class RankContext:
 
     @classmethod
     def from_environment(cls, device: str = "auto", backend: str = "auto") -> RankContext:
-        """Read torchrun's variables; without them this is one rank alone.
-
-        Raises:
-            SpecError: the device or backend asked for does not exist here.
-        """
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        """Read torchrun's variables; without them this is one rank alone. Raises SpecError."""
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         chosen = _choose_device(device, local_rank, local_world_size)
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=local_rank,
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_world_size=local_world_size,
-            device=chosen,
-            backend=_choose_backend(backend, chosen),
-        )
+        if backend == "auto":
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if backend == "nccl" and chosen.type == "cpu":
+            raise SpecError("runtime.backend: nccl needs a CUDA device, the device is cpu; set runtime.backend=gloo")
+        return cls(rank, local_rank, world_size, local_world_size, chosen, backend)
 
 
 def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -58,19 +52,9 @@ def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch
     # Counted for all ranks of the machine, so that all of them find the same and none waits for another.
     needed = max(local_rank + 1, local_world_size) if index is None else index + 1
     if needed > available:
-        raise SpecError(
-            f"runtime.device: {device} for {local_world_size} ranks needs {needed} CUDA devices, this machine has "
-            f"{available}; start fewer ranks per machine or set runtime.device=cpu"
-        )
+        what = f"{device} for {local_world_size} ranks needs {needed} CUDA devices, this machine has {available}"
+        raise SpecError(f"runtime.device: {what}; start fewer ranks per machine or set runtime.device=cpu")
     return torch.device("cuda", local_rank if index is None else index)
-
-
-def _choose_backend(backend: str, device: torch.device) -> str:
-    if backend == "auto":
-        return "nccl" if device.type == "cuda" else "gloo"
-    if backend == "nccl" and device.type == "cpu":
-        raise SpecError("runtime.backend: nccl needs a CUDA device, the device is cpu; set runtime.backend=gloo")
-    return backend
 
 
 @contextmanager
@@ -81,7 +65,7 @@ def process_group(context: RankContext, timeout_minutes: float, *, join_only: bo
     such a group or none.
     """
     if dist.is_initialized():
-        yield GroupComm(_collective_device(context))
+        yield GroupComm(context.device)
         return
     if context.world_size == 1 or join_only:
         yield SoloComm()
@@ -101,12 +85,7 @@ def process_group(context: RankContext, timeout_minutes: float, *, join_only: bo
         alone.reported_by = context.rank
         raise alone from error
     try:
-        session = GroupComm(_collective_device(context)).broadcast_object(uuid.uuid4().hex)
-        yield GroupComm(_collective_device(context), RollCall(store, session))
+        session = GroupComm(context.device).broadcast_object(uuid.uuid4().hex)
+        yield GroupComm(context.device, partial(missing_ranks, store, session))
     finally:
         dist.destroy_process_group()
-
-
-def _collective_device(context: RankContext) -> torch.device:
-    backend = str(dist.get_backend())
-    return context.device if "nccl" in backend else torch.device("cpu")

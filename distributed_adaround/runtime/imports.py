@@ -28,12 +28,12 @@ def load_callable(target: str, search_path: Path | None) -> Callable[..., Any]:
             found: Any = importlib.import_module(module_name)
         except Exception as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            if missing and (module_name == missing or module_name.startswith(f"{missing}.")):
+            if missing and f"{module_name}.".startswith(f"{missing}."):
                 where = f"{str(search_path)!r} and " if search_path is not None else ""
-                raise InputError(
-                    f"module {module_name!r} of {target!r} is not found in {where}Python's path"
-                ) from error
-            raise InputError(f"importing {module_name!r} of {target!r} failed: {first_line(error)}") from error
+                text = f"module {module_name!r} of {target!r} is not found in {where}Python's path"
+            else:
+                text = f"importing {module_name!r} of {target!r} failed: {first_line(error)}"
+            raise InputError(text) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(f"{target!r}: {getattr(found, '__name__', module_name)!r} has no attribute {part!r}")
@@ -63,12 +63,11 @@ def _forget_namesake(name: str, search_path: Path | None) -> None:
 
     Only when Python, asked again, would find the name in `search_path`: installed packages are never dropped.
     """
-    loaded = sys.modules.get(name)
-    if search_path is None or loaded is None:
+    if search_path is None or name not in sys.modules:
         return
     spec = importlib.machinery.PathFinder.find_spec(name, sys.path)
-    if spec is None or spec.origin is None or spec.origin == getattr(loaded, "__file__", None):
+    if spec is None or spec.origin in (None, getattr(sys.modules[name], "__file__", None)):
         return
-    if Path(spec.origin).is_relative_to(search_path.resolve()):
-        for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+    if Path(str(spec.origin)).is_relative_to(search_path.resolve()):
+        for key in [key for key in sys.modules if f"{key}.".startswith(f"{name}.")]:
             del sys.modules[key]

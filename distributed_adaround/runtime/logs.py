@@ -5,11 +5,9 @@ import sys
 
 from distributed_adaround.errors import redact
 
-LOGGER_NAME = "distributed_adaround"
-
 
 class _StderrHandler(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment, so that a progress bar that took it over stays whole."""
+    """Writes to what `sys.stderr` is at that moment: a progress bar may have taken it over."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -20,12 +18,11 @@ class _StderrHandler(logging.Handler):
 
 
 def configure(rank: int, world_size: int, debug: bool = False) -> None:
-    """Send this program's log lines to stderr, each with its rank. Never touches the root logger.
+    """Send this program's log lines to stderr, each with its rank, in place of an earlier configuration.
 
-    Rank 0 shows information, the other ranks warnings; `debug` shows everything on all ranks. Calling it again
-    replaces the earlier configuration.
+    Rank 0 shows information, the other ranks warnings; `debug` shows everything on all ranks.
     """
-    logger = logging.getLogger(LOGGER_NAME)
+    logger = logging.getLogger("distributed_adaround")
     for handler in [handler for handler in logger.handlers if isinstance(handler, _StderrHandler)]:
         logger.removeHandler(handler)
     handler = _StderrHandler()

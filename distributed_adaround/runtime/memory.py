@@ -6,10 +6,7 @@ from pathlib import Path, PurePosixPath
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Bytes of memory that are free on this machine and within the limits of this process' control groups.
-
-    root: where /proc and /sys are, for tests.
-    """
+    """Bytes free on this machine and within the limits of this process' control groups. root: of /proc and /sys."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, min([free, *_within_limits(root)]))
 

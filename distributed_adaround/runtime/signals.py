@@ -1,16 +1,17 @@
 """SIGTERM and SIGUSR2 ask a job to stop: it saves what is whole and ends; a second signal ends it at once.
 
-Schedulers send them some time before they take a machine away. USR2, since NCCL uses USR1.
-
-Before and after the walk through the layers there is nothing to save, and the first signal raises StoppedError where
-the program is. Inside `deferred` it only sets `requested`, which the loops look at.
+Schedulers send them some time before they take a machine away. USR2, since NCCL uses USR1. Before and after the walk
+through the layers there is nothing to save, and the first signal raises StoppedError where the program is. Inside
+`deferred` it only sets `requested`, which the loops look at.
 
 Launchers may say it more than once: Slurm signals all processes of a step, and torchrun passes its own signal on to the
 ranks. So signals within ECHO_SECONDS of the first are the same one.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from distributed_adaround.errors import StoppedError
 
 ECHO_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-_TRY_AGAIN = StoppedError.exit_code
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -70,6 +71,16 @@ class StopRequest:
                     continue
                 now = time.monotonic()
                 if self.requested and now - first > ECHO_SECONDS:
-                    os._exit(_TRY_AGAIN)
+                    os._exit(StoppedError.exit_code)
                 if not self.requested:
                     first, self.requested = now, True
+
+
+def end_with_launcher() -> None:
+    """Ask Linux for SIGTERM when torchrun dies: killed (SIGKILL, out of memory), it does not end its ranks.
+
+    They would go on unseen, beside the job that somebody starts again in the same output. Linux sends the signal when
+    the thread that started this process ends; that of torchrun is its main one.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -7,8 +7,8 @@ from pydantic import Field
 from distributed_adaround.spec.explain import Section
 from distributed_adaround.spec.fields import Arguments, ImportPath, NameIn, PositiveInt, Text, TextOrTexts
 
-# From a record of a file to the tensors of a sample (the contract is data.encode.Encoder).
-ENCODERS: dict[str, str] = {"arrays": "distributed_adaround.data.encode:ArraysEncoder"}
+# From a record of a file to the tensors of a sample (the contract is data.loader.Encoder).
+ENCODERS: dict[str, str] = {"arrays": "distributed_adaround.data.loader:Encoder"}
 
 
 class DataSpec(Section):

@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 from distributed_adaround.spec.explain import ABSENT, ContradictionError, Section, one_rule
 from distributed_adaround.spec.fields import Arguments, ImportPath, NameIn, Text
 
-# Where a model comes from: name, and the class that opens it (the contract is model.source.ModelSource).
+# Where a model comes from: name, and the function that opens it (model.source says what it is).
 SOURCES: dict[str, str] = {
-    "factory": "distributed_adaround.model.factory:FactorySource",
-    "program": "distributed_adaround.model.program:ProgramSource",
+    "factory": "distributed_adaround.model.source:open_factory",
+    "program": "distributed_adaround.model.source:open_program",
 }
 
 Sha256 = Annotated[

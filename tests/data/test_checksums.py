@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distributed_adaround.data.checksums import Checksums
-from distributed_adaround.data.listing import build_manifest
+from distributed_adaround.data.listing import Checksums, build_manifest
 from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.errors import InputError
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distributed_adaround.examples.digits import __main__ as example
-from distributed_adaround.examples.digits import data, evaluate, train
+from distributed_adaround.examples.digits import data, train
 from distributed_adaround.files.job_file import load_spec
 
 
@@ -34,7 +34,7 @@ def test_calibration_holds_training_images_only(tmp_path: Path) -> None:
 
 
 def test_weights_reach_the_accuracy_of_the_training_script() -> None:
-    assert evaluate.top1(train.WEIGHTS) == pytest.approx(528 / 540, abs=2 / 540)
+    assert example.top1(train.WEIGHTS) == pytest.approx(528 / 540, abs=2 / 540)
 
 
 def test_weights_are_those_that_training_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

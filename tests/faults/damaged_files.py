@@ -26,8 +26,7 @@ from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.readers import open_samples
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
-from distributed_adaround.model.factory import load_factory
-from distributed_adaround.model.program import load_program
+from distributed_adaround.model.source import load_factory, load_program
 from distributed_adaround.report.status import Status, read_status, write_status
 from distributed_adaround.solve.record import LayerRecord
 from tests.faults.byte_changes import Change, changed

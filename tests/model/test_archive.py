@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_adaround.errors import InputError
-from distributed_adaround.model.program import load_program
+from distributed_adaround.model.source import load_program
 
 
 def error_of(action: Callable[[], object]) -> str:

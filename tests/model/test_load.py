@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from distributed_adaround.data.microbatches import bind_inputs, call_transform
 from distributed_adaround.errors import InputError
-from distributed_adaround.model.factory import load_factory
-from distributed_adaround.model.source import OpenedModel
+from distributed_adaround.model.source import OpenedModel, load_factory
 from distributed_adaround.model.weights import model_digest
 from distributed_adaround.runtime.imports import load_callable
 

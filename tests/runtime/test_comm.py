@@ -1,6 +1,7 @@
 """What ranks say to each other, on real gloo groups of 1, 2, 3 and 5 processes."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from distributed_adaround.errors import AdaRoundError, InputError, PeerError, SpecError
-from distributed_adaround.runtime.comm import Comm, GroupComm, RollCall, SoloComm, agreed, phase, same_everywhere
+from distributed_adaround.runtime.comm import Comm, GroupComm, SoloComm, agreed, missing_ranks, phase, same_everywhere
 
 WORLD_SIZES = [1, 2, 3, 5]
 
@@ -93,7 +94,8 @@ def differs_on(ranks: list[int]) -> tuple[str, int | None] | None:
 
 def peer_is_gone(gone: int, port: int | None) -> tuple[str, int | None]:
     """A rank leaves the group; the others say so instead of blaming themselves. port: of a store for a roll call."""
-    roll_call = None if port is None else RollCall(dist.TCPStore("127.0.0.1", port, is_master=False), "now")
+    store = None if port is None else dist.TCPStore("127.0.0.1", port, is_master=False)
+    roll_call = None if store is None else partial(missing_ranks, store, "now")
     comm = GroupComm(torch.device("cpu"), roll_call)
     if comm.rank == gone:
         return "", None

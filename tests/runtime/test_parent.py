@@ -15,7 +15,7 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
 CHILD = """
 import os, signal, sys
-from distributed_adaround.runtime.parent import end_with_launcher
+from distributed_adaround.runtime.signals import end_with_launcher
 
 def told(*_):
     os.write(1, b"told\\n")

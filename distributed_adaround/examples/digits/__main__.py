@@ -16,7 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distributed_adaround.examples.digits import data, evaluate
+import torch
+from safetensors.torch import load_file
+
+from distributed_adaround.examples.digits import data
+from distributed_adaround.examples.digits.model import build
 from distributed_adaround.examples.digits.train import WEIGHTS
 
 # Output folder of each job, and what differs from job.yaml.
@@ -25,9 +29,8 @@ JOBS = {"nearest": ("--set", "rounding.solver=nearest", "--set", "output.uri=nea
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or that of the job that failed."""
-    parser = argparse.ArgumentParser(
-        "python -m distributed_adaround.examples.digits", description=__doc__.split("\n")[0]
-    )
+    name = "python -m distributed_adaround.examples.digits"
+    parser = argparse.ArgumentParser(name, description=__doc__.split("\n")[0])
     parser.add_argument("action", nargs="?", choices=["all", "prepare", "evaluate"], default="all")
     parser.add_argument("--folder", type=Path, default=Path("digits-job"), help="job folder (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the job (default: %(default)s)")
@@ -40,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code != 0:
                 return code
     if args.action != "prepare":
-        missing = [name for name in JOBS if not checkpoint(args.folder, name).exists()]
-        if missing:
-            sys.stderr.write(f"{checkpoint(args.folder, missing[0])} is missing; run the jobs first (action: all)\n")
-            return 65
-        _say(results(args.folder))
+        for name in JOBS:
+            if not checkpoint(args.folder, name).exists():
+                sys.stderr.write(f"{checkpoint(args.folder, name)} is missing; run the jobs first (action: all)\n")
+                return 65
+        evaluate(args.folder)
     return 0
 
 
 def prepare(folder: Path) -> None:
-    """Writes everything the job needs to `folder`. Relative paths in job.yaml are relative to this folder."""
+    """Writes all that the job needs. Relative paths in job.yaml are relative to this folder."""
     folder.mkdir(parents=True, exist_ok=True)
     data.write_calibration(folder / "calibration.npz")
     for source in (WEIGHTS, data.FOLDER / "job.yaml"):
@@ -57,12 +60,12 @@ def prepare(folder: Path) -> None:
 
 
 def run_job(folder: Path, num_ranks: int, options: Sequence[str]) -> int:
-    """Runs job.yaml on `num_ranks` ranks of this machine and returns the exit code."""
-    arguments = [f"--nproc_per_node={num_ranks}", "-m", "distributed_adaround", "job.yaml", *options]
-    _say(f"(cd {shlex.quote(str(folder))} && {shlex.join(['torchrun', '--standalone', *arguments])})")
+    """Runs job.yaml on ranks of this machine and returns the exit code."""
+    arguments = ["--standalone", f"--nproc_per_node={num_ranks}", "-m", "distributed_adaround", "job.yaml", *options]
+    print(f"(cd {shlex.quote(str(folder))} && {shlex.join(['torchrun', *arguments])})", flush=True)
     # One thread per rank is torchrun's own default; naming it saves its warning.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
@@ -71,15 +74,21 @@ def checkpoint(folder: Path, job: str) -> Path:
     return folder / job / "dequantized.safetensors"
 
 
-def results(folder: Path) -> str:
-    """The table of `evaluate`, float first."""
+def evaluate(folder: Path) -> None:
+    print(f"top-1 on {len(data.held_out()[1])} held-out digits")
     rows = {"float": folder / WEIGHTS.name, "nearest": checkpoint(folder, "nearest")}
-    return evaluate.table({**rows, "AdaRound": checkpoint(folder, "adaround")})
+    for name, weights in {**rows, "AdaRound": checkpoint(folder, "adaround")}.items():
+        print(f"  {name:<10}{100 * top1(weights):7.2f} %")
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+def top1(weights: Path) -> float:
+    """Share of the held-out images, 0 to 1, that the network with these weights (.safetensors) names correctly."""
+    model = build()
+    model.load_state_dict(load_file(weights))
+    images, labels = data.held_out()
+    with torch.inference_mode():
+        predicted = model.eval()(images).argmax(dim=1)
+    return int((predicted == labels).sum()) / len(labels)
 
 
 if __name__ == "__main__":

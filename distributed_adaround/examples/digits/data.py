@@ -7,8 +7,7 @@ Source: the test set of "Optical Recognition of Handwritten Digits", E. Alpaydin
 Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0; taken from scikit-learn (BSD-3-Clause).
 Only the storage type was changed.
 
-Split: the first 1,257 images (70 %) are for training, and the first 512 of these for calibration. The last 540 images
-(30 %) are held out: neither training nor calibration sees them.
+The first 1,257 images (70 %) are for training, the first 512 of these for calibration. The other 540 are held out.
 """
 
 from pathlib import Path
@@ -32,32 +31,24 @@ def load() -> tuple[Tensor, Tensor]:
 
 
 def training() -> tuple[Tensor, Tensor]:
-    """The first 70 % of the images, and their labels."""
     images, labels = load()
     return images[:NUM_TRAINING], labels[:NUM_TRAINING]
 
 
 def held_out() -> tuple[Tensor, Tensor]:
-    """The last 30 % of the images, and their labels."""
     images, labels = load()
     return images[NUM_TRAINING:], labels[NUM_TRAINING:]
 
 
 def write_calibration(path: Path) -> None:
-    """Writes the calibration images as a .npz with the field `images`, the name of the model's input."""
-    images, _ = training()
-    np.savez(path, images=images[:NUM_CALIBRATION].numpy())
+    """The field has the name of the model's input."""
+    np.savez(path, images=training()[0][:NUM_CALIBRATION].numpy())
 
 
-def write_from_sklearn(path: Path) -> None:
-    """Makes `digits.npz` anew. Needs scikit-learn, which nothing else in this package does."""
+if __name__ == "__main__":
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise SystemExit("scikit-learn is missing; run: pip install scikit-learn") from error
     digits = load_digits()
-    np.savez_compressed(path, images=digits.images.astype(np.uint8), labels=digits.target.astype(np.uint8))
-
-
-if __name__ == "__main__":
-    write_from_sklearn(IMAGES)
+    np.savez_compressed(IMAGES, images=digits.images.astype(np.uint8), labels=digits.target.astype(np.uint8))

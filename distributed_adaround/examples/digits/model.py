@@ -1,7 +1,5 @@
-"""The network of this example: depthwise separable convolutions with batch norm, and one linear layer.
-
-It is small on purpose: few weights per output channel leave little redundancy, so that the choice between the two
-neighbours on a 3-bit grid shows in the accuracy.
+"""The network of this example, small on purpose: few weights per output channel leave little redundancy, so that the
+choice between the two neighbours on a 3-bit grid shows in the accuracy.
 """
 
 from torch import Tensor, nn
@@ -34,7 +32,5 @@ class DigitsNet(nn.Module):
 
 
 def _block(in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, stride: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]

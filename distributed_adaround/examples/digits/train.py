@@ -1,6 +1,4 @@
-"""Trains the network of this example and writes `digits.safetensors`.
-
-    python -m distributed_adaround.examples.digits.train
+"""`python -m distributed_adaround.examples.digits.train` trains the network and writes `digits.safetensors`.
 
 On a CPU, in less than a minute, with a fixed seed and one thread. The held-out images are not read here.
 """
@@ -50,7 +48,6 @@ def _distorted(images: Tensor) -> Tensor:
 
 
 def write_weights(path: Path) -> None:
-    """Trains, and writes the state dict."""
     save_file(train().state_dict(), path)
 
 
