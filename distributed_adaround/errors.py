@@ -95,8 +95,8 @@ class UnreachableError(AdaRoundError, OSError):
 
 def shorten(text: str, length: int = 400) -> str:
     """At most so many printable characters of what a file or a library says: the middle is left out."""
-    half = (length - 3) // 2
-    text = text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+    head = (length - 3) // 2
+    text = text if len(text) <= length else f"{text[:head]}...{text[head + 3 - length :]}"
     return "".join(character if character.isprintable() else " " for character in text)
 
 

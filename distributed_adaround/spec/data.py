@@ -21,8 +21,8 @@ class DataSpec(Section):
     )
     checksums: Text | None = Field(
         None,
-        description="Path or URI of a list of the files' SHA-256, as sha256sum writes it; every file must be in it and "
-        "agree with it. null: files are only proven to stay the same while the job runs.",
+        description="Path or URI of a list of SHA-256, as sha256sum writes it, that every file must be in and agree "
+        "with. null: files are only proven to stay the same while the job runs.",
         examples=["s3://calib/SHA256SUMS"],
     )
     num_samples: PositiveInt | None = Field(None, description="How many samples to use; null: all.")
@@ -33,9 +33,7 @@ class DataSpec(Section):
         "ranks does not change the result. More ranks than this have nothing to do.",
     )
     fields: dict[Text, Text] | None = Field(
-        None,
-        description="Field of the data files for each input name of the model, as {input: field}; null: all numeric "
-        "fields, under their own names.",
+        None, description="{input of the model: field of the files}; null: all numeric fields, under their own names."
     )
     one_sample_per_file: bool = Field(False, description="Each file is one sample; no first dimension counts samples.")
     encoder: Annotated[str, NameIn(ENCODERS)] = Field(
@@ -44,8 +42,7 @@ class DataSpec(Section):
     encoder_args: Arguments = Field({}, description="What another encoder than arrays needs.")
     transform: ImportPath | None = Field(
         None,
-        description="Callable, as module:callable, that takes each microbatch (a dict of tensors) and returns the "
-        "one that the model gets.",
+        description="module:callable that makes of each microbatch (a dict of tensors) the one that the model gets.",
         examples=["my_models:normalize"],
     )
     mask_field: Text = Field(

@@ -23,15 +23,13 @@ class ModelSpec(Section):
 
     factory: ImportPath | None = Field(
         None,
-        description="Callable that returns the torch.nn.Module, as module:callable. It is imported and run, so name "
-        "only code that you trust.",
+        description="module:callable that returns the torch.nn.Module. It is imported and run: name code you trust.",
         examples=["my_models:resnet50"],
     )
     factory_args: Arguments = Field({}, description="Keyword arguments of the factory.")
     weights: Text | None = Field(
         None,
-        description="State dict for the factory's module: path or URI of a .safetensors, .pt or .pth file; null: the "
-        "factory returns a module with its weights.",
+        description="State dict of the module: path or URI of a .safetensors, .pt or .pth file; null: as it comes.",
         examples=["s3://models/resnet50.safetensors"],
     )
     program: Text | None = Field(
@@ -40,11 +38,8 @@ class ModelSpec(Section):
         examples=["resnet50.pt2"],
     )
     sha256: Sha256 | None = Field(
-        None,
-        description="SHA-256, in hex, that the file of weights or of the program must have, so that a damaged or "
-        "exchanged one is not used; null: any.",
+        None, description="SHA-256, in hex, of the file of weights or of the program; others are refused. null: any."
     )
-
     source: Annotated[str, NameIn(SOURCES)] | None = Field(
         None, description="How the model is opened; null: factory or program, whichever is given."
     )
@@ -52,7 +47,6 @@ class ModelSpec(Section):
 
     @property
     def source_name(self) -> str:
-        """The source that counts."""
         return self.source or ("program" if self.factory is None else "factory")
 
     @model_validator(mode="after")

@@ -4,15 +4,30 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distributed_adaround.errors import SpecError
 from distributed_adaround.formats import FORMATS, LayerFormat, Observer
-from distributed_adaround.spec.explain import ContradictionError, Section, shorten, shown
+from distributed_adaround.spec.explain import ContradictionError, Section, line, shorten, shown
 from distributed_adaround.spec.fields import NameIn, PositiveInt, Text, TextOrTexts
 from distributed_adaround.spec.number_format import QScheme, ScaleDtype, resolve, stale_fields
 
 _DEFAULT_PERCENTILE = 99.9
+
+
+def _as_list(match: str | list[str]) -> list[str]:
+    return [match] if isinstance(match, str) else match
+
+
+def _check_patterns(match: str | list[str]) -> str | list[str]:
+    for pattern in _as_list(match):
+        try:
+            re.compile(pattern[3:] if pattern.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            text = f"is not a regular expression: {shorten(str(error))}; correct it"
+            raise ContradictionError((), pattern, text) from None
+    return match
+
 
 Dtype = Annotated[str, NameIn(FORMATS)]
 Percentile = Annotated[float, Field(gt=50, le=100)]
@@ -21,32 +36,21 @@ Percentile = Annotated[float, Field(gt=50, le=100)]
 class Override(Section):
     """Another format for some layers. Fields that are not given stay as they are in the section `quantize`."""
 
-    match: TextOrTexts = Field(
-        description="Layers this applies to: a class name (Linear), an exact layer name, or 're:' and a regular "
-        "expression that must match from the start of the layer name. One, or a list.",
-        examples=["re:.*head"],
+    match: Annotated[TextOrTexts, AfterValidator(_check_patterns)] = Field(
+        description="Layers this applies to, named as in `ignore`; one text, or a list.", examples=["re:.*head"]
     )
     dtype: Dtype | None = Field(
         None,
         description="Number format of these layers; resets quant_min and quant_max, and mxfp8, mxfp4 and nvfp4 also "
         "qscheme and group_size.",
     )
-    qscheme: QScheme | None = Field(
-        None, description="What shares a scale in these layers, and the kind of zero point."
-    )
+    qscheme: QScheme | None = Field(None, description="What shares a scale, and the kind of zero point.")
     group_size: PositiveInt | None = Field(None, description="Inputs that share a scale, with a per_group qscheme.")
-    quant_min: int | None = Field(None, description="Smallest integer code of these layers.")
-    quant_max: int | None = Field(None, description="Largest integer code of these layers.")
-    scale_dtype: ScaleDtype | None = Field(None, description="Precision of the scales of these layers.")
-    observer: Observer | None = Field(None, description="How the scales of these layers are found.")
-    percentile: Percentile | None = Field(None, description="Percentile of these layers, with observer: percentile.")
-
-    @field_validator("match")
-    @classmethod
-    def _patterns_compile(cls, value: str | list[str]) -> str | list[str]:
-        for pattern in _as_list(value):
-            _check_pattern(pattern)
-        return value
+    quant_min: int | None = Field(None, description="Smallest integer code.")
+    quant_max: int | None = Field(None, description="Largest integer code.")
+    scale_dtype: ScaleDtype | None = Field(None, description="Precision of the scales.")
+    observer: Observer | None = Field(None, description="How the scales are found.")
+    percentile: Percentile | None = Field(None, description="With observer: percentile.")
 
 
 class QuantizeSpec(Section):
@@ -61,22 +65,22 @@ class QuantizeSpec(Section):
     qscheme: QScheme | None = Field(
         None,
         description="What shares a scale: the whole tensor, one output channel, or group_size inputs of one output "
-        "channel; symmetric: fixed zero point, affine (integers only): each scale has its own zero point. null: that "
-        "of the dtype for mxfp8, mxfp4 and nvfp4, else per_channel_symmetric.",
+        "channel; symmetric: fixed zero point, affine (integers only): each scale has its own. null: that of the dtype "
+        "for mxfp8, mxfp4 and nvfp4, else per_channel_symmetric.",
     )
     group_size: PositiveInt | None = Field(
         None,
         description="Consecutive inputs that share a scale, with the per_group schemes only; fixed for mxfp8, mxfp4 "
-        "and nvfp4. Must divide the number of inputs of one output (for a convolution: input channels per group times "
-        "kernel elements).",
+        "and nvfp4. Must divide the inputs of one output (of a convolution: input channels per group times kernel "
+        "elements).",
         examples=[128],
     )
     quant_min: int | None = Field(None, description="Smallest code of an integer type; null: the smallest it has.")
     quant_max: int | None = Field(None, description="Largest code of an integer type; null: the largest it has.")
     scale_dtype: ScaleDtype | None = Field(
         None,
-        description="Precision in which scales are stored: they are rounded to it before a layer is solved and after "
-        "every change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else float32.",
+        description="Precision in which scales are stored, and to which they are rounded before a layer is solved and "
+        "after every change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else float32.",
     )
     observer: Observer = Field(
         "mse",
@@ -87,7 +91,7 @@ class QuantizeSpec(Section):
     percentile: Percentile = Field(
         _DEFAULT_PERCENTILE, description="Share of the weights, in percent, that observer: percentile keeps in range."
     )
-    ignore: list[Text] = Field(
+    ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field(
         [],
         description="Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular "
         "expression that must match from the start of the layer name.",
@@ -96,34 +100,21 @@ class QuantizeSpec(Section):
         [], description="Other formats for some layers, applied in order; where several match, the later one wins."
     )
 
-    @field_validator("ignore")
-    @classmethod
-    def _patterns_compile(cls, value: list[str]) -> list[str]:
-        for index, pattern in enumerate(value):
-            _check_pattern(pattern, (index,))
-        return value
-
     @model_validator(mode="after")
     def _formats_exist(self) -> Self:
         base = self._base()
         resolve(base)
         used = {base["observer"], *(override.observer for override in self.overrides)}
         if self.percentile != _DEFAULT_PERCENTILE and "percentile" not in used:
-            raise ContradictionError(
-                ("percentile",),
-                self.percentile,
-                f"counts only with observer: percentile, not {self.observer}; set the observer or remove it",
-            )
+            text = f"counts only with observer: percentile, not {self.observer}; set the observer or remove it"
+            raise ContradictionError(("percentile",), self.percentile, text)
         for index, override in enumerate(self.overrides):
+            fields = _merged(base, override)
             try:
-                merged = _merged(base, override)
-                if override.percentile is not None and merged["observer"] != "percentile":
-                    raise ContradictionError(
-                        ("percentile",),
-                        override.percentile,
-                        f"counts only with observer: percentile, not {merged['observer']}; set the observer here too",
-                    )
-                resolve(merged)
+                if override.percentile is not None and fields["observer"] != "percentile":
+                    text = f"counts only with observer: percentile, not {fields['observer']}; set the observer here too"
+                    raise ContradictionError(("percentile",), override.percentile, text)
+                resolve(fields)
             except ContradictionError as error:
                 raise ContradictionError(("overrides", index, *error.loc), error.value, error.text) from None
         return self
@@ -142,23 +133,18 @@ class QuantizeSpec(Section):
         try:
             return resolve(fields)
         except ContradictionError as error:
-            raise SpecError(f"layer {shown(name)}, all its overrides together: {error.line(('quantize',))}") from None
+            rule = line(f"quantize.{error.loc[0]}", error.value, error.text)
+            raise SpecError(f"layer {shown(name)}, all its overrides together: {rule}") from None
 
     def unmatched(self, layers: Sequence[tuple[str, str]]) -> list[str]:
         """Patterns of `ignore` and `overrides` that match none of these (name, class name) pairs."""
         patterns = [*self.ignore, *(pattern for override in self.overrides for pattern in _as_list(override.match))]
         return [
-            pattern
-            for pattern in dict.fromkeys(patterns)
-            if not any(_matches(pattern, name, module_class) for name, module_class in layers)
+            pattern for pattern in dict.fromkeys(patterns) if not any(_matches(pattern, *layer) for layer in layers)
         ]
 
     def _base(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in Override.model_fields if name != "match"}
-
-
-def _as_list(match: str | list[str]) -> list[str]:
-    return [match] if isinstance(match, str) else match
 
 
 def _matches(pattern: str, name: str, module_class: str) -> bool:
@@ -167,19 +153,10 @@ def _matches(pattern: str, name: str, module_class: str) -> bool:
     return pattern in (name, module_class)
 
 
-def _check_pattern(pattern: str, loc: tuple[int, ...] = ()) -> None:
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except (re.error, OverflowError, RecursionError) as error:
-            text = f"is not a regular expression: {shorten(str(error))}; correct it"
-            raise ContradictionError(loc, pattern, text) from None
-
-
 def _merged(fields: Mapping[str, Any], override: Override) -> dict[str, Any]:
     """The fields of a format with an override on top. A new dtype or qscheme drops what belonged to the old one."""
     given = {name: value for name in fields if (value := getattr(override, name)) is not None}
     reset = dict.fromkeys(stale_fields(given.get("dtype")))
-    if "qscheme" in given and not given["qscheme"].startswith("per_group"):
-        reset |= {"group_size": None}
+    if not given.get("qscheme", "per_group").startswith("per_group"):
+        reset["group_size"] = None
     return {**fields, **reset, **given}

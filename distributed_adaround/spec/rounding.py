@@ -1,7 +1,5 @@
 """How the rounding is learned: the section `rounding` of a job. A null stands for what suits the solver."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,9 +15,7 @@ SOLVERS: dict[str, str] = {
     "nearest": "distributed_adaround.solve.nearest:NearestSolver",
 }
 
-PositiveFloat = Annotated[float, Field(gt=0)]
 Exponent = Annotated[float, Field(gt=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 # For nearest measured on ResNet-20 and MiniLM at 3 bits: from 10 to 30 nearly all soft values settle and the output
 # error hardly changes; at 3 some stay open, at 1 many. The others are the paper's and the ancestor's.
@@ -49,25 +45,24 @@ class RoundingSpec(Section):
     polish: bool | None = Field(
         None,
         description="After the solver, move single codes to better grid values and refit scales while that lowers the "
-        "error on all calibration data; layers with an activation in the loss are left out. null: true for gram.",
+        "error on all calibration data; not in layers with an activation in the loss. null: true for gram.",
     )
     correct_bias: bool | None = Field(
         None,
-        description="Restore the mean that each output channel has in the float network, by the layer's bias or by the "
-        "mean of the batch norm behind it, where it has one of its own. null: true for gram.",
+        description="Restore the mean of each output channel in the float network, by the layer's bias or by the mean "
+        "of the batch norm behind it, where it has one of its own. null: true for gram.",
     )
     correct_scale: bool | None = Field(
         None,
-        description="Restore the spread that each output channel has in the float network, by scales of its own: the "
-        "least squared error shrinks outputs, and over many layers that adds up. Scales of few bits stay as they are. "
-        "null: true for gram.",
+        description="Restore the spread of each output channel in the float network, by scales of its own: the least "
+        "squared error shrinks outputs, which adds up over many layers. Scales of few bits stay. null: true for gram.",
     )
     batch_size: PositiveInt = Field(256, description="Size of the batch of one step over all ranks together.")
     batch_unit: Literal["rows", "samples"] = Field(
         "rows",
         description="What batch_size counts: rows (tokens or output pixels, drawn from all samples) or whole samples.",
     )
-    lr: PositiveFloat = Field(0.05, description="Learning rate of Adam.")
+    lr: Annotated[float, Field(gt=0)] = Field(0.05, description="Learning rate of Adam.")
     warm_start: float = Field(
         0.2, ge=0, lt=1, description="First part of the steps, 0 to 1, in which the regularizer is off."
     )
@@ -75,10 +70,11 @@ class RoundingSpec(Section):
         (20.0, 2.0),
         description="Exponent of the regularizer at its start and at the last step, above 1; it falls along a cosine.",
     )
-    reg_param: NonNegativeFloat | None = Field(
+    reg_param: float | None = Field(
         None,
-        description="Weight of the regularizer, lambda in the paper; null: what goes with the normalization: 0.01 for "
-        "sum, 0.001 for mean, 10 for nearest.",
+        ge=0,
+        description="Weight of the regularizer, lambda in the paper; null: 0.01 with normalization sum, 0.001 with "
+        "mean, 10 with nearest.",
     )
     normalization: Literal["sum", "mean", "nearest"] = Field(
         "nearest",
@@ -99,8 +95,8 @@ class RoundingSpec(Section):
         "for: 1: all, as in the paper; 0: none. Less is better where that error is large: transformers at 3 bits. "
         "null: 0.5, for gptq 0.",
     )
-    damping: PositiveFloat = Field(
-        0.01, description="With gptq and gram: share of the mean squared input that is added to that of each input."
+    damping: float = Field(
+        0.01, gt=0, description="With gptq and gram: share of the mean squared input that is added to each."
     )
     rows_per_input: PositiveInt | None = Field(
         128,
@@ -115,17 +111,14 @@ class RoundingSpec(Section):
     )
     compute_dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the learning.")
 
-    def with_solver(self, solver: str) -> RoundingSpec:
-        """The same with another solver."""
+    def with_solver(self, solver: str) -> Self:
         return self.model_copy(update={"solver": solver})
 
-    def with_steps(self, num_steps: int) -> RoundingSpec:
-        """The same with another number of steps and sweeps."""
+    def with_steps(self, num_steps: int) -> Self:
         return self.model_copy(update={"max_iter": num_steps, "sweeps": num_steps})
 
     @property
     def regularization(self) -> float:
-        """reg_param, or the value that goes with the normalization."""
         return _REG_PARAMS[self.normalization] if self.reg_param is None else self.reg_param
 
     @property
@@ -146,9 +139,8 @@ class RoundingSpec(Section):
 
     @property
     def damped_asymmetry(self) -> float:
-        if self.asymmetry is not None:
-            return self.asymmetry
-        return 0.0 if self.solver == "gptq" else 0.5
+        default = 0.0 if self.solver == "gptq" else 0.5
+        return default if self.asymmetry is None else self.asymmetry
 
     def resolved(self) -> dict[str, Any]:
         """All fields with the values that count, as JSON."""
