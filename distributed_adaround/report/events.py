@@ -4,8 +4,6 @@ Object stores cannot append, so the lines are kept in memory and `flush` writes 
 that starts again reads its file first and adds to it.
 """
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime
 
@@ -20,18 +18,12 @@ class EventLog:
         """uri_folder: the job's output, or None to keep nothing. Raises InputError when an old file is unreadable."""
         self._uri = None if uri_folder is None else uris.join(uri_folder, "events", f"rank-{rank}.jsonl")
         self._rank = rank
-        self._data = bytearray()
-        self._num_flushed = 0
+        self._data = b""
         if self._uri is not None and storage.exists(self._uri):
-            self._data += storage.read_bytes(self._uri)
+            self._data = storage.read_bytes(self._uri)
             if self._data and not self._data.endswith(b"\n"):
                 self._data += b"\n"
-            self._num_flushed = len(self._data)
-
-    @classmethod
-    def null(cls) -> EventLog:
-        """A log that keeps nothing."""
-        return cls(None, 0)
+        self._num_flushed = len(self._data)
 
     def write(self, event: str, **fields: object) -> None:
         """Add one line: `fields` are JSON values; inf and NaN become null, URIs lose their credentials."""
@@ -43,12 +35,11 @@ class EventLog:
     def flush(self) -> None:
         """Make the lines so far permanent. Raises OutputError."""
         if self._uri is not None and len(self._data) > self._num_flushed:
-            storage.write_bytes(self._uri, bytes(self._data))
+            storage.write_bytes(self._uri, self._data)
             self._num_flushed = len(self._data)
 
 
 def _redacted(value: object) -> object:
-    """The JSON value with every URI inside its strings without credentials."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, list):

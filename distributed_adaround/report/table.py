@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import overload
+from typing import SupportsIndex, overload
 
 from rich.table import Table
 
+from distributed_adaround import errors
 from distributed_adaround.files import jsontext
 from distributed_adaround.report import text
 from distributed_adaround.solve.record import LayerFigures
@@ -50,32 +51,21 @@ class Totals:
         return values
 
 
-class LayerTable(Sequence[LayerFigures]):
-    """The rows of all layers in the order of the walk. Immutable; prints as a table, in notebooks as HTML."""
+class LayerTable(tuple[LayerFigures, ...]):
+    """The rows of all layers in the order of the walk. Prints as a table, in notebooks as HTML."""
 
-    def __init__(self, rows: Iterable[LayerFigures] = ()) -> None:
-        self._rows = tuple(rows)
+    __slots__ = ()
 
     @overload
-    def __getitem__(self, index: int) -> LayerFigures: ...
+    def __getitem__(self, index: SupportsIndex) -> LayerFigures: ...
     @overload
     def __getitem__(self, index: slice) -> LayerTable: ...
-    def __getitem__(self, index: int | slice) -> LayerFigures | LayerTable:
-        return LayerTable(self._rows[index]) if isinstance(index, slice) else self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LayerTable) and self._rows == other._rows
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
+    def __getitem__(self, index: SupportsIndex | slice) -> LayerFigures | LayerTable:
+        return LayerTable(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
     @property
     def totals(self) -> Totals:
-        """Figures over all layers."""
-        rows = self._rows
+        rows = self
         return Totals(
             num_layers=len(rows),
             num_weights=sum(row.num_weights for row in rows),
@@ -92,7 +82,7 @@ class LayerTable(Sequence[LayerFigures]):
 
     def to_dicts(self) -> list[dict[str, object]]:
         """One dict of JSON values per layer."""
-        return [row.to_dict() for row in self._rows]
+        return [row.to_dict() for row in self]
 
     def __repr__(self) -> str:
         return f"<LayerTable of {len(self)} layers>"
@@ -100,30 +90,25 @@ class LayerTable(Sequence[LayerFigures]):
     def __str__(self) -> str:
         """Plain text of at most 120 columns: title, one line per layer, totals, numbered notes, legend."""
         title, body, totals, notes = self._cells()
-        console, names = text.console(WIDTH), [line[0] for line in body]
 
-        def table() -> Table:
-            rows = [(name, *line[1:]) for name, line in zip(names, body, strict=True)]
-            return text.with_footer(text.layout(_HEADER, rows, _NUMBERS), totals)
+        def table(longest_name: int) -> Table:
+            rows = [(errors.shorten(name, longest_name), *others) for name, *others in body]
+            return text.layout(_HEADER, rows, _NUMBERS, totals)
 
-        excess = text.width(table()) - WIDTH
-        if excess > 0:
-            room = max(max(map(len, names)) - excess, _MIN_NAME)
-            names = [shorten(name, room) for name in names]
+        longest = max((len(line[0]) for line in body), default=0)
+        excess = max(text.width(table(longest)) - WIDTH, 0)
         listed = Table.grid(padding=(0, 1, 0, 0))
         for number, note in enumerate(notes, start=1):
             listed.add_row(f"{number}:", note)
-        return text.rendered(console, title, table(), *([listed] if notes else []), _LEGEND)
+        parts = [title, table(max(longest - excess, _MIN_NAME)), *([listed] if notes else []), _LEGEND]
+        return text.rendered(text.console(WIDTH), *parts)
 
     def _repr_html_(self) -> str:
         title, body, totals, notes = self._cells()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in (*body, totals)
-        )
+        head, rows = _html_row(_HEADER, "th"), "".join(_html_row(line, "td") for line in (*body, totals))
         listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
         return (
-            f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{html.escape(title)}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
             f"<ol>{listed}</ol><p>{html.escape(_LEGEND)}</p>"
         )
 
@@ -132,29 +117,21 @@ class LayerTable(Sequence[LayerFigures]):
 
         Format and solver stand in the title; a layer that differs says so in a note.
         """
-        usual = Counter((row.format, row.solver) for row in self._rows).most_common(1)
+        usual = Counter((row.format, row.solver) for row in self).most_common(1)
         title = f"{usual[0][0][0]}, solver {usual[0][0][1]}" if usual else "no layers"
         notes: dict[str, int] = {}
         body = []
-        for row in self._rows:
+        for row in self:
             remarks = [] if (row.format, row.solver) == usual[0][0] else [f"{row.format}, solver {row.solver}"]
             remarks += ["learning did not beat nearest rounding, which was kept"] if row.kept_nearest else []
             remarks += ["resumed from a commit"] if row.resumed else []
             remarks += [row.note] if row.note else []
             numbers = sorted(notes.setdefault(remark, len(notes) + 1) for remark in remarks)
-            shape = shorten("x".join(str(size) for size in row.shape), _MAX_SHAPE)
+            shape = errors.shorten("x".join(str(size) for size in row.shape), _MAX_SHAPE)
             body.append((row.name, row.kind, shape, *_figures(row), ",".join(str(number) for number in numbers)))
         totals = self.totals
         name = f"{totals.num_layers} layers"
         return title, body, (name, "", f"{totals.num_weights:,}", *_figures(totals), ""), list(notes)
-
-
-def shorten(name: str, width: int) -> str:
-    """The name cut in the middle to `width` characters; both ends of a module path say most."""
-    if len(name) <= width:
-        return name
-    head = (width - 3) // 2
-    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
 
 
 def _figures(row: LayerFigures | Totals) -> tuple[str, ...]:

@@ -12,21 +12,17 @@ _ANY_WIDTH = 100_000
 _RULES = Box("    \n    \n----\n    \n    \n----\n    \n    \n", ascii=True)
 
 
-def layout(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str]) -> Table:
-    """A table of one header and rows. numbers: the columns that stand at the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in header:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+def layout(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str], footer: Sequence[str] = ()
+) -> Table:
+    """A table of one header and rows, and a last row between rules. numbers: the columns that stand at the right."""
+    ruled = bool(footer)
+    gap = (0, 1 if ruled else 2, 0, 0)
+    table = Table(box=_RULES if ruled else None, padding=gap, pad_edge=False, show_edge=False, show_footer=ruled)
+    for name, total in zip(header, footer or [""] * len(header), strict=True):
+        table.add_column(name, total, justify="right" if name in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return table
-
-
-def with_footer(table: Table, cells: Sequence[str]) -> Table:
-    """The table with a last row, between rules."""
-    table.box, table.show_edge, table.show_footer, table.padding = _RULES, False, True, (0, 1, 0, 0)
-    for column, cell in zip(table.columns, cells, strict=True):
-        column.footer = cell
     return table
 
 
@@ -47,5 +43,4 @@ def rendered(console: Console, *parts: RenderableType) -> str:
 
 def width(table: Table) -> int:
     """Columns that the table takes where there is room for all of it."""
-    wide = console(_ANY_WIDTH)
-    return wide.measure(table).maximum
+    return console(_ANY_WIDTH).measure(table).maximum

@@ -69,7 +69,7 @@ class ContradictionError(ValueError):
 class _ExplainingMeta(ModelMetaclass):
     """`RoundingSpec(max_iter=-5)` in Python raises the same SpecError as the job file does."""
 
-    def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a metaclass
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:

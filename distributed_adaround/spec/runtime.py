@@ -69,7 +69,7 @@ class RuntimeSpec(Section):
     )
     device_memory: Memory | None = Field(
         None,
-        description="GPU memory of one rank for activations; the rest is spilled to the host. null: half of the free.",
+        description="GPU memory of one rank for activations; the rest goes to the host. null: half of the free.",
     )
     spill_dir: Text | None = Field(
         None, description="Local folder for activations that do not fit into memory; null: the temporary folder."
