@@ -70,23 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"distributed_adaround {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    job = argparse.ArgumentParser(add_help=False)
+    job.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
+    what = "change a field of the job file; may be given several times"
+    job.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=what)
+    job.add_argument("--debug", action="store_true", help="more log lines, and tracebacks of errors")
     for name, command, text in (
         ("run", _run, "run a job (the default: `distributed_adaround job.yaml`)"),
         ("plan", _plan, "show layers, data, memory and time of a job; solves nothing"),
         ("validate", _validate, "check a job file; needs no torch"),
         ("status", _status, "show how a job stands; ends with 0 when it is done, 75 when it is to be started (again)"),
     ):
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
-        sub.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="SECTION.FIELD=VALUE",
-            help="change a field of the job file; may be given several times",
-        )
-        sub.add_argument("--debug", action="store_true", help="more log lines, and tracebacks of errors")
+        sub = commands.add_parser(name, help=text, description=text, parents=[job])
         sub.set_defaults(command=command)
         if name == "plan":
             sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
@@ -104,14 +99,13 @@ def _positive(text: str) -> int:
 
 
 def _folder(job: str) -> Path | None:
-    """Folder of a local job file, where modules that it names are searched too."""
+    """Of a local job file; modules that it names are searched there too."""
     return Path(job).resolve().parent if "://" not in job else None
 
 
 def _load(options: argparse.Namespace) -> JobSpec:
-    spec = load_spec(options.job, options.overrides)
-    options.spec = spec  # for errors
-    return spec
+    options.spec = load_spec(options.job, options.overrides)  # kept for errors
+    return options.spec
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -167,16 +161,12 @@ def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
         print(f"\nNote: {note}")
     print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
     print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
-    print(f"Time: about {plan.seconds:,.0f} s on this machine ({_how(spec, plan)})")
+    how = spec.rounding.solver
+    if plan.num_steps:
+        how += f", {plan.num_steps} {'sweeps' if how == 'gram' else 'steps'}"
+    print(f"Time: about {plan.seconds:,.0f} s on this machine ({how})")
     if spec.rounding.solver == "minibatch":
         print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
-
-
-def _how(spec: JobSpec, plan: JobPlan) -> str:
-    steps = plan.num_steps
-    return spec.rounding.solver + (
-        f", {steps} {'sweeps' if spec.rounding.solver == 'gram' else 'steps'}" if steps else ""
-    )
 
 
 def _where(message: str, options: argparse.Namespace) -> str:
@@ -222,37 +212,34 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
         # Its lines hold what libraries raised, which know nothing of credentials.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     reported_by = getattr(error, "reported_by", None)
-    if reported_by is None and isinstance(error, SpecError | StoppedError):
+    if reported_by is not None:
+        silent = reported_by != rank
+    elif isinstance(error, SpecError | StoppedError):
         # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
         silent = os.environ.get("LOCAL_RANK", "0") != "0"
-    elif reported_by is None:
-        silent = isinstance(error, PeerError)
     else:
-        silent = reported_by != rank
+        silent = isinstance(error, PeerError)
     ended_by_torchrun = hasattr(options, "stop") and options.stop.requested
     if (silent or isinstance(error, PeerError)) and not ended_by_torchrun:
         time.sleep(_LET_OTHERS_SPEAK_SECONDS)
     if silent:
         return
-    where = f"rank {rank}: " if world_size > 1 else ""
-    kind = "" if isinstance(error, AdaRoundError) else f"internal error, {type(error).__name__}: "
-    hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
+    what = f"rank {rank}: " if world_size > 1 else ""
+    if not isinstance(error, AdaRoundError):
+        what += f"internal error, {type(error).__name__}: "
     layer = getattr(error, "layer", None)
-    what = "" if layer is None or layer in str(error) else f"layer {layer}: "
+    if layer is not None and layer not in str(error):
+        what += f"layer {layer}: "
+    hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
     message = " ".join(str(error).split())
-    line = redact(f"{where}{kind}{what}{message}{hint}{_where(message, options)}")
+    line = redact(f"{what}{message}{hint}{_where(message, options)}")
     print(f"error: {line}", file=sys.stderr)
-    _tell_torchrun(line)
+    # torchrun shows the message of this file, in the form it expects, instead of a bare exit code.
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
     if options.command is _run:
         spec = getattr(options, "spec", None)
         uri, job = (None, "") if spec is None else (spec.output.uri, spec.job_digest())
         record_failure(uri, job, error, code, line)
-
-
-def _tell_torchrun(line: str) -> None:
-    """torchrun shows the message of this file, in the form it expects, instead of a bare exit code."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        with suppress(OSError):
-            Path(path).write_text(json.dumps(content), encoding="utf-8")

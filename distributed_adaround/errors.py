@@ -8,8 +8,8 @@ AdaRoundError                 70   our own bug, unless a subclass says otherwise
 ├── StoppedError              75   a signal asked the job to stop: start it again
 └── UnreachableError (OSError) 75 a store could not be reached: try again
 
-A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known. Credentials
-in URIs are never part of one: `redact` removes them.
+A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known. `redact`
+keeps credentials out of it.
 """
 
 import re

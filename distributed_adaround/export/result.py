@@ -81,7 +81,7 @@ def write_safetensors(uri: str, tensors: Mapping[str, Tensor], metadata: dict[st
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the host, contiguous, none sharing memory with another, in the order of their names."""
+    """On the host, contiguous, none sharing memory with another, in the order of their names."""
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in sorted(tensors):

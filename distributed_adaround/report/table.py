@@ -100,8 +100,8 @@ class LayerTable(tuple[LayerFigures, ...]):
         listed = Table.grid(padding=(0, 1, 0, 0))
         for number, note in enumerate(notes, start=1):
             listed.add_row(f"{number}:", note)
-        parts = [title, table(max(longest - excess, _MIN_NAME)), *([listed] if notes else []), _LEGEND]
-        return text.rendered(text.console(WIDTH), *parts)
+        layers = table(max(longest - excess, _MIN_NAME))
+        return text.rendered(text.console(WIDTH), title, layers, *([listed] if notes else []), _LEGEND)
 
     def _repr_html_(self) -> str:
         title, body, totals, notes = self._cells()
@@ -132,6 +132,10 @@ class LayerTable(tuple[LayerFigures, ...]):
         totals = self.totals
         name = f"{totals.num_layers} layers"
         return title, body, (name, "", f"{totals.num_weights:,}", *_figures(totals), ""), list(notes)
+
+
+def _html_row(cells: Iterable[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _figures(row: LayerFigures | Totals) -> tuple[str, ...]:
