@@ -104,8 +104,8 @@ def _folder(job: str) -> Path | None:
 
 
 def _load(options: argparse.Namespace) -> JobSpec:
-    options.spec = load_spec(options.job, options.overrides)  # kept for errors
-    return options.spec
+    spec = options.spec = load_spec(options.job, options.overrides)  # for errors too
+    return spec
 
 
 def _run(options: argparse.Namespace) -> None:

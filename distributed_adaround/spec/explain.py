@@ -76,11 +76,25 @@ class _ExplainingMeta(ModelMetaclass):
             raise explain(error, cast(type[Section], cls)) from None
 
 
+def _unwrap(schema: dict[str, Any]) -> None:
+    """Descriptions of fields on one line each."""
+    for field in schema["properties"].values():
+        if "description" in field:
+            field["description"] = " ".join(field["description"].split())
+
+
 class Section(BaseModel, metaclass=_ExplainingMeta):
     """Base of all parts of the job: no unknown fields, no conversions ("5" is not 5, true is not 1), no nan or inf.
     Raises SpecError when called with bad values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_unwrap,
+    )
 
     @classmethod
     def place(cls, loc: Sequence[str | int]) -> str:

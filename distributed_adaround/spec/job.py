@@ -52,17 +52,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 class OutputSpec(Section):
     """Where the results go, and as what."""
 
-    uri: Text = Field(
-        description="Folder for the results, a path or URI; commits of finished layers and reports go there too.",
-        examples=["s3://out/resnet50-w4"],
-    )
-    formats: list[Annotated[str, NameIn(EXPORTERS)]] = Field(
-        ["safetensors", "dequantized"],
-        min_length=1,
-        description="safetensors: codes, scales and zero points; dequantized: float weights on the grid "
-        "under the model's own parameter names.",
-    )
-    overwrite: bool = Field(False, description="Replace finished results that are already in the folder.")
+    uri: Text = Field(examples=["s3://out/resnet50-w4"])
+    """Folder for the results, a path or URI; commits of finished layers and reports go there too."""
+    formats: list[Annotated[str, NameIn(EXPORTERS)]] = Field(["safetensors", "dequantized"], min_length=1)
+    """safetensors: codes, scales and zero points; dequantized: float weights on the grid under the model's own
+    parameter names."""
+    overwrite: bool = False
+    """Replace finished results that are already in the folder."""
 
     @model_validator(mode="after")
     def _formats_once(self) -> Self:
@@ -74,14 +70,15 @@ class OutputSpec(Section):
 class MethodSpec(Section):
     """What is done to the weights, and where it runs: a job without model, data and output."""
 
-    preset: Literal["pytorch", "paper"] | None = Field(
-        None,
-        description="Settings for fields that are not given. pytorch: those of PyTorch's AdaptiveRoundingOptimizer; "
-        "paper: those of the AdaRound paper.",
-    )
-    quantize: QuantizeSpec = Field(QuantizeSpec(), description="Number format of the weights.")
-    rounding: RoundingSpec = Field(RoundingSpec(), description="How the rounding of each layer is learned.")
-    runtime: RuntimeSpec = Field(RuntimeSpec(), description="Where the job runs.")
+    preset: Literal["pytorch", "paper"] | None = None
+    """Settings for fields that are not given. pytorch: those of PyTorch's AdaptiveRoundingOptimizer; paper: those of
+    the AdaRound paper."""
+    quantize: QuantizeSpec = QuantizeSpec()
+    """Number format of the weights."""
+    rounding: RoundingSpec = RoundingSpec()
+    """How the rounding of each layer is learned."""
+    runtime: RuntimeSpec = RuntimeSpec()
+    """Where the job runs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -105,9 +102,12 @@ def _filled(given: Any, defaults: Mapping[str, Any]) -> Any:
 class JobSpec(MethodSpec):
     """A job of distributed_adaround."""
 
-    model: ModelSpec = Field(description="The trained network.")
-    data: DataSpec = Field(description="Calibration data.")
-    output: OutputSpec = Field(description="Where the results go, and as what.")
+    model: ModelSpec
+    """The trained network."""
+    data: DataSpec
+    """Calibration data."""
+    output: OutputSpec
+    """Where the results go, and as what."""
 
     def job_digest(self) -> str:
         """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""

@@ -21,29 +21,20 @@ Sha256 = Annotated[
 class ModelSpec(Section):
     """The trained network: a factory with weights, or an exported program."""
 
-    factory: ImportPath | None = Field(
-        None,
-        description="module:callable that returns the torch.nn.Module. It is imported and run: name code you trust.",
-        examples=["my_models:resnet50"],
-    )
-    factory_args: Arguments = Field({}, description="Keyword arguments of the factory.")
-    weights: Text | None = Field(
-        None,
-        description="State dict of the module: path or URI of a .safetensors, .pt or .pth file; null: as it comes.",
-        examples=["s3://models/resnet50.safetensors"],
-    )
-    program: Text | None = Field(
-        None,
-        description="Path or URI of a program saved by torch.export.save (.pt2), instead of a factory.",
-        examples=["resnet50.pt2"],
-    )
-    sha256: Sha256 | None = Field(
-        None, description="SHA-256, in hex, of the file of weights or of the program; others are refused. null: any."
-    )
-    source: Annotated[str, NameIn(SOURCES)] | None = Field(
-        None, description="How the model is opened; null: factory or program, whichever is given."
-    )
-    source_args: Arguments = Field({}, description="What another source than factory and program needs.")
+    factory: ImportPath | None = Field(None, examples=["my_models:resnet50"])
+    """module:callable that returns the torch.nn.Module. It is imported and run: name code you trust."""
+    factory_args: Arguments = Field({})
+    """Keyword arguments of the factory."""
+    weights: Text | None = Field(None, examples=["s3://models/resnet50.safetensors"])
+    """State dict of the module: path or URI of a .safetensors, .pt or .pth file; null: as it comes."""
+    program: Text | None = Field(None, examples=["resnet50.pt2"])
+    """Path or URI of a program saved by torch.export.save (.pt2), instead of a factory."""
+    sha256: Sha256 | None = None
+    """SHA-256, in hex, of the file of weights or of the program; others are refused. null: any."""
+    source: Annotated[str, NameIn(SOURCES)] | None = None
+    """How the model is opened; null: factory or program, whichever is given."""
+    source_args: Arguments = Field({})
+    """What another source than factory and program needs."""
 
     @property
     def source_name(self) -> str:

@@ -36,69 +36,59 @@ Percentile = Annotated[float, Field(gt=50, le=100)]
 class Override(Section):
     """Another format for some layers. Fields that are not given stay as they are in the section `quantize`."""
 
-    match: Annotated[TextOrTexts, AfterValidator(_check_patterns)] = Field(
-        description="Layers this applies to, named as in `ignore`; one text, or a list.", examples=["re:.*head"]
-    )
-    dtype: Dtype | None = Field(
-        None,
-        description="Number format of these layers; resets quant_min and quant_max, and mxfp8, mxfp4 and nvfp4 also "
-        "qscheme and group_size.",
-    )
-    qscheme: QScheme | None = Field(None, description="What shares a scale, and the kind of zero point.")
-    group_size: PositiveInt | None = Field(None, description="Inputs that share a scale, with a per_group qscheme.")
-    quant_min: int | None = Field(None, description="Smallest integer code.")
-    quant_max: int | None = Field(None, description="Largest integer code.")
-    scale_dtype: ScaleDtype | None = Field(None, description="Precision of the scales.")
-    observer: Observer | None = Field(None, description="How the scales are found.")
-    percentile: Percentile | None = Field(None, description="With observer: percentile.")
+    match: Annotated[TextOrTexts, AfterValidator(_check_patterns)] = Field(examples=["re:.*head"])
+    """Layers this applies to, named as in `ignore`; one text, or a list."""
+    dtype: Dtype | None = None
+    """Number format of these layers; resets quant_min and quant_max, and mxfp8, mxfp4 and nvfp4 also qscheme and
+    group_size."""
+    qscheme: QScheme | None = None
+    """What shares a scale, and the kind of zero point."""
+    group_size: PositiveInt | None = None
+    """Inputs that share a scale, with a per_group qscheme."""
+    quant_min: int | None = None
+    """Smallest integer code."""
+    quant_max: int | None = None
+    """Largest integer code."""
+    scale_dtype: ScaleDtype | None = None
+    """Precision of the scales."""
+    observer: Observer | None = None
+    """How the scales are found."""
+    percentile: Percentile | None = None
+    """With observer: percentile."""
 
 
 class QuantizeSpec(Section):
     """Number format of the weights."""
 
-    dtype: Dtype = Field(
-        "int4",
-        description="Type of the quantized weights. qint8 and int8 are the same, fp8 is short for float8_e4m3fn, fp4 "
-        "for float4_e2m1fn. mxfp8, mxfp4: blocks of 32 inputs that share a power of two as scale; nvfp4: blocks of 16 "
-        "inputs with e4m3 scales, and one float32 scale per tensor.",
-    )
-    qscheme: QScheme | None = Field(
-        None,
-        description="What shares a scale: the whole tensor, one output channel, or group_size inputs of one output "
-        "channel; symmetric: fixed zero point, affine (integers only): each scale has its own. null: that of the dtype "
-        "for mxfp8, mxfp4 and nvfp4, else per_channel_symmetric.",
-    )
-    group_size: PositiveInt | None = Field(
-        None,
-        description="Consecutive inputs that share a scale, with the per_group schemes only; fixed for mxfp8, mxfp4 "
-        "and nvfp4. Must divide the inputs of one output (of a convolution: input channels per group times kernel "
-        "elements).",
-        examples=[128],
-    )
-    quant_min: int | None = Field(None, description="Smallest code of an integer type; null: the smallest it has.")
-    quant_max: int | None = Field(None, description="Largest code of an integer type; null: the largest it has.")
-    scale_dtype: ScaleDtype | None = Field(
-        None,
-        description="Precision in which scales are stored, and to which they are rounded before a layer is solved and "
-        "after every change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else float32.",
-    )
-    observer: Observer = Field(
-        "mse",
-        description="How scales are found from the weights: minmax covers the largest weight, mse minimizes the "
-        "squared rounding error, percentile cuts off the largest weights; output_mse weighs each weight's error by the "
-        "mean square of its input.",
-    )
-    percentile: Percentile = Field(
-        _DEFAULT_PERCENTILE, description="Share of the weights, in percent, that observer: percentile keeps in range."
-    )
-    ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field(
-        [],
-        description="Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular "
-        "expression that must match from the start of the layer name.",
-    )
-    overrides: list[Override] = Field(
-        [], description="Other formats for some layers, applied in order; where several match, the later one wins."
-    )
+    dtype: Dtype = "int4"
+    """Type of the quantized weights. qint8 and int8 are the same, fp8 is short for float8_e4m3fn, fp4 for
+    float4_e2m1fn. mxfp8, mxfp4: blocks of 32 inputs that share a power of two as scale; nvfp4: blocks of 16 inputs with
+    e4m3 scales, and one float32 scale per tensor."""
+    qscheme: QScheme | None = None
+    """What shares a scale: the whole tensor, one output channel, or group_size inputs of one output channel; symmetric:
+    fixed zero point, affine (integers only): each scale has its own. null: that of the dtype for mxfp8, mxfp4 and
+    nvfp4, else per_channel_symmetric."""
+    group_size: PositiveInt | None = Field(None, examples=[128])
+    """Consecutive inputs that share a scale, with the per_group schemes only; fixed for mxfp8, mxfp4 and nvfp4. Must
+    divide the inputs of one output (of a convolution: input channels per group times kernel elements)."""
+    quant_min: int | None = None
+    """Smallest code of an integer type; null: the smallest it has."""
+    quant_max: int | None = None
+    """Largest code of an integer type; null: the largest it has."""
+    scale_dtype: ScaleDtype | None = None
+    """Precision in which scales are stored, and to which they are rounded before a layer is solved and after every
+    change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else float32."""
+    observer: Observer = "mse"
+    """How scales are found from the weights: minmax covers the largest weight, mse minimizes the squared rounding
+    error, percentile cuts off the largest weights; output_mse weighs each weight's error by the mean square of its
+    input."""
+    percentile: Percentile = _DEFAULT_PERCENTILE
+    """Share of the weights, in percent, that observer: percentile keeps in range."""
+    ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field([])
+    """Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular expression that must
+    match from the start of the layer name."""
+    overrides: list[Override] = Field([])
+    """Other formats for some layers, applied in order; where several match, the later one wins."""
 
     @model_validator(mode="after")
     def _formats_exist(self) -> Self:

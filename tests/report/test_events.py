@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from distributed_adaround.errors import OutputError
-from distributed_adaround.report.events import EventLog
+from distributed_adaround.report.job_log import EventLog
 
 
 def _lines(path: Path) -> list[dict[str, object]]:
