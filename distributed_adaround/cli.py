@@ -1,7 +1,5 @@
 """Command line: run | plan | validate | status | schema | launch. What needs torch is imported where it is used."""
 
-from __future__ import annotations
-
 import argparse
 import glob
 import json
@@ -12,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError, redact
@@ -25,9 +22,6 @@ from distributed_adaround.runtime.parent import end_with_launcher
 from distributed_adaround.runtime.signals import StopRequest
 from distributed_adaround.spec.job import JobSpec, json_schema
 from distributed_adaround.spec.reference import markdown
-
-if TYPE_CHECKING:
-    from distributed_adaround.plan import JobPlan
 
 COMMANDS = ("run", "plan", "validate", "status", "schema", "launch")
 _INTERNAL_ERROR = 70
@@ -124,7 +118,26 @@ def _plan(options: argparse.Namespace) -> None:
     spec = _load(options)
     from distributed_adaround.plan import plan_job
 
-    _print_plan(spec, plan_job(spec, _folder(options.job), options.ranks))
+    plan = plan_job(spec, _folder(options.job), options.ranks)
+    header = ("layer", "kind", "shape", "format", "rows", "seconds")
+    rows = [
+        (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
+        for x in plan.layers
+    ]
+    print(rendered(console(), layout(header, rows, numbers=("rows", "seconds"))))
+    print("\nParameters left in float:")
+    for parameter in plan.float_parameters:
+        print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
+    for note in plan.notes:
+        print(f"\nNote: {note}")
+    print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
+    print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
+    how = spec.rounding.solver
+    if plan.num_steps:
+        how += f", {plan.num_steps} {'sweeps' if how == 'gram' else 'steps'}"
+    print(f"Time: about {plan.seconds:,.0f} s on this machine ({how})")
+    if spec.rounding.solver == "minibatch":
+        print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -145,28 +158,6 @@ def _status(options: argparse.Namespace) -> int:
 
 def _schema(options: argparse.Namespace) -> None:
     print(markdown().rstrip() if options.markdown else json.dumps(json_schema(), indent=2))
-
-
-def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
-    header = ("layer", "kind", "shape", "format", "rows", "seconds")
-    rows = [
-        (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
-        for x in plan.layers
-    ]
-    print(rendered(console(), layout(header, rows, numbers=("rows", "seconds"))))
-    print("\nParameters left in float:")
-    for parameter in plan.float_parameters:
-        print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
-    for note in plan.notes:
-        print(f"\nNote: {note}")
-    print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
-    print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
-    how = spec.rounding.solver
-    if plan.num_steps:
-        how += f", {plan.num_steps} {'sweeps' if how == 'gram' else 'steps'}"
-    print(f"Time: about {plan.seconds:,.0f} s on this machine ({how})")
-    if spec.rounding.solver == "minibatch":
-        print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
 
 
 def _where(message: str, options: argparse.Namespace) -> str:
@@ -195,7 +186,7 @@ def _is_relative(path: str) -> bool:
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(path) or any(True for _ in glob.iglob(path))
+    return os.path.exists(path) or bool(glob.glob(path))
 
 
 def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:

@@ -34,8 +34,6 @@ _PARTS = {"model": "model weights", "data": "calibration data", "spec": "job fil
 
 @dataclass(frozen=True)
 class _Entry:
-    """One layer as the manifest names it."""
-
     name: str
     file: str
     sha256: str
@@ -82,19 +80,10 @@ class Checkpoint:
 
     def load(self, name: str) -> LayerRecord:
         """The record of a finished layer. Raises InputError when its file changed, KeyError for any other name."""
-        entry = next((entry for entry in self._entries if entry.name == name), None)
-        if entry is None:
-            raise KeyError(name)
+        entry = {entry.name: entry for entry in self._entries}[name]
+        figures = LayerFigures.from_dict(entry.metrics) if entry.metrics else None
         tensors = safetensors.torch.load(_read_layer(self._folder, entry))
-        return LayerRecord(
-            name=name,
-            codes=tensors["codes"],
-            scale=tensors["scale"],
-            zero_point=tensors["zero_point"],
-            format=dict(entry.format),
-            figures=LayerFigures.from_dict(entry.metrics) if entry.metrics else None,
-            shift=tensors.get("shift"),
-        )
+        return LayerRecord(name=name, format=dict(entry.format), figures=figures, **tensors)
 
     def commit(self, record: LayerRecord) -> None:
         """Make a layer's result permanent: its file first, then the manifest. Raises OutputError."""
@@ -127,7 +116,7 @@ class SolverStates:
         self._job = hashlib.sha256(jsontext.dumps(dict(fingerprint)).encode()).digest()
 
     def save(self, layer: str, key: str, state: Mapping[str, Tensor]) -> None:
-        """Replace a state. Raises OutputError."""
+        """Raises OutputError."""
         data = _tensor_bytes(state)
         storage.write_bytes(self._uri(layer, key), self._digest(layer, key, data) + data)
 

@@ -49,9 +49,8 @@ def render(request: KubernetesRequest, job_text: str, suffix: str) -> str:
     Raises SpecError when the job names files that no pod could see, an output that would go with the pod, or passwords.
     """
     _check_places(request)
-    values = _values(request)
-    values["arguments"] = _quoted([f"/etc/adaround/job{suffix}", *request.arguments[1:]])
-    values["job_file"] = f"job{suffix}: {_text(job_text)}"
+    arguments = _quoted([f"/etc/adaround/job{suffix}", *request.arguments[1:]])
+    values = _values(request) | {"arguments": arguments, "job_file": f"job{suffix}: {_text(job_text)}"}
     return _filled(request.kind, values) + "\n"
 
 

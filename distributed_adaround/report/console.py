@@ -44,15 +44,13 @@ class Progress:
         self._bar: Bar | None = None
         self._task = TaskID(0)
         stream = sys.stderr if stream is None else stream
-        console = Console(file=stream, force_terminal=True) if stream.isatty() else None
-        if console is not None and not console.is_dumb_terminal:
-            self._bar = Bar(
-                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=20),
-                TextColumn("{task.percentage:3.0f}%", markup=False, table_column=Column(no_wrap=True)),
-                console=console,
-                transient=True,
+        console = Console(file=stream, force_terminal=stream.isatty())
+        if console.is_terminal and not console.is_dumb_terminal:
+            name, share = (
+                TextColumn(text, markup=False, table_column=Column(no_wrap=True))
+                for text in ("{task.description}", "{task.percentage:3.0f}%")
             )
+            self._bar = Bar(name, BarColumn(bar_width=20), share, console=console, transient=True)
             self._task = self._bar.add_task("starting", total=sum(self._costs) or 1.0)
 
     def __enter__(self) -> Self:
@@ -112,5 +110,4 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """ "1:02:03", or "?" when unknown."""
     return "?" if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))

@@ -65,23 +65,21 @@ class LayerTable(tuple[LayerFigures, ...]):
 
     @property
     def totals(self) -> Totals:
-        rows = self
         return Totals(
-            num_layers=len(rows),
-            num_weights=sum(row.num_weights for row in rows),
-            nearest_error=_mean((row.nearest_error, 1) for row in rows),
-            soft_error=_mean((row.soft_error, 1) for row in rows),
-            hard_error=_mean((row.hard_error, 1) for row in rows),
-            sqnr_db=_mean((row.sqnr_db, 1) for row in rows),
-            flipped=_mean((row.flipped, row.num_weights) for row in rows),
-            unsettled=_mean((row.unsettled, row.num_weights) for row in rows),
-            num_kept_nearest=sum(row.kept_nearest for row in rows),
-            num_resumed=sum(row.resumed for row in rows),
-            seconds=sum(row.seconds for row in rows if math.isfinite(row.seconds)),
+            num_layers=len(self),
+            num_weights=sum(row.num_weights for row in self),
+            nearest_error=_mean((row.nearest_error, 1) for row in self),
+            soft_error=_mean((row.soft_error, 1) for row in self),
+            hard_error=_mean((row.hard_error, 1) for row in self),
+            sqnr_db=_mean((row.sqnr_db, 1) for row in self),
+            flipped=_mean((row.flipped, row.num_weights) for row in self),
+            unsettled=_mean((row.unsettled, row.num_weights) for row in self),
+            num_kept_nearest=sum(row.kept_nearest for row in self),
+            num_resumed=sum(row.resumed for row in self),
+            seconds=sum(row.seconds for row in self if math.isfinite(row.seconds)),
         )
 
     def to_dicts(self) -> list[dict[str, object]]:
-        """One dict of JSON values per layer."""
         return [row.to_dict() for row in self]
 
     def __repr__(self) -> str:
@@ -96,7 +94,7 @@ class LayerTable(tuple[LayerFigures, ...]):
             return text.layout(_HEADER, rows, _NUMBERS, totals)
 
         longest = max((len(line[0]) for line in body), default=0)
-        excess = max(text.width(table(longest)) - WIDTH, 0)
+        excess = max(text.console(text.ANY_WIDTH).measure(table(longest)).maximum - WIDTH, 0)
         listed = Table.grid(padding=(0, 1, 0, 0))
         for number, note in enumerate(notes, start=1):
             listed.add_row(f"{number}:", note)
@@ -129,9 +127,8 @@ class LayerTable(tuple[LayerFigures, ...]):
             numbers = sorted(notes.setdefault(remark, len(notes) + 1) for remark in remarks)
             shape = errors.shorten("x".join(str(size) for size in row.shape), _MAX_SHAPE)
             body.append((row.name, row.kind, shape, *_figures(row), ",".join(str(number) for number in numbers)))
-        totals = self.totals
-        name = f"{totals.num_layers} layers"
-        return title, body, (name, "", f"{totals.num_weights:,}", *_figures(totals), ""), list(notes)
+        last = (f"{len(self)} layers", "", f"{self.totals.num_weights:,}", *_figures(self.totals), "")
+        return title, body, last, list(notes)
 
 
 def _html_row(cells: Iterable[str], tag: str) -> str:

@@ -7,7 +7,7 @@ from rich.box import Box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-_ANY_WIDTH = 100_000
+ANY_WIDTH = 100_000
 # Lines below the header and above the footer, nothing else.
 _RULES = Box("    \n    \n----\n    \n    \n----\n    \n    \n", ascii=True)
 
@@ -30,7 +30,7 @@ def console(width: int | None = None) -> Console:
     """For `rendered`. width: of plain text; None: for stdout, as wide as it is."""
     if width is None and sys.stdout.isatty():
         return Console(markup=False, emoji=False, highlight=False)
-    width = _ANY_WIDTH if width is None else width
+    width = ANY_WIDTH if width is None else width
     return Console(width=width, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False)
 
 
@@ -39,8 +39,3 @@ def rendered(console: Console, *parts: RenderableType) -> str:
     with console.capture() as captured:
         console.print(*parts, sep="\n")
     return "\n".join(line.rstrip(" ") for line in captured.get().splitlines())
-
-
-def width(table: Table) -> int:
-    """Columns that the table takes where there is room for all of it."""
-    return console(_ANY_WIDTH).measure(table).maximum

@@ -15,8 +15,7 @@ from distributed_adaround.spec.data import DataSpec
 from distributed_adaround.spec.explain import ContradictionError, Section
 from distributed_adaround.spec.fields import NameIn, Text
 from distributed_adaround.spec.model import ModelSpec
-from distributed_adaround.spec.number_format import stale_fields
-from distributed_adaround.spec.quantize import QuantizeSpec
+from distributed_adaround.spec.quantize import QuantizeSpec, stale_fields
 from distributed_adaround.spec.rounding import RoundingSpec
 from distributed_adaround.spec.runtime import RuntimeSpec
 

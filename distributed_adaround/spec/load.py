@@ -33,7 +33,7 @@ def parse_job(path: str, data: bytes, overrides: Sequence[str] = ()) -> dict[str
     path: of the file; its suffix says what it is. Raises SpecError when the data are larger than 256 KiB, not valid, or
     an override cannot be applied.
     """
-    parsed = _parse(path, _text(path, data))
+    parsed = _parse(_named(path), path.lower().rpartition(".")[2], data)
     if not isinstance(parsed, dict):
         rule = f"must be a mapping of sections, not {shown(parsed)}; begin with 'model:' and 'data:'"
         raise SpecError(f"{_named(path)}: {rule}")
@@ -50,27 +50,22 @@ def _named(path: str) -> str:
     return shorten(redact(path))
 
 
-def _text(path: str, data: bytes) -> str:
+def _parse(name: str, suffix: str, data: bytes) -> Any:
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{_named(path)}: {len(data)} bytes are more than 256 KiB; this is not a job file")
+        raise SpecError(f"{name}: {len(data)} bytes are more than 256 KiB; this is not a job file")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{_named(path)}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
-
-
-def _parse(path: str, text: str) -> Any:
-    suffix = path.lower().rpartition(".")[2]
-    try:
+        text = data.decode("utf-8-sig")
         if suffix == "json":
             return json.loads(text, object_pairs_hook=_unique)
         return tomllib.loads(text) if suffix == "toml" else _parse_yaml(text)
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{name}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
     except RecursionError:
-        raise SpecError(f"{_named(path)}: nested too deeply; write fewer brackets") from None
+        raise SpecError(f"{name}: nested too deeply; write fewer brackets") from None
     except (YAMLError, ValueError) as error:
         kind = suffix.upper() if suffix in ("json", "toml") else "YAML"
         # Not from the error, which quotes the file.
-        raise SpecError(f"{_named(path)}: not valid {kind}: {_where(error)}; correct it there") from None
+        raise SpecError(f"{name}: not valid {kind}: {_where(error)}; correct it there") from None
 
 
 def _where(error: Exception) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.ranges import choose_grid
-from distributed_adaround.spec.number_format import LayerFormat
 from tests.benchmarks.cases import Batch, OnDevice, forward
 from tests.benchmarks.measure import Stopwatch
 

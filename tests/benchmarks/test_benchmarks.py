@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_adaround.errors import SpecError
-from distributed_adaround.spec.number_format import LayerFormat
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.spec.quantize import QuantizeSpec
 from tests.benchmarks import records
 from tests.benchmarks.aggregate import ratio, rows_of

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.problem import LayerProblem
 from distributed_adaround.solve.setup import choose_layer_grid, weighted_grid
-from distributed_adaround.spec.number_format import LayerFormat
 from distributed_adaround.spec.quantize import QuantizeSpec
 
 FORMATS: dict[str, dict[str, Any]] = {
