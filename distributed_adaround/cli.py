@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # `python -m distributed_adaround job.yaml` means run.
     if given and given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "run")
-    options = _parser().parse_args(given, argparse.Namespace(given=given))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    debug = bool(getattr(options, "debug", False))
-    logs.configure(rank, world_size, debug)
+    known = argparse.Namespace(given=given, rank=rank, world_size=world_size, debug=False, spec=None, stop=None)
+    options = _parser().parse_args(given, known)
+    logs.configure(rank, world_size, options.debug)
     try:
         return int(options.command(options) or 0)
     except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except Exception as error:
         code = error.exit_code if isinstance(error, AdaRoundError) else _INTERNAL_ERROR
-        _report(error, code, options, rank, world_size)
+        _report(error, code, options)
         return code
 
 
@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace) -> None:
     options.stop = StopRequest()
     with options.stop.listening():
         table = run_job(spec, _folder(options.job), options.stop)
-    if os.environ.get("RANK", "0") == "0":
+    if options.rank == 0:
         print(table)
         print(f"\nResults are in {redact(spec.output.uri)}")
 
@@ -162,7 +162,7 @@ def _schema(options: argparse.Namespace) -> None:
 
 def _where(message: str, options: argparse.Namespace) -> str:
     """For an error about a relative path that leads nowhere: what was tried, and whether it is beside the job file."""
-    job, spec = getattr(options, "job", ""), getattr(options, "spec", None)
+    job, spec = getattr(options, "job", ""), options.spec
     paths = [job]
     if spec is not None:
         paths += [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
@@ -189,33 +189,25 @@ def _exists(path: str) -> bool:
     return os.path.exists(path) or bool(glob.glob(path))
 
 
-def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
-    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first.
-
-    Args:
-        error: What ended the command.
-        code: The exit code.
-        options: Those of the command line, with the job and the stop request where they are known.
-        rank: This process.
-        world_size: How many there are.
-    """
-    if getattr(options, "debug", False):
+def _report(error: Exception, code: int, options: argparse.Namespace) -> None:
+    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
+    if options.debug:
         # Its lines hold what libraries raised, which know nothing of credentials.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     reported_by = getattr(error, "reported_by", None)
     if reported_by is not None:
-        silent = reported_by != rank
+        silent = reported_by != options.rank
     elif isinstance(error, SpecError | StoppedError):
         # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
         silent = os.environ.get("LOCAL_RANK", "0") != "0"
     else:
         silent = isinstance(error, PeerError)
-    ended_by_torchrun = hasattr(options, "stop") and options.stop.requested
+    ended_by_torchrun = options.stop is not None and options.stop.requested
     if (silent or isinstance(error, PeerError)) and not ended_by_torchrun:
         time.sleep(_LET_OTHERS_SPEAK_SECONDS)
     if silent:
         return
-    what = f"rank {rank}: " if world_size > 1 else ""
+    what = f"rank {options.rank}: " if options.world_size > 1 else ""
     if not isinstance(error, AdaRoundError):
         what += f"internal error, {type(error).__name__}: "
     layer = getattr(error, "layer", None)
@@ -231,6 +223,5 @@ def _report(error: Exception, code: int, options: argparse.Namespace, rank: int,
         with suppress(OSError):
             Path(path).write_text(json.dumps(content), encoding="utf-8")
     if options.command is _run:
-        spec = getattr(options, "spec", None)
-        uri, job = (None, "") if spec is None else (spec.output.uri, spec.job_digest())
+        uri, job = (None, "") if options.spec is None else (options.spec.output.uri, options.spec.job_digest())
         record_failure(uri, job, error, code, line)

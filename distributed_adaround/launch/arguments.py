@@ -28,9 +28,25 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     torchrun.add_argument("rest", nargs="*")
     torchrun.set_defaults(command=_torchrun)
     text, common = "write an sbatch script", _common()
-    _add_slurm(kinds.add_parser("slurm", help=text, description=text, parents=[common]))
+    script = kinds.add_parser("slurm", help=text, description=text, parents=[common])
+    script.set_defaults(command=_slurm)
+    add = script.add_argument
+    add("--time", metavar="LIMIT", help="time limit, for instance 04:00:00; then the job saves and is queued again")
+    add("--partition", metavar="NAME", help="partition")
+    add("--account", metavar="NAME", help="account to charge")
+    add("--image", metavar="IMAGE", help="run in this container image, with --container")
+    add("--container", choices=("pyxis", "apptainer"), help="what runs the image")
+    add("--mount", action="append", metavar="FOLDER", help="a folder to see in the container")
     text = "write manifests for kubectl apply"
-    _add_kubernetes(kinds.add_parser("kubernetes", help=text, description=text, parents=[common]))
+    manifests = kinds.add_parser("kubernetes", help=text, description=text, parents=[common])
+    manifests.set_defaults(command=_kubernetes)
+    add, kind = manifests.add_argument, "Indexed Job, JobSet or Kubeflow TrainJob (default: job)"
+    add("--image", required=True, metavar="IMAGE", help="image built from docker/Dockerfile")
+    add("--kind", choices=("job", "jobset", "trainjob"), help=kind)
+    claim = f"PersistentVolumeClaim, mounted at {kubernetes.DATA_FOLDER}, where the job starts"
+    add("--claim", metavar="NAME", help=claim)
+    add("--secret", metavar="NAME", help="Secret whose keys become variables, for object stores")
+    add("--service-account", metavar="NAME", help="ServiceAccount of the pods; its token is not mounted")
 
 
 def _common() -> argparse.ArgumentParser:
@@ -47,29 +63,6 @@ def _common() -> argparse.ArgumentParser:
     add("--name", metavar="NAME", help="name of the job on the cluster (default: that of the job file)")
     add("--out", metavar="FILE", help="write to this file (default: print)")
     return parser
-
-
-def _add_slurm(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--time", metavar="LIMIT", help="time limit, for instance 04:00:00; then the job saves and is queued again")
-    add("--partition", metavar="NAME", help="partition")
-    add("--account", metavar="NAME", help="account to charge")
-    add("--image", metavar="IMAGE", help="run in this container image, with --container")
-    add("--container", choices=("pyxis", "apptainer"), help="what runs the image")
-    add("--mount", action="append", metavar="FOLDER", help="a folder to see in the container")
-    parser.set_defaults(command=_slurm)
-
-
-def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    claim = f"PersistentVolumeClaim, mounted at {kubernetes.DATA_FOLDER}, where the job starts"
-    kinds = ("job", "jobset", "trainjob")
-    add("--image", required=True, metavar="IMAGE", help="image built from docker/Dockerfile")
-    add("--kind", choices=kinds, help="Indexed Job, JobSet or Kubeflow TrainJob (default: job)")
-    add("--claim", metavar="NAME", help=claim)
-    add("--secret", metavar="NAME", help="Secret whose keys become variables, for object stores")
-    add("--service-account", metavar="NAME", help="ServiceAccount of the pods; its token is not mounted")
-    parser.set_defaults(command=_kubernetes)
 
 
 def _torchrun(options: argparse.Namespace) -> None:

@@ -45,11 +45,21 @@ def render(request: SlurmRequest) -> str:
     """The text of an sbatch script. The same request gives the same text."""
     template = Template(files(__package__).joinpath("slurm.sbatch").read_text(encoding="utf-8"))
     container, program = _container(request)
+    directives = {
+        "job-name": request.name,
+        "nodes": request.nodes,
+        "cpus-per-task": request.num_ranks * request.cpus,
+        "gpus-per-node": request.gpus,
+        "mem": request.memory_mib and f"{request.memory_mib}M",
+        "time": request.time,
+        "partition": request.partition,
+        "account": request.account,
+    }
     return template.substitute(
         title=f"AdaRound on {request.nodes} x {request.num_ranks} ranks (machines x ranks of each).",
         made_by=request.made_by,
         name=request.name,
-        directives="\n".join(f"#SBATCH --{line}" for line in _directives(request)),
+        directives="\n".join(f"#SBATCH --{name}={value}" for name, value in directives.items() if value),
         warning_seconds=request.grace + _SLURM_DELAY_SECONDS,
         grace_seconds=request.grace,
         job=shlex.join(request.arguments),
@@ -58,15 +68,6 @@ def render(request: SlurmRequest) -> str:
         ranks=request.num_ranks,
         cpus=request.cpus,
     )
-
-
-def _directives(request: SlurmRequest) -> list[str]:
-    lines = [f"job-name={request.name}", f"nodes={request.nodes}", f"cpus-per-task={request.num_ranks * request.cpus}"]
-    if request.gpus:
-        lines.append(f"gpus-per-node={request.gpus}")
-    if request.memory_mib is not None:
-        lines.append(f"mem={request.memory_mib}M")
-    return lines + [f"{name}={value}" for name in ("time", "partition", "account") if (value := getattr(request, name))]
 
 
 def _container(request: SlurmRequest) -> tuple[str, str]:

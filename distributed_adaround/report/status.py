@@ -65,14 +65,12 @@ class JobStatus:
         self._now = Status(job, "running", layers=layers)
 
     def running(self, layers_done: int) -> None:
-        self._write(replace(self._now, layers_done=layers_done))
+        if self._writes:
+            write_status(self._uri, replace(self._now, layers_done=layers_done))
 
     def done(self) -> None:
-        self._write(replace(self._now, state="done", exit_code=0, layers_done=self._now.layers))
-
-    def _write(self, status: Status) -> None:
         if self._writes:
-            write_status(self._uri, status)
+            write_status(self._uri, replace(self._now, state="done", exit_code=0, layers_done=self._now.layers))
 
 
 def read_status(uri: str) -> Status | None:
