@@ -30,15 +30,12 @@ class Commits:
 
 
 class JobCommits(Commits):
-    """Those of a job file, in its output. Rank 0 reads and writes records, all ranks get them.
-
-    Raises InputError when the output holds another job's commits or results, and may not be overwritten.
-    """
+    """Those of a job file, in its output. Rank 0 reads and writes records, all ranks get them."""
 
     def __init__(
         self, uri: str, fingerprint: Mapping[str, str], overwrite: bool, results: Sequence[str], comm: Comm
     ) -> None:
-        """Open the output. A collective.
+        """A collective. Raises InputError when the output holds another job's commits or results, unless overwrite.
 
         Args:
             uri: of the output.

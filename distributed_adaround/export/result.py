@@ -39,7 +39,6 @@ class Exporter(Protocol):
 
     def write(self, result: ExportResult, uri: str) -> None:
         """Write into the folder `uri`. Raises InputError when the model holds what the format cannot, OutputError."""
-        ...
 
 
 class DequantizedExporter(Exporter):

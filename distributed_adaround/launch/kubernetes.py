@@ -86,10 +86,8 @@ def _values(request: KubernetesRequest) -> dict[str, str]:
 
 
 def _filled(name: str, values: Mapping[str, str]) -> str:
-    """A template with its blanks filled in: by the value of that name, else by the template of that name.
-
-    A blank with a line of its own indents all lines that it stands for, and an empty one takes its line away.
-    """
+    """A template with its blanks filled in: by the value of that name, else by the template of that name. A blank with
+    a line of its own indents all lines that it stands for, and an empty one takes its line away."""
 
     def fill(blank: re.Match[str]) -> str:
         margin, of_line, inside = blank.groups()

@@ -86,9 +86,8 @@ def read_status(uri: str) -> Status | None:
 
 
 def record_failure(uri: str | None, job: str, error: BaseException, exit_code: int, message: str) -> None:
-    """Write down how a job ended, for this machine and, where the output is known and is this job's, there.
-
-    An output that cannot be written is an error that was reported before. A wrong job file leaves no trace there.
+    """Write down how a job ended, for this machine and, where the output is known and is this job's, there. A wrong job
+    file leaves no trace there; an output that cannot be written is an error that was reported before.
 
     Args:
         uri: The output folder; None where the job file could not be read.

@@ -46,9 +46,7 @@ class Totals:
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; a figure that is not finite becomes None."""
-        values = jsontext.json_safe(asdict(self))
-        assert isinstance(values, dict)
-        return values
+        return {name: jsontext.json_safe(value) for name, value in asdict(self).items()}
 
 
 class LayerTable(tuple[LayerFigures, ...]):
@@ -111,10 +109,8 @@ class LayerTable(tuple[LayerFigures, ...]):
         )
 
     def _cells(self) -> tuple[str, list[tuple[str, ...]], tuple[str, ...], list[str]]:
-        """Title, one tuple of cells per layer, the cells of the totals, and the notes that the cells number.
-
-        Format and solver stand in the title; a layer that differs says so in a note.
-        """
+        """Title, one tuple of cells per layer, the cells of the totals, and the notes that the cells number. Format and
+        solver stand in the title; a layer that differs says so in a note."""
         usual = Counter((row.format, row.solver) for row in self).most_common(1)
         title = f"{usual[0][0][0]}, solver {usual[0][0][1]}" if usual else "no layers"
         notes: dict[str, int] = {}

@@ -45,9 +45,8 @@ class ModelSpec(Section):
         if self.source not in (None, "factory", "program"):
             return self
         if self.factory is None and self.program is None:
-            raise ContradictionError(
-                ("factory",), ABSENT, "is missing, and program too; give factory (module:callable) or program (.pt2)"
-            )
+            text = "is missing, and program too; give factory (module:callable) or program (.pt2)"
+            raise ContradictionError(("factory",), ABSENT, text)
         if self.factory is not None and self.program is not None:
             raise ContradictionError(("program",), self.program, "and factory exclude each other; remove one of them")
         if self.factory is None and (self.weights is not None or self.factory_args):
@@ -55,11 +54,9 @@ class ModelSpec(Section):
             raise ContradictionError((name,), getattr(self, name), "needs a factory, not a program; remove it")
         if self.sha256 is not None and self.weights is None and self.program is None:
             raise ContradictionError(("sha256",), self.sha256, "needs a file, weights or program; remove it")
-        _check_suffix("weights", self.weights, (".safetensors", ".pt", ".pth"))
-        _check_suffix("program", self.program, (".pt2",))
+        for name, suffixes in (("weights", (".safetensors", ".pt", ".pth")), ("program", (".pt2",))):
+            uri = getattr(self, name)
+            if uri is not None and not uri.lower().partition("?")[0].endswith(suffixes):
+                text = f"must end in {' or '.join(suffixes)}; convert or rename the file"
+                raise ContradictionError((name,), uri, text)
         return self
-
-
-def _check_suffix(name: str, uri: str | None, suffixes: tuple[str, ...]) -> None:
-    if uri is not None and not uri.lower().partition("?")[0].endswith(suffixes):
-        raise ContradictionError((name,), uri, f"must end in {' or '.join(suffixes)}; convert or rename the file")
