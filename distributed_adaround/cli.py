@@ -1,7 +1,5 @@
 """Command line: run | plan | validate | status | schema | launch. What needs torch is imported where it is used."""
 
-from __future__ import annotations
-
 import argparse
 import glob
 import json
@@ -12,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError, redact
@@ -24,9 +21,6 @@ from distributed_adaround.runtime import logs
 from distributed_adaround.runtime.signals import StopRequest, end_with_launcher
 from distributed_adaround.spec.job import JobSpec, json_schema
 from distributed_adaround.spec.reference import markdown
-
-if TYPE_CHECKING:
-    from distributed_adaround.plan import JobPlan
 
 COMMANDS = ("run", "plan", "validate", "status", "schema", "launch")
 _INTERNAL_ERROR = 70
@@ -43,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # `python -m distributed_adaround job.yaml` means run.
     if given and given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "run")
-    options = _parser().parse_args(given, argparse.Namespace(given=given))
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    debug = bool(getattr(options, "debug", False))
-    logs.configure(rank, world_size, debug)
+    known = argparse.Namespace(given=given, rank=rank, world_size=world_size, debug=False, spec=None, stop=None)
+    options = _parser().parse_args(given, known)
+    logs.configure(rank, world_size, options.debug)
     try:
         return int(options.command(options) or 0)
     except KeyboardInterrupt:
@@ -57,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except Exception as error:
         code = error.exit_code if isinstance(error, AdaRoundError) else _INTERNAL_ERROR
-        _report(error, code, options, rank, world_size)
+        _report(error, code, options)
         return code
 
 
@@ -69,23 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"distributed_adaround {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    job = argparse.ArgumentParser(add_help=False)
+    job.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
+    what = "change a field of the job file; may be given several times"
+    job.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=what)
+    job.add_argument("--debug", action="store_true", help="more log lines, and tracebacks of errors")
     for name, command, text in (
         ("run", _run, "run a job (the default: `distributed_adaround job.yaml`)"),
         ("plan", _plan, "show layers, data, memory and time of a job; solves nothing"),
         ("validate", _validate, "check a job file; needs no torch"),
         ("status", _status, "show how a job stands; ends with 0 when it is done, 75 when it is to be started (again)"),
     ):
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
-        sub.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="SECTION.FIELD=VALUE",
-            help="change a field of the job file; may be given several times",
-        )
-        sub.add_argument("--debug", action="store_true", help="more log lines, and tracebacks of errors")
+        sub = commands.add_parser(name, help=text, description=text, parents=[job])
         sub.set_defaults(command=command)
         if name == "plan":
             sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
@@ -103,13 +92,12 @@ def _positive(text: str) -> int:
 
 
 def _folder(job: str) -> Path | None:
-    """Folder of a local job file, where modules that it names are searched too."""
+    """Of a local job file; modules that it names are searched there too."""
     return Path(job).resolve().parent if "://" not in job else None
 
 
 def _load(options: argparse.Namespace) -> JobSpec:
-    spec = load_spec(options.job, options.overrides)
-    options.spec = spec  # for errors
+    spec = options.spec = load_spec(options.job, options.overrides)  # for errors too
     return spec
 
 
@@ -120,7 +108,7 @@ def _run(options: argparse.Namespace) -> None:
     options.stop = StopRequest()
     with options.stop.listening():
         table = run_job(spec, _folder(options.job), options.stop)
-    if os.environ.get("RANK", "0") == "0":
+    if options.rank == 0:
         print(table)
         print(f"\nResults are in {redact(spec.output.uri)}")
 
@@ -129,7 +117,26 @@ def _plan(options: argparse.Namespace) -> None:
     spec = _load(options)
     from distributed_adaround.plan import plan_job
 
-    _print_plan(spec, plan_job(spec, _folder(options.job), options.ranks))
+    plan = plan_job(spec, _folder(options.job), options.ranks)
+    header = ("layer", "kind", "shape", "format", "rows", "seconds")
+    rows = [
+        (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
+        for x in plan.layers
+    ]
+    print(rendered(console(), layout(header, rows, numbers=("rows", "seconds"))))
+    print("\nParameters left in float:")
+    for parameter in plan.float_parameters:
+        print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
+    for note in plan.notes:
+        print(f"\nNote: {note}")
+    print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
+    print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
+    how = spec.rounding.solver
+    if plan.num_steps:
+        how += f", {plan.num_steps} {'sweeps' if how == 'gram' else 'steps'}"
+    print(f"Time: about {plan.seconds:,.0f} s on this machine ({how})")
+    if spec.rounding.solver == "minibatch":
+        print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -152,35 +159,9 @@ def _schema(options: argparse.Namespace) -> None:
     print(markdown().rstrip() if options.markdown else json.dumps(json_schema(), indent=2))
 
 
-def _print_plan(spec: JobSpec, plan: JobPlan) -> None:
-    header = ("layer", "kind", "shape", "format", "rows", "seconds")
-    rows = [
-        (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")
-        for x in plan.layers
-    ]
-    print(rendered(console(), layout(header, rows, numbers=("rows", "seconds"))))
-    print("\nParameters left in float:")
-    for parameter in plan.float_parameters:
-        print(f"  {parameter.name} {'x'.join(map(str, parameter.shape))}: {parameter.reason}")
-    for note in plan.notes:
-        print(f"\nNote: {note}")
-    print(f"\nSamples per rank: {', '.join(map(str, plan.samples_per_rank))}")
-    print(f"Activations of one rank: about {plan.activation_bytes / 2**20:,.0f} MiB, spilled beyond the budget")
-    print(f"Time: about {plan.seconds:,.0f} s on this machine ({_how(spec, plan)})")
-    if spec.rounding.solver == "minibatch":
-        print(f"With rounding.solver=gram: about {plan.gram_seconds:,.0f} s ({spec.rounding.sweeps} sweeps)")
-
-
-def _how(spec: JobSpec, plan: JobPlan) -> str:
-    steps = plan.num_steps
-    return spec.rounding.solver + (
-        f", {steps} {'sweeps' if spec.rounding.solver == 'gram' else 'steps'}" if steps else ""
-    )
-
-
 def _where(message: str, options: argparse.Namespace) -> str:
     """For an error about a relative path that leads nowhere: what was tried, and whether it is beside the job file."""
-    job, spec = getattr(options, "job", ""), getattr(options, "spec", None)
+    job, spec = getattr(options, "job", ""), options.spec
     paths = [job]
     if spec is not None:
         paths += [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
@@ -204,54 +185,42 @@ def _is_relative(path: str) -> bool:
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(path) or any(True for _ in glob.iglob(path))
+    return os.path.exists(path) or bool(glob.glob(path))
 
 
-def _report(error: Exception, code: int, options: argparse.Namespace, rank: int, world_size: int) -> None:
-    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first.
-
-    Args:
-        error: What ended the command.
-        code: The exit code.
-        options: Those of the command line, with the job and the stop request where they are known.
-        rank: This process.
-        world_size: How many there are.
-    """
-    if getattr(options, "debug", False):
+def _report(error: Exception, code: int, options: argparse.Namespace) -> None:
+    """One line on stderr, in torchrun's error file and in the job's status, from the rank that failed first."""
+    if options.debug:
         # Its lines hold what libraries raised, which know nothing of credentials.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     reported_by = getattr(error, "reported_by", None)
-    if reported_by is None and isinstance(error, SpecError | StoppedError):
+    if reported_by is not None:
+        silent = reported_by != options.rank
+    elif isinstance(error, SpecError | StoppedError):
         # A wrong job file is the same for all ranks of a machine, which have not met yet; so are signals.
         silent = os.environ.get("LOCAL_RANK", "0") != "0"
-    elif reported_by is None:
-        silent = isinstance(error, PeerError)
     else:
-        silent = reported_by != rank
-    ended_by_torchrun = hasattr(options, "stop") and options.stop.requested
+        silent = isinstance(error, PeerError)
+    ended_by_torchrun = options.stop is not None and options.stop.requested
     if (silent or isinstance(error, PeerError)) and not ended_by_torchrun:
         time.sleep(_LET_OTHERS_SPEAK_SECONDS)
     if silent:
         return
-    where = f"rank {rank}: " if world_size > 1 else ""
-    kind = "" if isinstance(error, AdaRoundError) else f"internal error, {type(error).__name__}: "
-    hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
+    what = f"rank {options.rank}: " if options.world_size > 1 else ""
+    if not isinstance(error, AdaRoundError):
+        what += f"internal error, {type(error).__name__}: "
     layer = getattr(error, "layer", None)
-    what = "" if layer is None or layer in str(error) else f"layer {layer}: "
+    if layer is not None and layer not in str(error):
+        what += f"layer {layer}: "
+    hint = "" if isinstance(error, AdaRoundError) else " (run again with --debug and report this)"
     message = " ".join(str(error).split())
-    line = redact(f"{where}{kind}{what}{message}{hint}{_where(message, options)}")
+    line = redact(f"{what}{message}{hint}{_where(message, options)}")
     print(f"error: {line}", file=sys.stderr)
-    _tell_torchrun(line)
-    if options.command is _run:
-        spec = getattr(options, "spec", None)
-        uri, job = (None, "") if spec is None else (spec.output.uri, spec.job_digest())
-        record_failure(uri, job, error, code, line)
-
-
-def _tell_torchrun(line: str) -> None:
-    """torchrun shows the message of this file, in the form it expects, instead of a bare exit code."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    # torchrun shows the message of this file, in the form it expects, instead of a bare exit code.
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with suppress(OSError):
             Path(path).write_text(json.dumps(content), encoding="utf-8")
+    if options.command is _run:
+        uri, job = (None, "") if options.spec is None else (options.spec.output.uri, options.spec.job_digest())
+        record_failure(uri, job, error, code, line)

@@ -1,15 +1,7 @@
 """Every error this program raises on purpose, and the exit code each one ends a job with.
 
-AdaRoundError                 70   our own bug, unless a subclass says otherwise
-├── SpecError (ValueError)    64   the job file: unknown field, bad value, contradiction
-├── InputError (ValueError)   65   model, weights, calibration data or an old checkpoint
-├── OutputError (OSError)     73   results cannot be written
-├── PeerError                 75   another rank failed, or could not be reached: try again
-├── StoppedError              75   a signal asked the job to stop: start it again
-└── UnreachableError (OSError) 75 a store could not be reached: try again
-
-A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known. Credentials
-in URIs are never part of one: `redact` removes them.
+A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known. `redact`
+keeps credentials out of it.
 """
 
 import re
@@ -34,10 +26,8 @@ _secrets: set[str] = set()
 
 
 class AdaRoundError(Exception):
-    """Base of all errors raised on purpose. `exit_code` follows sysexits.h.
-
-    reported_by: the one rank that tells the user, where several raise; None: whoever raises. layer: being rounded then.
-    """
+    """Base of all, by itself a defect of our own. `exit_code` follows sysexits.h. reported_by: the one rank that tells
+    the user, where several raise; None: whoever raises. layer: being rounded then."""
 
     exit_code = 70
     reported_by: int | None = None
@@ -77,6 +67,12 @@ class StoppedError(AdaRoundError):
         super().__init__(message)
 
 
+class UnreachableError(AdaRoundError, OSError):
+    """A store of files is busy or away, also after several tries. Nothing is wrong with the job."""
+
+    exit_code = 75
+
+
 @contextmanager
 def naming_layer(name: str) -> Iterator[None]:
     """Errors from inside say which layer was being rounded: they get the attribute `layer`."""
@@ -87,16 +83,10 @@ def naming_layer(name: str) -> Iterator[None]:
         raise
 
 
-class UnreachableError(AdaRoundError, OSError):
-    """A store of files is busy or away, also after several tries. Nothing is wrong with the job."""
-
-    exit_code = 75
-
-
 def shorten(text: str, length: int = 400) -> str:
     """At most so many printable characters of what a file or a library says: the middle is left out."""
-    half = (length - 3) // 2
-    text = text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+    head = (length - 3) // 2
+    text = text if len(text) <= length else f"{text[:head]}...{text[head + 3 - length :]}"
     return "".join(character if character.isprintable() else " " for character in text)
 
 

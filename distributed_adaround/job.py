@@ -25,8 +25,7 @@ from distributed_adaround.export.result import Exporter, ExportResult, exporters
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.report.console import Progress
-from distributed_adaround.report.events import EventLog
-from distributed_adaround.report.job_log import JobLog
+from distributed_adaround.report.job_log import EventLog, JobLog
 from distributed_adaround.report.status import JobStatus
 from distributed_adaround.report.table import LayerTable
 from distributed_adaround.rounding import NetworkResult, NetworkRounder

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from distributed_adaround.checkpoint.layer_files import Checkpoint
-from distributed_adaround.checkpoint.solver_states import SolverStates
+from distributed_adaround.checkpoint.layer_files import Checkpoint, SolverStates
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files import storage, uris
 from distributed_adaround.runtime.comm import Comm, phase
@@ -31,16 +30,12 @@ class Commits:
 
 
 class JobCommits(Commits):
-    """Those of a job file, in its output. Rank 0 reads and writes records, all ranks get them.
-
-    Raises:
-        InputError: the output holds another job's commits or results, and may not be overwritten.
-    """
+    """Those of a job file, in its output. Rank 0 reads and writes records, all ranks get them."""
 
     def __init__(
         self, uri: str, fingerprint: Mapping[str, str], overwrite: bool, results: Sequence[str], comm: Comm
     ) -> None:
-        """Open the output. A collective.
+        """A collective. Raises InputError when the output holds another job's commits or results, unless overwrite.
 
         Args:
             uri: of the output.
@@ -58,11 +53,13 @@ class JobCommits(Commits):
                 for folder in ("", "commits", "commits/layers", "events"):
                     storage.remove_leftovers(uris.join(uri, folder))
                 self._checkpoint = Checkpoint.open(uri, fingerprint, overwrite)
-                if not (self._checkpoint.committed or overwrite):
-                    _refuse_to_replace(uri, results)
-        self.names: tuple[str, ...] = comm.broadcast_object(
-            () if self._checkpoint is None else self._checkpoint.committed
-        )
+                # Results without commits of this job are somebody else's.
+                for name in () if self._checkpoint.committed or overwrite else results:
+                    if storage.exists(uris.join(uri, name)):
+                        rule = "choose another output.uri, or set output.overwrite=true to replace it"
+                        raise InputError(f"{redact(uri)}: {name} is there already, from another job; {rule}")
+        committed = () if self._checkpoint is None else self._checkpoint.committed
+        self.names: tuple[str, ...] = comm.broadcast_object(committed)
 
     def load(self, name: str) -> LayerRecord | None:
         if name not in self.names:
@@ -86,13 +83,3 @@ class JobCommits(Commits):
 
     def load_state(self, layer: str, key: str) -> dict[str, Tensor] | None:
         return self._states.load(layer, key)
-
-
-def _refuse_to_replace(uri: str, results: Sequence[str]) -> None:
-    """Results without commits of this job are somebody else's."""
-    for name in results:
-        if storage.exists(uris.join(uri, name)):
-            raise InputError(
-                f"{redact(uri)}: {name} is there already, from another job; choose another output.uri, or set "
-                "output.overwrite=true to replace it"
-            )

@@ -1,13 +1,13 @@
-"""Commits of finished layers, and their way back into a job that starts again.
+"""Files of finished layers and unfinished solvers, for a job that starts again.
 
     <output>/commits/manifest.json                        what counts; written last, with a checksum of itself
     <output>/commits/layers/00003-layer1.conv2.safetensors    codes, scale, zero_point (and shift) of one layer
+    <output>/commits/state/<layer>/<key>                  SHA-256 of the rest (32 bytes), then a safetensors file
 
 A layer file exists for a reader only when the manifest names it, so a crash at any moment leaves the state of the last
 whole commit. Layer files hold nothing but the result: no times, hosts or world size, so equal results are equal bytes.
+States of solvers only save time: one that is damaged, or of another job, is left out, and the layer starts anew.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -15,9 +15,10 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
+from torch import Tensor
 
 from distributed_adaround.errors import AdaRoundError, InputError, redact
 from distributed_adaround.files import jsontext, storage, uris
@@ -26,19 +27,13 @@ from distributed_adaround.solve.record import LayerFigures, LayerRecord
 logger = logging.getLogger(__name__)
 
 VERSION = 2
-
-_PARTS = {
-    "model": "model weights",
-    "data": "calibration data",
-    "spec": "job file",
-    "format": "number format",
-}
+_DIGEST_BYTES = 32
+_START_ANEW = "choose another output.uri, or set output.overwrite=true to start anew"
+_PARTS = {"model": "model weights", "data": "calibration data", "spec": "job file", "format": "number format"}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One layer as the manifest names it."""
-
     name: str
     file: str
     sha256: str
@@ -48,25 +43,22 @@ class _Entry:
 
 
 class _UnusableError(InputError):
-    """Commits that do not fit this job or are damaged, as opposed to a store that cannot be read right now."""
+    """Commits do not fit this job or are damaged, as opposed to a store that cannot be read right now."""
 
 
 class Checkpoint:
-    """The commits of one job. Written by rank 0 only."""
+    """The commits of one job, from `Checkpoint.open`. Written by rank 0 only."""
 
     def __init__(self, folder: str, fingerprint: Mapping[str, str], entries: tuple[_Entry, ...]) -> None:
-        """Use `Checkpoint.open`."""
-        self._folder = folder
-        self._fingerprint = dict(fingerprint)
-        self._entries = entries
+        self._folder, self._fingerprint, self._entries = folder, dict(fingerprint), entries
 
     @classmethod
-    def open(cls, uri: str, fingerprint: Mapping[str, str], overwrite: bool = False) -> Checkpoint:
+    def open(cls, uri: str, fingerprint: Mapping[str, str], overwrite: bool = False) -> Self:
         """The commits under `<uri>/commits`, empty when there are none.
 
-        fingerprint: digests of what the result depends on ("model", "data", "spec", "format"); the world size is not
-        part of it. overwrite: commits that do not fit or are damaged are removed; those that fit are still used, so
-        that a job which overwrites can be restarted.
+        fingerprint: digests of what the result depends on ("model", "data", "spec", "format"), not of the world size.
+        overwrite: remove commits that do not fit or are damaged; those that fit are still used, so that a job which
+        overwrites can be restarted.
 
         Raises InputError naming what differs, or the damaged file; OutputError when old commits cannot be removed.
         """
@@ -88,28 +80,17 @@ class Checkpoint:
 
     def load(self, name: str) -> LayerRecord:
         """The record of a finished layer. Raises InputError when its file changed, KeyError for any other name."""
-        entry = next((entry for entry in self._entries if entry.name == name), None)
-        if entry is None:
-            raise KeyError(name)
+        entry = {entry.name: entry for entry in self._entries}[name]
+        figures = LayerFigures.from_dict(entry.metrics) if entry.metrics else None
         tensors = safetensors.torch.load(_read_layer(self._folder, entry))
-        return LayerRecord(
-            name=name,
-            codes=tensors["codes"],
-            scale=tensors["scale"],
-            zero_point=tensors["zero_point"],
-            format=dict(entry.format),
-            figures=LayerFigures.from_dict(entry.metrics) if entry.metrics else None,
-            shift=tensors.get("shift"),
-        )
+        return LayerRecord(name=name, format=dict(entry.format), figures=figures, **tensors)
 
     def commit(self, record: LayerRecord) -> None:
         """Make a layer's result permanent: its file first, then the manifest. Raises OutputError."""
         if record.name in self.committed:
             raise AdaRoundError(f"layer {record.name} was committed before; this is a defect of distributed_adaround")
         parts = {"codes": record.codes, "scale": record.scale, "zero_point": record.zero_point}
-        if record.shift is not None:
-            parts["shift"] = record.shift
-        data = safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in parts.items()})
+        data = _tensor_bytes(parts if record.shift is None else parts | {"shift": record.shift})
         entry = _Entry(
             name=record.name,
             file=_layer_file(len(self._entries), record.name),
@@ -125,6 +106,50 @@ class Checkpoint:
         self._entries = entries
 
 
+class SolverStates:
+    """States of one job's solvers. Each rank may save under keys of its own; rank 0 removes them."""
+
+    def __init__(self, uri: str, fingerprint: Mapping[str, str]) -> None:
+        """uri: the job's output. fingerprint: as for Checkpoint.open. Raises InputError when it cannot be listed."""
+        self._folder = uris.join(uri, "commits", "state")
+        self._found = frozenset(storage.list_files(self._folder))
+        self._job = hashlib.sha256(jsontext.dumps(dict(fingerprint)).encode()).digest()
+
+    def save(self, layer: str, key: str, state: Mapping[str, Tensor]) -> None:
+        """Raises OutputError."""
+        data = _tensor_bytes(state)
+        storage.write_bytes(self._uri(layer, key), self._digest(layer, key, data) + data)
+
+    def load(self, layer: str, key: str) -> dict[str, Tensor] | None:
+        """What an earlier run of this job saved, None where it did not. Raises InputError when it cannot be read."""
+        uri = self._uri(layer, key)
+        if uri not in self._found:
+            return None
+        content = storage.read_bytes(uri)
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if digest != self._digest(layer, key, data):
+            logger.warning("%s is damaged or of another job; layer %s starts anew", redact(uri), layer)
+            return None
+        return safetensors.torch.load(data)
+
+    def clear(self) -> None:
+        """Remove all states: the layer is committed. Raises OutputError."""
+        storage.remove_tree(self._folder)
+
+    def _uri(self, layer: str, key: str) -> str:
+        """Whatever the layer's name, it cannot leave the folder or hit another layer's file."""
+        safe = re.sub(r"[^A-Za-z0-9_-]", "_", layer)[-100:]
+        return uris.join(self._folder, f"{safe}-{hashlib.sha256(layer.encode()).hexdigest()[:16]}", key)
+
+    def _digest(self, layer: str, key: str, data: bytes) -> bytes:
+        """Of what the state belongs to, too."""
+        return hashlib.sha256(self._job + jsontext.dumps([layer, key]).encode() + b"\n" + data).digest()
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
 def _layer_file(index: int, name: str) -> str:
     """Path below the commits' folder. Whatever the name, it cannot leave the folder or hit another layer's file."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
@@ -132,11 +157,7 @@ def _layer_file(index: int, name: str) -> str:
 
 
 def _encode(fingerprint: Mapping[str, str], entries: tuple[_Entry, ...]) -> bytes:
-    body = {
-        "version": VERSION,
-        "fingerprint": dict(fingerprint),
-        "layers": [vars(entry) for entry in entries],
-    }
+    body = {"version": VERSION, "fingerprint": dict(fingerprint), "layers": [vars(entry) for entry in entries]}
     body["checksum"] = hashlib.sha256(jsontext.dumps(body).encode()).hexdigest()
     return (jsontext.dumps(body, indent=1) + "\n").encode()
 
@@ -154,9 +175,9 @@ def _read_manifest(folder: str, fingerprint: Mapping[str, str]) -> tuple[_Entry,
     if found != dict(fingerprint):
         keys = sorted(key for key in found.keys() | fingerprint.keys() if found.get(key) != fingerprint.get(key))
         parts = ", ".join(_PARTS.get(key, key) for key in keys)
+        rule = "choose another output.uri, or set output.overwrite=true to replace them"
         raise _UnusableError(
-            f"{redact(folder)}: the commits there were made with another {parts} than this job has; "
-            "choose another output.uri, or set output.overwrite=true to replace them"
+            f"{redact(folder)}: the commits there were made with another {parts} than this job has; {rule}"
         )
     for index, entry in enumerate(entries):
         if entry.file != _layer_file(index, entry.name):
@@ -173,10 +194,8 @@ def _parse(data: bytes, uri: str) -> tuple[dict[str, str], tuple[_Entry, ...]]:
     if not isinstance(body, dict) or "version" not in body:
         raise _damaged(uri, "the field version is missing")
     if body["version"] != VERSION:
-        raise _UnusableError(
-            f"{redact(uri)}: its version is {body['version']!r}, this program reads {VERSION}; use the "
-            "program that wrote it, choose another output.uri, or set output.overwrite=true to start anew"
-        )
+        rule = f"its version is {body['version']!r}, this program reads {VERSION}; use the program that wrote it"
+        raise _UnusableError(f"{redact(uri)}: {rule}, {_START_ANEW}")
     try:
         entries = tuple(_Entry(**layer) for layer in body["layers"])
         fingerprint = dict(body["fingerprint"])
@@ -202,7 +221,4 @@ def _read_layer(folder: str, entry: _Entry) -> bytes:
 
 
 def _damaged(uri: str, what: str) -> _UnusableError:
-    return _UnusableError(
-        f"{redact(uri)} is damaged: {what}; restore the file, choose another output.uri, or set "
-        "output.overwrite=true to start anew"
-    )
+    return _UnusableError(f"{redact(uri)} is damaged: {what}; restore the file, {_START_ANEW}")

@@ -7,7 +7,7 @@ Codes take a whole number of bytes each; packing them is the business of the for
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distributed_adaround import __version__
-from distributed_adaround.capture.open import PlannedUnit
 from distributed_adaround.errors import AdaRoundError, InputError, redact
-from distributed_adaround.export.result import ExportResult, write_safetensors
+from distributed_adaround.export.result import Exporter, ExportResult, write_safetensors
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.solve.record import FORMAT_KEYS, LayerRecord
 
@@ -37,19 +36,15 @@ _DEQUANTIZE = (
 )
 
 
-class CodesExporter:
+class CodesExporter(Exporter):
     """The value of a quantized weight in the model gives only its dtype and which other names are tied to it."""
 
     files = ("quantized.safetensors", "quantized.json")
 
-    def check(self, planned: Sequence[PlannedUnit]) -> None:
-        """Holds everything."""
-
     def write(self, result: ExportResult, uri: str) -> None:
-        quantized = {name for name, _ in result.records}
-        layers: dict[str, object] = {}
-        weights = result.weights
+        quantized, weights = {name for name, _ in result.records}, result.weights
         tensors: dict[str, Tensor] = dict(weights)
+        layers: dict[str, object] = {}
         tied: dict[str, str] = {}
         for name, record in result.records:
             weight = weights.get(name)
@@ -60,9 +55,10 @@ class CodesExporter:
             if taken:
                 raise InputError(f"{taken[0]} is a tensor of the model, but holds part of {name} here; rename it")
             tensors |= parts
-            layers[name] = _describe(record, weight.dtype)
+            axis, dtype = 1 if record.format["transposed"] else 0, str(weight.dtype).removeprefix("torch.")
+            layers[name] = {**record.format, "layer": record.name, "output_axis": axis, "weight_dtype": dtype}
             for alias in weights.keys() - quantized:
-                if _same(weights[alias], weight):
+                if _are_tied(weights[alias], weight):
                     tied[alias] = name
                     tensors.pop(alias, None)
         text = {
@@ -100,15 +96,6 @@ def read_codes(uri_folder: str) -> dict[str, Tensor]:
     raise InputError(f"{shown} has format version {version!r}, this program reads {FORMAT_VERSION}; export it again")
 
 
-def _describe(record: LayerRecord, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        **record.format,
-        "layer": record.name,
-        "output_axis": 1 if record.format["transposed"] else 0,
-        "weight_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
 def _dequantized(tensors: dict[str, Tensor], text: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     for name, layer in text["layers"].items():
         record = LayerRecord(
@@ -124,8 +111,7 @@ def _dequantized(tensors: dict[str, Tensor], text: Mapping[str, Mapping[str, Any
     return tensors
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor under two names."""
+def _are_tied(a: Tensor, b: Tensor) -> bool:
     if not isinstance(a, Tensor) or a.numel() == 0 or a.device != b.device or a.dtype != b.dtype:
         return False
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

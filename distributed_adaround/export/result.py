@@ -1,6 +1,6 @@
-"""What a job has found, and the contract of all that write it down."""
+"""What a job has found, the contract of all that write it down, and the plainest of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from distributed_adaround.capture.open import PlannedUnit
 from distributed_adaround.errors import InputError
-from distributed_adaround.files import storage
+from distributed_adaround.files import storage, uris
 from distributed_adaround.runtime.imports import implementation
 from distributed_adaround.solve.record import LayerRecord
-from distributed_adaround.spec.output import EXPORTERS
+from distributed_adaround.spec.job import EXPORTERS
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,23 @@ class Exporter(Protocol):
     files: ClassVar[tuple[str, ...]]
 
     def check(self, planned: Sequence[PlannedUnit]) -> None:
-        """Before anything is solved: raises SpecError, with a setting that fits, when this cannot hold the result."""
+        """Before anything is solved. Raises SpecError, with a setting that fits, when this cannot hold the result."""
 
     def write(self, result: ExportResult, uri: str) -> None:
-        """Write into the folder `uri`.
+        """Write into the folder `uri`. Raises InputError when the model holds what the format cannot, OutputError."""
 
-        Raises InputError when the model holds what the format cannot, OutputError when files cannot be written.
-        """
+
+class DequantizedExporter(Exporter):
+    """Weights on the grid under the model's own names, tied ones as copies, for `load_state_dict(strict=True)`."""
+
+    files = ("dequantized.safetensors",)
+
+    def write(self, result: ExportResult, uri: str) -> None:
+        write_safetensors(uris.join(uri, "dequantized.safetensors"), result.weights, {"format": "pt"})
 
 
 def exporters(names: Sequence[str]) -> list[Exporter]:
-    """Those of a job, by their names."""
-    make: list[Callable[[], Exporter]] = [implementation(EXPORTERS, name) for name in names]
-    return [one() for one in make]
+    return [implementation(EXPORTERS, name)() for name in names]
 
 
 def result_files() -> tuple[str, ...]:
@@ -76,7 +80,7 @@ def write_safetensors(uri: str, tensors: Mapping[str, Tensor], metadata: dict[st
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the host, contiguous, none sharing memory with another, in the order of their names."""
+    """On the host, contiguous, none sharing memory with another, in the order of their names."""
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in sorted(tensors):

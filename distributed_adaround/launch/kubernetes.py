@@ -7,8 +7,7 @@
 All three hold the same pod. Pod 0 holds the rendezvous. When a pod is lost, torchrun.sh in the others starts the job
 again and waits for the new one. An exit code that no restart can mend fails the job at once.
 
-The texts are in manifests/. All values are filled in as quoted JSON, which is YAML too, so that none is taken for a
-number or for more than a value.
+The texts are in manifests/. All values are filled in as quoted JSON, so that none is taken for a number or for more.
 """
 
 import json
@@ -18,7 +17,7 @@ from importlib.resources import files
 from typing import Annotated, Literal
 
 from distributed_adaround.errors import SpecError, redact
-from distributed_adaround.launch.request import LaunchRequest, Options, form
+from distributed_adaround.launch.request import LaunchRequest, form
 from distributed_adaround.spec.explain import shown
 
 DATA_FOLDER = "/data"
@@ -34,8 +33,8 @@ _IMAGE = form(
 )
 
 
-class KubernetesOptions(Options):
-    """What only Kubernetes knows. claim: a PersistentVolumeClaim, at /data; secret: its keys become variables."""
+class KubernetesRequest(LaunchRequest):
+    """With what only Kubernetes knows. claim: a PersistentVolumeClaim, at /data; secret: its keys become variables."""
 
     image: Annotated[str, _IMAGE]
     kind: Literal["job", "jobset", "trainjob"] = "job"
@@ -44,33 +43,25 @@ class KubernetesOptions(Options):
     service_account: Annotated[str, _NAME] | None = None
 
 
-def render(request: LaunchRequest, options: KubernetesOptions, job_text: str, suffix: str) -> str:
-    """The manifests. The same request gives the same text.
+def render(request: KubernetesRequest, job_text: str, suffix: str) -> str:
+    """The manifests. The same request gives the same text. job_text: content of the job file; suffix: of its name.
 
-    Args:
-        request: The job and its machines.
-        options: What only Kubernetes knows.
-        job_text: Content of the job file.
-        suffix: Of its name: .yaml, .json or .toml.
-
-    Raises:
-        SpecError: The job names files that no pod could see, an output that would go with the pod, or passwords.
+    Raises SpecError when the job names files that no pod could see, an output that would go with the pod, or passwords.
     """
-    _check_places(request, options)
-    values = _values(request, options)
-    values["arguments"] = _quoted([f"/etc/adaround/job{suffix}", *request.arguments[1:]])
-    values["job_file"] = f"job{suffix}: {_text(job_text)}"
-    return _filled(options.kind, values) + "\n"
+    _check_places(request)
+    arguments = _quoted([f"/etc/adaround/job{suffix}", *request.arguments[1:]])
+    values = _values(request) | {"arguments": arguments, "job_file": f"job{suffix}: {_text(job_text)}"}
+    return _filled(request.kind, values) + "\n"
 
 
-def _values(request: LaunchRequest, options: KubernetesOptions) -> dict[str, str]:
+def _values(request: KubernetesRequest) -> dict[str, str]:
     """For the blanks of the templates. A line whose only blank is empty is left out."""
-    name, ranks, in_set = request.name, request.num_ranks, options.kind != "job"
+    name, ranks, in_set = request.name, request.num_ranks, request.kind != "job"
     host = f"{name}-node-0-0" if in_set else f"{name}-0"
     limits = {} if request.memory_mib is None else {"memory": f"{request.memory_mib}Mi"}
     limits |= {"nvidia.com/gpu": str(request.gpus)} if request.gpus else {}
     step = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
-    claim = {"persistentVolumeClaim": {"claimName": options.claim}} if options.claim else {"emptyDir": {}}
+    claim = {"persistentVolumeClaim": {"claimName": request.claim}} if request.claim else {"emptyDir": {}}
     return {
         "made_by": request.made_by,
         "instance": name,
@@ -79,15 +70,15 @@ def _values(request: LaunchRequest, options: KubernetesOptions) -> dict[str, str
         "ranks": str(ranks),
         "restarts_of_set": str(_RESTARTS),
         "restarts": str(_RESTARTS * request.nodes),
-        "step": f"metadata: {_quoted(step)}" if options.kind == "trainjob" else "",
+        "step": f"metadata: {_quoted(step)}" if request.kind == "trainjob" else "",
         "subdomain": "" if in_set else f"subdomain: {_quoted(name)}",
-        "account": f"serviceAccountName: {_quoted(options.service_account)}" if options.service_account else "",
+        "account": f"serviceAccountName: {_quoted(request.service_account)}" if request.service_account else "",
         "end_seconds": str(request.grace + _MARGIN_SECONDS),
-        "image": _quoted(options.image),
+        "image": _quoted(request.image),
         "endpoint": _quoted(f"{host}.{name}:29400"),
         "grace": str(request.grace),
         "threads": str(request.cpus),
-        "secret": f"envFrom: {_quoted([{'secretRef': {'name': options.secret}}])}" if options.secret else "",
+        "secret": f"envFrom: {_quoted([{'secretRef': {'name': request.secret}}])}" if request.secret else "",
         "requests": _quoted({"cpu": str(ranks * request.cpus)} | limits),
         "limits": _quoted(limits),
         "data": _quoted({"name": "data"} | claim),
@@ -95,10 +86,8 @@ def _values(request: LaunchRequest, options: KubernetesOptions) -> dict[str, str
 
 
 def _filled(name: str, values: Mapping[str, str]) -> str:
-    """A template with its blanks filled in: by the value of that name, else by the template of that name.
-
-    A blank with a line of its own indents all lines that it stands for, and an empty one takes its line away.
-    """
+    """A template with its blanks filled in: by the value of that name, else by the template of that name. A blank with
+    a line of its own indents all lines that it stands for, and an empty one takes its line away."""
 
     def fill(blank: re.Match[str]) -> str:
         margin, of_line, inside = blank.groups()
@@ -126,25 +115,21 @@ def _quoted(value: object) -> str:
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
-def _check_places(request: LaunchRequest, options: KubernetesOptions) -> None:
-    spec = request.spec
-    data = [spec.data.uri] if isinstance(spec.data.uri, str) else list(spec.data.uri)
-    inputs: list[tuple[str, str | None]] = [("data.uri", uri) for uri in data]
-    inputs += [("data.checksums", spec.data.checksums), ("model.weights", spec.model.weights)]
-    for field, uri in [*inputs, ("model.program", spec.model.program), ("output.uri", spec.output.uri)]:
+def _check_places(request: KubernetesRequest) -> None:
+    spec, claim = request.spec, request.claim
+    data = [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
+    places: list[tuple[str, str | None]] = [("data.uri", uri) for uri in data]
+    places += [("data.checksums", spec.data.checksums), ("model.weights", spec.model.weights)]
+    places += [("model.program", spec.model.program), ("output.uri", spec.output.uri)]
+    for field, uri in places:
         if uri is None:
             continue
         if redact(uri) != uri:
             raise SpecError(f"{field}: holds a password or token, which a ConfigMap would show; give it by --secret")
-        if "://" not in uri and not uri.startswith("/") and options.claim is None:
-            raise SpecError(
-                f"{field}: {shown(uri)} is a path in the pod, where it does not exist; give a URI, or the volume that "
-                f"holds it as --claim"
-            )
+        if "://" not in uri and not uri.startswith("/") and claim is None:
+            rule = "is a path in the pod, where it does not exist; give a URI, or the volume that holds it as --claim"
+            raise SpecError(f"{field}: {shown(uri)} {rule}")
     output = spec.output.uri.removeprefix("file://")
-    kept = options.claim is not None and output.startswith(f"{DATA_FOLDER}/")
-    if output.startswith("/") and not kept:
-        raise SpecError(
-            f"output.uri: {shown(output)} would be lost with the pod; give a URI, or --claim and a path below "
-            f"{DATA_FOLDER}"
-        )
+    if output.startswith("/") and (claim is None or not output.startswith(f"{DATA_FOLDER}/")):
+        rule = f"would be lost with the pod; give a URI, or --claim and a path below {DATA_FOLDER}"
+        raise SpecError(f"output.uri: {shown(output)} {rule}")

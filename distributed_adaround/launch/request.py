@@ -31,21 +31,14 @@ _NAME = form(
 )
 
 
-class Options(Section):
-    """Options of the command line: numbers are given as text, and messages name the option."""
-
-    model_config = ConfigDict(strict=False)
-
-    @classmethod
-    def place(cls, loc: Sequence[str | int]) -> str:
-        return f"--{loc[0]}".replace("_", "-")
-
-
-class LaunchRequest(Options):
+class LaunchRequest(Section):
     """A job and the machines for it. Numbers are per machine: gpus, ranks, memory; cpus: cores per rank.
 
     arguments: what the job is started with, the job file first. made_by: the command line, for the file's first lines.
+    Made of the command line's options: numbers are given as text, and messages name the option.
     """
+
+    model_config = ConfigDict(strict=False)
 
     spec: JobSpec
     arguments: tuple[str, ...]
@@ -58,6 +51,10 @@ class LaunchRequest(Options):
     memory: Memory | None = None
     grace: int = Field(60, ge=10, le=_MAX_COUNT)
 
+    @classmethod
+    def place(cls, loc: Sequence[str | int]) -> str:
+        return f"--{loc[0]}".replace("_", "-")
+
     @property
     def num_ranks(self) -> int:
         """Of each machine."""
@@ -69,8 +66,8 @@ class LaunchRequest(Options):
 
     @model_validator(mode="after")
     def _fits_the_job(self) -> Self:
-        device, shards = self.spec.runtime.device, self.spec.data.virtual_shards
-        if self.gpus and self.num_ranks != self.gpus:
+        device, shards, ranks = self.spec.runtime.device, self.spec.data.virtual_shards, self.num_ranks
+        if self.gpus and ranks != self.gpus:
             text = f"with {self.gpus} GPUs; each rank has one GPU, so leave --ranks out"
             raise ContradictionError(("ranks",), self.ranks, text)
         if self.gpus and device == "cpu":
@@ -79,10 +76,10 @@ class LaunchRequest(Options):
         if not self.gpus and device.startswith("cuda"):
             text = f"0, but the job has runtime.device={device}; give the GPUs of a machine as --gpus"
             raise ContradictionError(("gpus",), ABSENT, text)
-        if self.nodes * self.num_ranks > shards:
+        if self.nodes * ranks > shards:
             text = (
-                f"with {self.num_ranks} ranks each are {self.nodes * self.num_ranks} ranks, but data.virtual_shards is "
-                f"{shards} and the rest would have no data; take fewer, or raise data.virtual_shards"
+                f"with {ranks} ranks each are {self.nodes * ranks} ranks, but data.virtual_shards is {shards} and the "
+                "rest would have no data; take fewer, or raise data.virtual_shards"
             )
             raise ContradictionError(("nodes",), self.nodes, text)
         return self

@@ -8,10 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 
-from distributed_adaround.launch.request import LaunchRequest, Options, form
+from distributed_adaround.launch.request import LaunchRequest, form
 from distributed_adaround.spec.explain import ABSENT, ContradictionError
 
-_PROGRAM = ("python", "-m", "distributed_adaround")
 # Slurm sends the warning up to a minute late.
 _SLURM_DELAY_SECONDS = 60
 _WORD = form(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}", "must be letters, digits and _ . + -; correct it")
@@ -22,8 +21,8 @@ _IMAGE = form(r"[A-Za-z0-9_./][A-Za-z0-9_./:@#+-]{0,511}", "is no image name or 
 _FOLDER = form(r"/[^:,\s]{0,511}", "must be an absolute path without ':', ',' and spaces; correct it")
 
 
-class SlurmOptions(Options):
-    """What only Slurm knows. container: what runs `image`; mount: folders that it sees too."""
+class SlurmRequest(LaunchRequest):
+    """With what only Slurm knows. container: what runs `image`; mount: folders that it sees too."""
 
     time: Annotated[str, _TIME] | None = None
     partition: Annotated[str, _WORD] | None = None
@@ -42,15 +41,25 @@ class SlurmOptions(Options):
         return self
 
 
-def render(request: LaunchRequest, options: SlurmOptions) -> str:
+def render(request: SlurmRequest) -> str:
     """The text of an sbatch script. The same request gives the same text."""
     template = Template(files(__package__).joinpath("slurm.sbatch").read_text(encoding="utf-8"))
-    container, program = _container(options)
+    container, program = _container(request)
+    directives = {
+        "job-name": request.name,
+        "nodes": request.nodes,
+        "cpus-per-task": request.num_ranks * request.cpus,
+        "gpus-per-node": request.gpus,
+        "mem": request.memory_mib and f"{request.memory_mib}M",
+        "time": request.time,
+        "partition": request.partition,
+        "account": request.account,
+    }
     return template.substitute(
         title=f"AdaRound on {request.nodes} x {request.num_ranks} ranks (machines x ranks of each).",
         made_by=request.made_by,
         name=request.name,
-        directives="\n".join(f"#SBATCH --{line}" for line in _directives(request, options)),
+        directives="\n".join(f"#SBATCH --{name}={value}" for name, value in directives.items() if value),
         warning_seconds=request.grace + _SLURM_DELAY_SECONDS,
         grace_seconds=request.grace,
         job=shlex.join(request.arguments),
@@ -61,25 +70,15 @@ def render(request: LaunchRequest, options: SlurmOptions) -> str:
     )
 
 
-def _directives(request: LaunchRequest, options: SlurmOptions) -> list[str]:
-    lines = [f"job-name={request.name}", f"nodes={request.nodes}", f"cpus-per-task={request.num_ranks * request.cpus}"]
-    if request.gpus:
-        lines.append(f"gpus-per-node={request.gpus}")
-    if request.memory_mib is not None:
-        lines.append(f"mem={request.memory_mib}M")
-    lines += [f"{name}={getattr(options, name)}" for name in ("time", "partition", "account") if getattr(options, name)]
-    return lines
-
-
-def _container(options: SlurmOptions) -> tuple[str, str]:
+def _container(request: SlurmRequest) -> tuple[str, str]:
     """More options of srun, and the words that call the program, both as shell text. $PWD is the folder of sbatch."""
-    program = shlex.join(_PROGRAM)
-    if options.image is None:
+    program = "python -m distributed_adaround"
+    if request.image is None:
         return "", program
-    image = shlex.quote(options.image)
-    if options.container == "pyxis":
-        mounts = shlex.quote(",".join(f"{folder}:{folder}" for folder in options.mount))
-        mounts = f'"$PWD:$PWD",{mounts}' if options.mount else '"$PWD:$PWD"'
+    image = shlex.quote(request.image)
+    if request.container == "pyxis":
+        mounts = shlex.quote(",".join(f"{folder}:{folder}" for folder in request.mount))
+        mounts = f'"$PWD:$PWD",{mounts}' if request.mount else '"$PWD:$PWD"'
         return f'--container-image={image} --container-mounts={mounts} --container-workdir="$PWD"', program
-    binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in options.mount)
+    binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in request.mount)
     return "", re.sub(" +", " ", f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {binds} {image} {program}')

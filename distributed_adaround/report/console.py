@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -14,38 +13,14 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from distributed_adaround.report.table import shorten
+from distributed_adaround.errors import shorten
 from distributed_adaround.solve.record import LayerFigures
 
 logger = logging.getLogger(__name__)
 
 
-class SilentProgress:
-    """Says nothing: for every rank but the first, and for callers who want no output."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def layer(self, index: int, name: str, num_steps: int) -> None:
-        """Layer `index` (from 0) begins and will take `num_steps` steps (0 where nothing is learned)."""
-
-    def expect(self, num_steps: int) -> None:
-        """The current layer will take another number of steps: another solver has taken it over."""
-
-    def step(self, step: int, loss: float) -> None:
-        """`step` steps of the current layer are done. Call it rarely, about every 100 steps."""
-
-    def done(self, report: LayerFigures) -> None:
-        """The current layer is finished, or was found committed."""
-
-
-class Progress(SilentProgress):
-    """Shows where the job is and how long it will take.
+class Progress:
+    """Shows where the job is and how long it will take. A context manager, inside which the bar is on the terminal.
 
     costs: expected cost of each layer in any unit, by which the time left is weighed; equal when left out.
     clock: seconds that only grow.
@@ -59,7 +34,6 @@ class Progress(SilentProgress):
         costs: Sequence[float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = sys.stderr if stream is None else stream
         self._costs = [1.0] * num_layers if costs is None else list(costs)
         assert len(self._costs) == num_layers
         self._clock = clock
@@ -69,42 +43,38 @@ class Progress(SilentProgress):
         self._seconds, self._cost = 0.0, 0.0
         self._bar: Bar | None = None
         self._task = TaskID(0)
-        if stream.isatty():
-            console = Console(file=stream, force_terminal=True)
-            if not console.is_dumb_terminal:
-                self._bar = Bar(
-                    TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-                    BarColumn(bar_width=20),
-                    TextColumn("{task.percentage:3.0f}%", markup=False, table_column=Column(no_wrap=True)),
-                    console=console,
-                    transient=True,
-                )
-                self._task = self._bar.add_task("starting", total=sum(self._costs) or 1.0)
+        stream = sys.stderr if stream is None else stream
+        console = Console(file=stream, force_terminal=stream.isatty())
+        if console.is_terminal and not console.is_dumb_terminal:
+            name, share = (
+                TextColumn(text, markup=False, table_column=Column(no_wrap=True))
+                for text in ("{task.description}", "{task.percentage:3.0f}%")
+            )
+            self._bar = Bar(name, BarColumn(bar_width=20), share, console=console, transient=True)
+            self._task = self._bar.add_task("starting", total=sum(self._costs) or 1.0)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def layer(self, index: int, name: str, num_steps: int) -> None:
+        """Layer `index` (from 0) begins and will take `num_steps` steps (0 where nothing is learned)."""
         self._index, self._name, self._num_steps, self._share = index, name, num_steps, 0.0
         self._started = self._clock()
         self._show("")
 
-    def expect(self, num_steps: int) -> None:
-        self._num_steps = num_steps
-
     def step(self, step: int, loss: float) -> None:
+        """`step` steps of the current layer are done. Call it rarely, about every 100 steps."""
         self._share = step / self._num_steps if self._num_steps else 0.0
         self._show(f" step {step}/{self._num_steps} loss {loss:.3e}")
 
     def done(self, report: LayerFigures) -> None:
+        """The current layer is finished, or was found committed."""
         self._share = 1.0
         if not report.resumed:
             self._seconds += self._clock() - self._started
@@ -132,14 +102,12 @@ class Progress(SilentProgress):
         return left * seconds / cost if cost else math.nan
 
     def _show(self, detail: str) -> None:
-        if self._bar is None:
-            return
-        count = f"layer {self._index + 1}/{len(self._costs)}"
-        text = f"{count} {shorten(self._name, 32)}{detail}, {_duration(self.seconds_left)} left"
-        done = sum(self._costs[: self._index]) + self._costs[self._index] * self._share
-        self._bar.update(self._task, description=text, completed=done)
+        if self._bar is not None:
+            count = f"layer {self._index + 1}/{len(self._costs)}"
+            text = f"{count} {shorten(self._name, 32)}{detail}, {_duration(self.seconds_left)} left"
+            done = sum(self._costs[: self._index]) + self._costs[self._index] * self._share
+            self._bar.update(self._task, description=text, completed=done)
 
 
 def _duration(seconds: float) -> str:
-    """ "1:02:03", or "?" when unknown."""
     return "?" if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))

@@ -4,17 +4,19 @@
      "layers_done": 3, "layers": 22, "job": digest of the job file, "version": ..., "time": ...}
 
 Rank 0 writes it while the job runs; at an error the rank that tells the user does. A job that was killed leaves
-"running". A launcher on each machine can have the exit code without the output's store: the variable
-ADAROUND_STATUS_FILE names a local file for it.
+"running". The variable ADAROUND_STATUS_FILE names a local file for the exit code, for launchers without the store.
 """
 
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 from distributed_adaround import __version__
 from distributed_adaround.errors import AdaRoundError, InputError, PeerError, SpecError, StoppedError, redact
@@ -26,7 +28,7 @@ _TRY_AGAIN = PeerError.exit_code
 State = Literal["running", "done", "failed", "stopped"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Status:
     """One state of a job. job: digest of the job file: an output may hold the status of another job."""
 
@@ -56,22 +58,19 @@ def write_status(uri: str, status: Status) -> None:
 
 
 class JobStatus:
-    """The status that rank 0 keeps while the job runs; the other ranks write nothing."""
+    """The status that rank 0 keeps while the job runs; the other ranks write nothing. Its methods raise OutputError."""
 
     def __init__(self, uri: str, job: str, layers: int, rank: int) -> None:
         self._uri, self._writes = uri, rank == 0
         self._now = Status(job, "running", layers=layers)
 
     def running(self, layers_done: int) -> None:
-        """Raises OutputError, as the others do."""
-        self._write(replace(self._now, layers_done=layers_done))
+        if self._writes:
+            write_status(self._uri, replace(self._now, layers_done=layers_done))
 
     def done(self) -> None:
-        self._write(replace(self._now, state="done", exit_code=0, layers_done=self._now.layers))
-
-    def _write(self, status: Status) -> None:
         if self._writes:
-            write_status(self._uri, status)
+            write_status(self._uri, replace(self._now, state="done", exit_code=0, layers_done=self._now.layers))
 
 
 def read_status(uri: str) -> Status | None:
@@ -81,20 +80,14 @@ def read_status(uri: str) -> Status | None:
         return None
     try:
         found: Any = json.loads(storage.read_bytes(path))
-        status = Status(**{name: found[name] for name in Status.__dataclass_fields__})
-        if status.state not in get_args(State) or not all(
-            type(number) is int for number in (status.exit_code or 0, status.layers_done, status.layers)
-        ):
-            raise TypeError(status)
-        return status
+        return Status(**{name: found[name] for name in Status.__dataclass_fields__})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{redact(path)} is damaged: it is no status of a job; remove it") from error
 
 
 def record_failure(uri: str | None, job: str, error: BaseException, exit_code: int, message: str) -> None:
-    """Write down how a job ended, for this machine and, where the output is known and is this job's, there.
-
-    An output that cannot be written is an error that was reported before. A wrong job file leaves no trace there.
+    """Write down how a job ended, for this machine and, where the output is known and is this job's, there. A wrong job
+    file leaves no trace there; an output that cannot be written is an error that was reported before.
 
     Args:
         uri: The output folder; None where the job file could not be read.
@@ -120,12 +113,10 @@ def record_failure(uri: str | None, job: str, error: BaseException, exit_code: i
 def _write_local(exit_code: int, message: str) -> None:
     """Of all ranks of this machine, one with an error of its own wins over those that only lost a peer."""
     path = os.environ.get(LOCAL_FILE)
-    if not path:
-        return
     text = json.dumps({"exit_code": exit_code, "message": redact(message)}) + "\n"
     with suppress(OSError):
-        if exit_code != _TRY_AGAIN:
+        if path and exit_code != _TRY_AGAIN:
             storage.write_bytes(path, text.encode())
-        else:
+        elif path:
             with Path(path).open("x", encoding="utf-8") as file:
                 file.write(text)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import overload
+from typing import SupportsIndex, overload
 
 from rich.table import Table
 
+from distributed_adaround import errors
 from distributed_adaround.files import jsontext
 from distributed_adaround.report import text
 from distributed_adaround.solve.record import LayerFigures
@@ -45,54 +46,39 @@ class Totals:
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; a figure that is not finite becomes None."""
-        values = jsontext.json_safe(asdict(self))
-        assert isinstance(values, dict)
-        return values
+        return {name: jsontext.json_safe(value) for name, value in asdict(self).items()}
 
 
-class LayerTable(Sequence[LayerFigures]):
-    """The rows of all layers in the order of the walk. Immutable; prints as a table, in notebooks as HTML."""
+class LayerTable(tuple[LayerFigures, ...]):
+    """The rows of all layers in the order of the walk. Prints as a table, in notebooks as HTML."""
 
-    def __init__(self, rows: Iterable[LayerFigures] = ()) -> None:
-        self._rows = tuple(rows)
+    __slots__ = ()
 
     @overload
-    def __getitem__(self, index: int) -> LayerFigures: ...
+    def __getitem__(self, index: SupportsIndex) -> LayerFigures: ...
     @overload
     def __getitem__(self, index: slice) -> LayerTable: ...
-    def __getitem__(self, index: int | slice) -> LayerFigures | LayerTable:
-        return LayerTable(self._rows[index]) if isinstance(index, slice) else self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LayerTable) and self._rows == other._rows
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
+    def __getitem__(self, index: SupportsIndex | slice) -> LayerFigures | LayerTable:
+        return LayerTable(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
     @property
     def totals(self) -> Totals:
-        """Figures over all layers."""
-        rows = self._rows
         return Totals(
-            num_layers=len(rows),
-            num_weights=sum(row.num_weights for row in rows),
-            nearest_error=_mean((row.nearest_error, 1) for row in rows),
-            soft_error=_mean((row.soft_error, 1) for row in rows),
-            hard_error=_mean((row.hard_error, 1) for row in rows),
-            sqnr_db=_mean((row.sqnr_db, 1) for row in rows),
-            flipped=_mean((row.flipped, row.num_weights) for row in rows),
-            unsettled=_mean((row.unsettled, row.num_weights) for row in rows),
-            num_kept_nearest=sum(row.kept_nearest for row in rows),
-            num_resumed=sum(row.resumed for row in rows),
-            seconds=sum(row.seconds for row in rows if math.isfinite(row.seconds)),
+            num_layers=len(self),
+            num_weights=sum(row.num_weights for row in self),
+            nearest_error=_mean((row.nearest_error, 1) for row in self),
+            soft_error=_mean((row.soft_error, 1) for row in self),
+            hard_error=_mean((row.hard_error, 1) for row in self),
+            sqnr_db=_mean((row.sqnr_db, 1) for row in self),
+            flipped=_mean((row.flipped, row.num_weights) for row in self),
+            unsettled=_mean((row.unsettled, row.num_weights) for row in self),
+            num_kept_nearest=sum(row.kept_nearest for row in self),
+            num_resumed=sum(row.resumed for row in self),
+            seconds=sum(row.seconds for row in self if math.isfinite(row.seconds)),
         )
 
     def to_dicts(self) -> list[dict[str, object]]:
-        """One dict of JSON values per layer."""
-        return [row.to_dict() for row in self._rows]
+        return [row.to_dict() for row in self]
 
     def __repr__(self) -> str:
         return f"<LayerTable of {len(self)} layers>"
@@ -100,61 +86,49 @@ class LayerTable(Sequence[LayerFigures]):
     def __str__(self) -> str:
         """Plain text of at most 120 columns: title, one line per layer, totals, numbered notes, legend."""
         title, body, totals, notes = self._cells()
-        console, names = text.console(WIDTH), [line[0] for line in body]
 
-        def table() -> Table:
-            rows = [(name, *line[1:]) for name, line in zip(names, body, strict=True)]
-            return text.with_footer(text.layout(_HEADER, rows, _NUMBERS), totals)
+        def table(longest_name: int) -> Table:
+            rows = [(errors.shorten(name, longest_name), *others) for name, *others in body]
+            return text.layout(_HEADER, rows, _NUMBERS, totals)
 
-        excess = text.width(table()) - WIDTH
-        if excess > 0:
-            room = max(max(map(len, names)) - excess, _MIN_NAME)
-            names = [shorten(name, room) for name in names]
+        longest = max((len(line[0]) for line in body), default=0)
+        excess = max(text.console(text.ANY_WIDTH).measure(table(longest)).maximum - WIDTH, 0)
         listed = Table.grid(padding=(0, 1, 0, 0))
         for number, note in enumerate(notes, start=1):
             listed.add_row(f"{number}:", note)
-        return text.rendered(console, title, table(), *([listed] if notes else []), _LEGEND)
+        layers = table(max(longest - excess, _MIN_NAME))
+        return text.rendered(text.console(WIDTH), title, layers, *([listed] if notes else []), _LEGEND)
 
     def _repr_html_(self) -> str:
         title, body, totals, notes = self._cells()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in (*body, totals)
-        )
+        head, rows = _html_row(_HEADER, "th"), "".join(_html_row(line, "td") for line in (*body, totals))
         listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
         return (
-            f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{html.escape(title)}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
             f"<ol>{listed}</ol><p>{html.escape(_LEGEND)}</p>"
         )
 
     def _cells(self) -> tuple[str, list[tuple[str, ...]], tuple[str, ...], list[str]]:
-        """Title, one tuple of cells per layer, the cells of the totals, and the notes that the cells number.
-
-        Format and solver stand in the title; a layer that differs says so in a note.
-        """
-        usual = Counter((row.format, row.solver) for row in self._rows).most_common(1)
+        """Title, one tuple of cells per layer, the cells of the totals, and the notes that the cells number. Format and
+        solver stand in the title; a layer that differs says so in a note."""
+        usual = Counter((row.format, row.solver) for row in self).most_common(1)
         title = f"{usual[0][0][0]}, solver {usual[0][0][1]}" if usual else "no layers"
         notes: dict[str, int] = {}
         body = []
-        for row in self._rows:
+        for row in self:
             remarks = [] if (row.format, row.solver) == usual[0][0] else [f"{row.format}, solver {row.solver}"]
             remarks += ["learning did not beat nearest rounding, which was kept"] if row.kept_nearest else []
             remarks += ["resumed from a commit"] if row.resumed else []
             remarks += [row.note] if row.note else []
             numbers = sorted(notes.setdefault(remark, len(notes) + 1) for remark in remarks)
-            shape = shorten("x".join(str(size) for size in row.shape), _MAX_SHAPE)
+            shape = errors.shorten("x".join(str(size) for size in row.shape), _MAX_SHAPE)
             body.append((row.name, row.kind, shape, *_figures(row), ",".join(str(number) for number in numbers)))
-        totals = self.totals
-        name = f"{totals.num_layers} layers"
-        return title, body, (name, "", f"{totals.num_weights:,}", *_figures(totals), ""), list(notes)
+        last = (f"{len(self)} layers", "", f"{self.totals.num_weights:,}", *_figures(self.totals), "")
+        return title, body, last, list(notes)
 
 
-def shorten(name: str, width: int) -> str:
-    """The name cut in the middle to `width` characters; both ends of a module path say most."""
-    if len(name) <= width:
-        return name
-    head = (width - 3) // 2
-    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+def _html_row(cells: Iterable[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _figures(row: LayerFigures | Totals) -> tuple[str, ...]:

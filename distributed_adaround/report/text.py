@@ -7,26 +7,22 @@ from rich.box import Box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-_ANY_WIDTH = 100_000
+ANY_WIDTH = 100_000
 # Lines below the header and above the footer, nothing else.
 _RULES = Box("    \n    \n----\n    \n    \n----\n    \n    \n", ascii=True)
 
 
-def layout(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str]) -> Table:
-    """A table of one header and rows. numbers: the columns that stand at the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in header:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+def layout(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str], footer: Sequence[str] = ()
+) -> Table:
+    """A table of one header and rows, and a last row between rules. numbers: the columns that stand at the right."""
+    ruled = bool(footer)
+    gap = (0, 1 if ruled else 2, 0, 0)
+    table = Table(box=_RULES if ruled else None, padding=gap, pad_edge=False, show_edge=False, show_footer=ruled)
+    for name, total in zip(header, footer or [""] * len(header), strict=True):
+        table.add_column(name, total, justify="right" if name in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return table
-
-
-def with_footer(table: Table, cells: Sequence[str]) -> Table:
-    """The table with a last row, between rules."""
-    table.box, table.show_edge, table.show_footer, table.padding = _RULES, False, True, (0, 1, 0, 0)
-    for column, cell in zip(table.columns, cells, strict=True):
-        column.footer = cell
     return table
 
 
@@ -34,7 +30,7 @@ def console(width: int | None = None) -> Console:
     """For `rendered`. width: of plain text; None: for stdout, as wide as it is."""
     if width is None and sys.stdout.isatty():
         return Console(markup=False, emoji=False, highlight=False)
-    width = _ANY_WIDTH if width is None else width
+    width = ANY_WIDTH if width is None else width
     return Console(width=width, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False)
 
 
@@ -43,9 +39,3 @@ def rendered(console: Console, *parts: RenderableType) -> str:
     with console.capture() as captured:
         console.print(*parts, sep="\n")
     return "\n".join(line.rstrip(" ") for line in captured.get().splitlines())
-
-
-def width(table: Table) -> int:
-    """Columns that the table takes where there is room for all of it."""
-    wide = console(_ANY_WIDTH)
-    return wide.measure(table).maximum

@@ -4,10 +4,10 @@ pydantic finds the fault; the text is ours: `rounding.max_iter: -5 must be great
 That is the path of the field, the value (shortened, without credentials), the rule, the remedy. One line per fault.
 """
 
-from __future__ import annotations
-
 import difflib
+import functools
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -28,6 +28,8 @@ _MAX_LINES = 20
 _MAX_ITEMS_SHOWN = 8
 
 ABSENT = object()  # for a message without a value
+
+shorten = functools.partial(errors.shorten, length=_MAX_SHOWN)
 
 # pydantic's error type -> our rule; {names} come from pydantic's context.
 _RULES = {
@@ -56,19 +58,12 @@ _RULES = {
 
 
 class ContradictionError(ValueError):
-    """A rule between several fields is broken. Raised in validators of a section, turned into text by `explain`.
-
-    loc: path of the field to blame, seen from the section that raises. text: rule and remedy.
-    """
+    """A rule between fields is broken. loc: of the field to blame, seen from the section that raises. text: rule and
+    remedy."""
 
     def __init__(self, loc: Sequence[str | int], value: object, text: str) -> None:
         super().__init__(text)
-        self.loc = tuple(loc)
-        self.value = value
-        self.text = text
-
-    def line(self, prefix: Sequence[str | int] = ()) -> str:
-        return _line(Section.place((*prefix, *self.loc)), self.value, self.text)
+        self.loc, self.value, self.text = tuple(loc), value, text
 
 
 class _ExplainingMeta(ModelMetaclass):
@@ -81,13 +76,25 @@ class _ExplainingMeta(ModelMetaclass):
             raise explain(error, cast(type[Section], cls)) from None
 
 
+def _unwrap(schema: dict[str, Any]) -> None:
+    """Descriptions of fields on one line each."""
+    for field in schema["properties"].values():
+        if "description" in field:
+            field["description"] = " ".join(field["description"].split())
+
+
 class Section(BaseModel, metaclass=_ExplainingMeta):
     """Base of all parts of the job: no unknown fields, no conversions ("5" is not 5, true is not 1), no nan or inf.
+    Raises SpecError when called with bad values."""
 
-    Raises SpecError when called with bad values.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_unwrap,
+    )
 
     @classmethod
     def place(cls, loc: Sequence[str | int]) -> str:
@@ -110,7 +117,7 @@ def one_rule(rule: str) -> WrapValidator:
 def shown(value: object) -> str:
     """A value for a message: at most 80 characters, one line, no credentials, cheap for any input."""
     if value is None or isinstance(value, bool):
-        text = str(value).lower().replace("none", "null")
+        text = json.dumps(value)
     elif isinstance(value, str):
         text = repr(redact(value))
     elif isinstance(value, int):
@@ -118,19 +125,14 @@ def shown(value: object) -> str:
     elif isinstance(value, float):
         text = repr(value)
     elif isinstance(value, (list, tuple)):
-        flat = not any(isinstance(item, (list, tuple, dict)) for item in value)
-        text = "[" + ", ".join(map(shown, value)) + "]" if flat and len(value) <= _MAX_ITEMS_SHOWN else ""
-        text = text or f"a list of {len(value)}"
+        nested = any(isinstance(item, (list, tuple, dict)) for item in value)
+        whole = len(value) <= _MAX_ITEMS_SHOWN and not nested
+        text = f"[{', '.join(map(shown, value))}]" if whole else f"a list of {len(value)}"
     elif isinstance(value, dict):
         text = f"a mapping of {len(value)}"
     else:
         text = f"a value of type {type(value).__name__}"
     return shorten(text)
-
-
-def shorten(text: str) -> str:
-    """At most 80 printable characters: the middle is left out."""
-    return errors.shorten(text, _MAX_SHOWN)
 
 
 def explain(error: ValidationError, cls: type[Section]) -> SpecError:
@@ -142,21 +144,20 @@ def explain(error: ValidationError, cls: type[Section]) -> SpecError:
 
 
 def _explain_one(entry: Mapping[str, Any], cls: type[Section]) -> str:
-    loc, value, context = entry["loc"], entry["input"], entry.get("ctx", {})
-    if entry["type"] == "value_error":
+    kind, loc, value, context = entry["type"], entry["loc"], entry["input"], entry.get("ctx", {})
+    if kind == "value_error":
         cause = context["error"]
-        if not isinstance(cause, ContradictionError):
-            return _line(cls.place(loc), value, str(cause))
-        return _line(cls.place((*loc, *cause.loc)), cause.value, cause.text)
-    if entry["type"] == "extra_forbidden":
-        return _line(cls.place(loc), ABSENT, _unknown_field(loc, cls))
-    rule = _RULES.get(entry["type"], "")
-    rule = rule.format_map(context) if rule else shorten(entry["msg"])
-    remedy = _remedy(entry["type"], value, _field(loc, cls), str(context.get("expected", "")))
-    return _line(cls.place(loc), ABSENT if entry["type"] == "missing" else value, f"{rule}; {remedy}")
+        if isinstance(cause, ContradictionError):
+            return line(cls.place((*loc, *cause.loc)), cause.value, cause.text)
+        return line(cls.place(loc), value, str(cause))
+    if kind == "extra_forbidden":
+        return line(cls.place(loc), ABSENT, _unknown_field(loc, cls))
+    rule = _RULES[kind].format_map(context) if kind in _RULES else shorten(entry["msg"])
+    remedy = _remedy(kind, value, _at(loc, cls)[1], str(context.get("expected", "")))
+    return line(cls.place(loc), ABSENT if kind == "missing" else value, f"{rule}; {remedy}")
 
 
-def _line(place: str, value: object, text: str) -> str:
+def line(place: str, value: object, text: str) -> str:
     return f"{place}: {text if value is ABSENT else f'{shown(value)} {text}'}"
 
 
@@ -175,43 +176,31 @@ def _remedy(kind: str, value: object, field: FieldInfo | None, expected: str) ->
         return f"{'give it' if kind == 'missing' else 'use'}, for instance, {field.examples[0]}"
     if field.is_required():
         return "give it"
-    if isinstance(field.default, (str, int, float)):
+    if isinstance(field.default, (str, int, float, tuple)):
         return f"use {shown(field.default).strip(chr(39))}, the default"
-    if isinstance(field.default, tuple):
-        return f"use {shown(field.default)}, the default"
     return "correct it, or leave it out"
 
 
-def _unknown_field(loc: Sequence[str | int], cls: type) -> str:
-    name, owner = str(loc[-1]), _section(loc[:-1], cls)
+def _unknown_field(loc: Sequence[str | int], cls: type[Section]) -> str:
+    name, owner = str(loc[-1]), _at(loc[:-1], cls)[0]
     names = list(owner.model_fields) if owner else []
     if near := difflib.get_close_matches(name[:_MAX_SHOWN], names, n=1):
         return f"there is no such field; did you mean {near[0]}?"
-    top = _model_in(cls)
-    for section, field in top.model_fields.items() if top else ():
+    for section, field in cls.model_fields.items():
         other = _model_in(field.annotation)
         if other is not None and other is not owner and name in other.model_fields:
             return f"there is no such field here; it belongs to the section {section}"
     return f"there is no such field; choose from {', '.join(names)}"
 
 
-def _section(loc: Sequence[str | int], cls: type) -> type[BaseModel] | None:
-    """The section that a path leads to, starting at cls."""
-    section = _model_in(cls)
-    for part in loc:
-        if isinstance(part, str) and section is not None:
-            field = section.model_fields.get(part)
-            section = _model_in(field.annotation) if field else None
-    return section
-
-
-def _field(loc: Sequence[str | int], cls: type) -> FieldInfo | None:
-    """Description of the field that a path leads to, or of the list or mapping that holds its end."""
-    for end in range(len(loc), 0, -1):
-        section = _section(loc[: end - 1], cls)
-        if section is not None and isinstance(loc[end - 1], str) and loc[end - 1] in section.model_fields:
-            return section.model_fields[str(loc[end - 1])]
-    return None
+def _at(loc: Sequence[str | int], cls: type[BaseModel]) -> tuple[type[BaseModel] | None, FieldInfo | None]:
+    """The section that a path leads to, if any, and the last field on the way."""
+    section: type[BaseModel] | None = cls
+    last = None
+    for name in (part for part in loc if isinstance(part, str)):
+        field = section.model_fields.get(name) if section else None
+        section, last = _model_in(field.annotation) if field else None, field or last
+    return section, last
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

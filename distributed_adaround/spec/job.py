@@ -7,41 +7,85 @@ user wrote; a preset only fills fields that were not given.
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from distributed_adaround.spec.data import DataSpec
-from distributed_adaround.spec.explain import Section
+from distributed_adaround.spec.explain import ContradictionError, Section
+from distributed_adaround.spec.fields import NameIn, Text
 from distributed_adaround.spec.model import ModelSpec
-from distributed_adaround.spec.number_format import stale_fields
-from distributed_adaround.spec.output import OutputSpec
-from distributed_adaround.spec.presets import PRESETS
-from distributed_adaround.spec.quantize import QuantizeSpec
+from distributed_adaround.spec.quantize import QuantizeSpec, stale_fields
 from distributed_adaround.spec.rounding import RoundingSpec
 from distributed_adaround.spec.runtime import RuntimeSpec
+
+# What a result is written as (the contract is export.result.Exporter).
+EXPORTERS: dict[str, str] = {
+    "safetensors": "distributed_adaround.export.codes:CodesExporter",
+    "dequantized": "distributed_adaround.export.result:DequantizedExporter",
+}
+
+_ADAROUND = {
+    "solver": "minibatch",
+    "max_iter": 10000,
+    "batch_unit": "samples",
+    "lr": 1e-3,
+    "warm_start": 0.2,
+    "beta": (20.0, 2.0),
+    "asymmetry": 1.0,
+}
+_QINT8 = {"dtype": "qint8", "qscheme": "per_tensor_symmetric", "quant_min": -128, "quant_max": 127}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "pytorch": {
+        "quantize": _QINT8 | {"observer": "minmax"},
+        "rounding": _ADAROUND
+        | {"batch_size": 256, "reg_param": 0.001, "normalization": "mean", "activation_in_loss": False},
+    },
+    "paper": {
+        "quantize": {"observer": "mse"},
+        "rounding": _ADAROUND | {"batch_size": 32, "reg_param": 0.01, "normalization": "sum"},
+    },
+}
+
+
+class OutputSpec(Section):
+    """Where the results go, and as what."""
+
+    uri: Text = Field(examples=["s3://out/resnet50-w4"])
+    """Folder for the results, a path or URI; commits of finished layers and reports go there too."""
+    formats: list[Annotated[str, NameIn(EXPORTERS)]] = Field(["safetensors", "dequantized"], min_length=1)
+    """safetensors: codes, scales and zero points; dequantized: float weights on the grid under the model's own
+    parameter names."""
+    overwrite: bool = False
+    """Replace finished results that are already in the folder."""
+
+    @model_validator(mode="after")
+    def _formats_once(self) -> Self:
+        if len(set(self.formats)) < len(self.formats):
+            raise ContradictionError(("formats",), self.formats, "names a format twice; remove the second one")
+        return self
 
 
 class MethodSpec(Section):
     """What is done to the weights, and where it runs: a job without model, data and output."""
 
-    preset: Literal["pytorch", "paper"] | None = Field(
-        None,
-        description="Settings for fields that are not given. pytorch: those of PyTorch's AdaptiveRoundingOptimizer; "
-        "paper: those of the AdaRound paper.",
-    )
-    quantize: QuantizeSpec = Field(QuantizeSpec(), description="Number format of the weights.")
-    rounding: RoundingSpec = Field(RoundingSpec(), description="How the rounding of each layer is learned.")
-    runtime: RuntimeSpec = Field(RuntimeSpec(), description="Where the job runs.")
+    preset: Literal["pytorch", "paper"] | None = None
+    """Settings for fields that are not given. pytorch: those of PyTorch's AdaptiveRoundingOptimizer; paper: those of
+    the AdaRound paper."""
+    quantize: QuantizeSpec = QuantizeSpec()
+    """Number format of the weights."""
+    rounding: RoundingSpec = RoundingSpec()
+    """How the rounding of each layer is learned."""
+    runtime: RuntimeSpec = RuntimeSpec()
+    """Where the job runs."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
         name = data.get("preset") if isinstance(data, dict) else None
-        preset = PRESETS.get(name) if isinstance(name, str) else None
-        if preset is None:
+        if not isinstance(name, str) or name not in PRESETS:
             return data
-        return data | {section: _filled(data.get(section, {}), defaults) for section, defaults in preset.items()}
+        return data | {section: _filled(data.get(section, {}), own) for section, own in PRESETS[name].items()}
 
 
 def _filled(given: Any, defaults: Mapping[str, Any]) -> Any:
@@ -57,21 +101,22 @@ def _filled(given: Any, defaults: Mapping[str, Any]) -> Any:
 class JobSpec(MethodSpec):
     """A job of distributed_adaround."""
 
-    model: ModelSpec = Field(description="The trained network.")
-    data: DataSpec = Field(description="Calibration data.")
-    output: OutputSpec = Field(description="Where the results go, and as what.")
+    model: ModelSpec
+    """The trained network."""
+    data: DataSpec
+    """Calibration data."""
+    output: OutputSpec
+    """Where the results go, and as what."""
 
     def job_digest(self) -> str:
         """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""
-        text = self.model_dump_json(exclude={"runtime"})
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(exclude={"runtime"}).encode()).hexdigest()
 
     def result_digest(self) -> str:
-        """SHA-256, in hex, of everything here that changes the result.
+        """SHA-256, in hex, of everything here that changes the result, nulls resolved.
 
         Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; data.uri and
-        data.checksums, since the manifest has checksums of the files. Resolved values count, not the preset that they
-        came from.
+        data.checksums, since the manifest has checksums of the files.
         """
         content = {
             "quantize": self.quantize.model_dump(mode="json"),

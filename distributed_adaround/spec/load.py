@@ -1,9 +1,10 @@
 """A job file's bytes (YAML, JSON, TOML) as a plain mapping, with `--set a.b=c` applied. Knows nothing of the fields.
 
 YAML is read as version 1.2 means it: `1e-3` is a number, `no` and `2024-01-01` are text. Aliases are not taken, so a
-small file cannot grow into a large one. A key may appear once. Every fault is a SpecError that names the place.
+small file cannot grow into a large one. Every fault is a SpecError that names the place.
 """
 
+import functools
 import json
 import tomllib
 from collections.abc import Sequence
@@ -32,15 +33,11 @@ def parse_job(path: str, data: bytes, overrides: Sequence[str] = ()) -> dict[str
     path: of the file; its suffix says what it is. Raises SpecError when the data are larger than 256 KiB, not valid, or
     an override cannot be applied.
     """
-    parsed = _parse(path, _text(path, data))
+    parsed = _parse(_named(path), path.lower().rpartition(".")[2], data)
     if not isinstance(parsed, dict):
-        raise SpecError(
-            f"{_named(path)}: must be a mapping of sections, not {shown(parsed)}; begin with 'model:' and 'data:'"
-        )
-    job: dict[str, Any] = parsed
-    for assignment in overrides:
-        job = _apply(job, assignment)
-    return job
+        rule = f"must be a mapping of sections, not {shown(parsed)}; begin with 'model:' and 'data:'"
+        raise SpecError(f"{_named(path)}: {rule}")
+    return functools.reduce(_apply, overrides, parsed)
 
 
 def check_suffix(path: str) -> None:
@@ -53,27 +50,22 @@ def _named(path: str) -> str:
     return shorten(redact(path))
 
 
-def _text(path: str, data: bytes) -> str:
+def _parse(name: str, suffix: str, data: bytes) -> Any:
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{_named(path)}: {len(data)} bytes are more than 256 KiB; this is not a job file")
+        raise SpecError(f"{name}: {len(data)} bytes are more than 256 KiB; this is not a job file")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{_named(path)}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
-
-
-def _parse(path: str, text: str) -> Any:
-    suffix = path.lower().rpartition(".")[2]
-    try:
+        text = data.decode("utf-8-sig")
         if suffix == "json":
             return json.loads(text, object_pairs_hook=_unique)
         return tomllib.loads(text) if suffix == "toml" else _parse_yaml(text)
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{name}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
     except RecursionError:
-        raise SpecError(f"{_named(path)}: nested too deeply; write fewer brackets") from None
+        raise SpecError(f"{name}: nested too deeply; write fewer brackets") from None
     except (YAMLError, ValueError) as error:
-        kind = "JSON" if suffix == "json" else "TOML" if suffix == "toml" else "YAML"
+        kind = suffix.upper() if suffix in ("json", "toml") else "YAML"
         # Not from the error, which quotes the file.
-        raise SpecError(f"{_named(path)}: not valid {kind}: {_where(error)}; correct it there") from None
+        raise SpecError(f"{name}: not valid {kind}: {_where(error)}; correct it there") from None
 
 
 def _where(error: Exception) -> str:
@@ -136,18 +128,16 @@ def _apply(job: dict[str, Any], assignment: str) -> dict[str, Any]:
     path, equals, text = assignment.partition("=")
     parts = path.strip().split(".")
     if not equals or not all(parts) or len(parts) > _MAX_PATH_PARTS:
-        raise SpecError(
-            f"--set {shown(assignment)}: must have the form section.field=value; for instance rounding.max_iter=2000"
-        )
+        rule = "must have the form section.field=value; for instance rounding.max_iter=2000"
+        raise SpecError(f"--set {shown(assignment)}: {rule}")
     try:
         # An unquoted "*.npz" would be an alias, which a value on the command line cannot be.
         value = text if text.startswith("*") else _parse_yaml(text)
     except RecursionError:
         raise SpecError(f"--set {shorten(path)}: nested too deeply; write fewer brackets") from None
     except (YAMLError, ValueError) as error:
-        raise SpecError(
-            f"--set {shorten(path)}: {shown(text)} is not a YAML value: {_where(error)}; quote it"
-        ) from None
+        rule = f"{shown(text)} is not a YAML value: {_where(error)}; quote it"
+        raise SpecError(f"--set {shorten(path)}: {rule}") from None
     result: dict[str, Any] = _assigned(job, parts, value, path)
     return result
 
@@ -171,8 +161,7 @@ def _assigned(node: Any, parts: list[str], value: Any, path: str) -> Any:
     if not isinstance(node, list):
         raise SpecError(f"--set {shorten(path)}: {shorten(head)} lies inside {shown(node)}, not a section; correct it")
     if not head.isdecimal() or len(head) > _MAX_INDEX_DIGITS or int(head) > len(node):
-        raise SpecError(
-            f"--set {shorten(path)}: {shorten(head)} is not a place in a list of {len(node)}; use 0 to {len(node)}"
-        )
+        rule = f"is not a place in a list of {len(node)}; use 0 to {len(node)}"
+        raise SpecError(f"--set {shorten(path)}: {shorten(head)} {rule}")
     index = int(head)
     return [*node[:index], _assigned(dict(enumerate(node)).get(index), rest, value, path), *node[index + 1 :]]

@@ -21,38 +21,23 @@ Sha256 = Annotated[
 class ModelSpec(Section):
     """The trained network: a factory with weights, or an exported program."""
 
-    factory: ImportPath | None = Field(
-        None,
-        description="Callable that returns the torch.nn.Module, as module:callable. It is imported and run, so name "
-        "only code that you trust.",
-        examples=["my_models:resnet50"],
-    )
-    factory_args: Arguments = Field({}, description="Keyword arguments of the factory.")
-    weights: Text | None = Field(
-        None,
-        description="State dict for the factory's module: path or URI of a .safetensors, .pt or .pth file; null: the "
-        "factory returns a module with its weights.",
-        examples=["s3://models/resnet50.safetensors"],
-    )
-    program: Text | None = Field(
-        None,
-        description="Path or URI of a program saved by torch.export.save (.pt2), instead of a factory.",
-        examples=["resnet50.pt2"],
-    )
-    sha256: Sha256 | None = Field(
-        None,
-        description="SHA-256, in hex, that the file of weights or of the program must have, so that a damaged or "
-        "exchanged one is not used; null: any.",
-    )
-
-    source: Annotated[str, NameIn(SOURCES)] | None = Field(
-        None, description="How the model is opened; null: factory or program, whichever is given."
-    )
-    source_args: Arguments = Field({}, description="What another source than factory and program needs.")
+    factory: ImportPath | None = Field(None, examples=["my_models:resnet50"])
+    """module:callable that returns the torch.nn.Module. It is imported and run: name code you trust."""
+    factory_args: Arguments = Field({})
+    """Keyword arguments of the factory."""
+    weights: Text | None = Field(None, examples=["s3://models/resnet50.safetensors"])
+    """State dict of the module: path or URI of a .safetensors, .pt or .pth file; null: as it comes."""
+    program: Text | None = Field(None, examples=["resnet50.pt2"])
+    """Path or URI of a program saved by torch.export.save (.pt2), instead of a factory."""
+    sha256: Sha256 | None = None
+    """SHA-256, in hex, of the file of weights or of the program; others are refused. null: any."""
+    source: Annotated[str, NameIn(SOURCES)] | None = None
+    """How the model is opened; null: factory or program, whichever is given."""
+    source_args: Arguments = Field({})
+    """What another source than factory and program needs."""
 
     @property
     def source_name(self) -> str:
-        """The source that counts."""
         return self.source or ("program" if self.factory is None else "factory")
 
     @model_validator(mode="after")
@@ -60,9 +45,8 @@ class ModelSpec(Section):
         if self.source not in (None, "factory", "program"):
             return self
         if self.factory is None and self.program is None:
-            raise ContradictionError(
-                ("factory",), ABSENT, "is missing, and program too; give factory (module:callable) or program (.pt2)"
-            )
+            text = "is missing, and program too; give factory (module:callable) or program (.pt2)"
+            raise ContradictionError(("factory",), ABSENT, text)
         if self.factory is not None and self.program is not None:
             raise ContradictionError(("program",), self.program, "and factory exclude each other; remove one of them")
         if self.factory is None and (self.weights is not None or self.factory_args):
@@ -70,11 +54,9 @@ class ModelSpec(Section):
             raise ContradictionError((name,), getattr(self, name), "needs a factory, not a program; remove it")
         if self.sha256 is not None and self.weights is None and self.program is None:
             raise ContradictionError(("sha256",), self.sha256, "needs a file, weights or program; remove it")
-        _check_suffix("weights", self.weights, (".safetensors", ".pt", ".pth"))
-        _check_suffix("program", self.program, (".pt2",))
+        for name, suffixes in (("weights", (".safetensors", ".pt", ".pth")), ("program", (".pt2",))):
+            uri = getattr(self, name)
+            if uri is not None and not uri.lower().partition("?")[0].endswith(suffixes):
+                text = f"must end in {' or '.join(suffixes)}; convert or rename the file"
+                raise ContradictionError((name,), uri, text)
         return self
-
-
-def _check_suffix(name: str, uri: str | None, suffixes: tuple[str, ...]) -> None:
-    if uri is not None and not uri.lower().partition("?")[0].endswith(suffixes):
-        raise ContradictionError((name,), uri, f"must end in {' or '.join(suffixes)}; convert or rename the file")

@@ -1,7 +1,5 @@
 """How the rounding is learned: the section `rounding` of a job. A null stands for what suits the solver."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,9 +15,7 @@ SOLVERS: dict[str, str] = {
     "nearest": "distributed_adaround.solve.nearest:NearestSolver",
 }
 
-PositiveFloat = Annotated[float, Field(gt=0)]
 Exponent = Annotated[float, Field(gt=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 # For nearest measured on ResNet-20 and MiniLM at 3 bits: from 10 to 30 nearly all soft values settle and the output
 # error hardly changes; at 3 some stay open, at 1 many. The others are the paper's and the ancestor's.
@@ -29,103 +25,71 @@ _REG_PARAMS = {"sum": 0.01, "mean": 0.001, "nearest": 10.0}
 class RoundingSpec(Section):
     """How the rounding of each layer is learned."""
 
-    solver: Annotated[str, NameIn(SOLVERS)] = Field(
-        "minibatch",
-        description="minibatch: AdaRound by gradient steps on batches; gram: descent on the exact quadratic of all "
-        "calibration data, faster and closer; gptq, nearest: the baselines.",
-    )
-    solver_args: Arguments = Field({}, description="What another solver than these four needs.")
-    max_iter: PositiveInt = Field(2000, description="With minibatch: steps per layer.")
-    sweeps: PositiveInt = Field(
-        100,
-        description="With gram: how often all inputs of a layer are visited, each time for the cost of one and a half "
-        "steps on all calibration data.",
-    )
-    starts: PositiveInt = Field(
-        3,
-        description="With gram: from how many scales each channel starts; the best result is kept. Where layers are "
-        "large the time grows with it; 3 save 2 to 6 % of the error.",
-    )
-    polish: bool | None = Field(
-        None,
-        description="After the solver, move single codes to better grid values and refit scales while that lowers the "
-        "error on all calibration data; layers with an activation in the loss are left out. null: true for gram.",
-    )
-    correct_bias: bool | None = Field(
-        None,
-        description="Restore the mean that each output channel has in the float network, by the layer's bias or by the "
-        "mean of the batch norm behind it, where it has one of its own. null: true for gram.",
-    )
-    correct_scale: bool | None = Field(
-        None,
-        description="Restore the spread that each output channel has in the float network, by scales of its own: the "
-        "least squared error shrinks outputs, and over many layers that adds up. Scales of few bits stay as they are. "
-        "null: true for gram.",
-    )
-    batch_size: PositiveInt = Field(256, description="Size of the batch of one step over all ranks together.")
-    batch_unit: Literal["rows", "samples"] = Field(
-        "rows",
-        description="What batch_size counts: rows (tokens or output pixels, drawn from all samples) or whole samples.",
-    )
-    lr: PositiveFloat = Field(0.05, description="Learning rate of Adam.")
-    warm_start: float = Field(
-        0.2, ge=0, lt=1, description="First part of the steps, 0 to 1, in which the regularizer is off."
-    )
-    beta: Annotated[tuple[Exponent, Exponent], Field(strict=False)] = Field(
-        (20.0, 2.0),
-        description="Exponent of the regularizer at its start and at the last step, above 1; it falls along a cosine.",
-    )
-    reg_param: NonNegativeFloat | None = Field(
-        None,
-        description="Weight of the regularizer, lambda in the paper; null: what goes with the normalization: 0.01 for "
-        "sum, 0.001 for mean, 10 for nearest.",
-    )
-    normalization: Literal["sum", "mean", "nearest"] = Field(
-        "nearest",
-        description="Scale of the squared error. sum: summed over output channels and averaged over rows, as in the "
-        "paper; mean: averaged over both, as in PyTorch's AdaptiveRoundingOptimizer; nearest: each output channel "
-        "relative to its error under nearest rounding, so that one reg_param means the same in every layer.",
-    )
-    activation_in_loss: bool | None = Field(
-        None,
-        description="Compare outputs after the ReLU or ReLU6 that follows a layer, where there is one. gram cannot: "
-        "true makes it leave such layers to minibatch. null: true for minibatch, false for the others.",
-    )
-    asymmetry: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="How much of the error that earlier layers left in a layer's inputs its rounding is to make up "
-        "for: 1: all, as in the paper; 0: none. Less is better where that error is large: transformers at 3 bits. "
-        "null: 0.5, for gptq 0.",
-    )
-    damping: PositiveFloat = Field(
-        0.01, description="With gptq and gram: share of the mean squared input that is added to that of each input."
-    )
-    rows_per_input: PositiveInt | None = Field(
-        128,
-        description="Where moments are taken (gram, gptq, polish, output_mse): from at most about this many rows "
-        "(tokens, output pixels) for each input of a layer, spread evenly over all samples; null: from all. Images "
-        "have far more pixels than a small layer needs.",
-    )
-    reproducible: bool = Field(
-        False,
-        description="With minibatch: the same bytes on any number of ranks. Ranks then exchange the rows of each batch "
-        "and share the output channels, instead of summing gradients. gram and gptq need no such setting.",
-    )
-    compute_dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the learning.")
+    solver: Annotated[str, NameIn(SOLVERS)] = "minibatch"
+    """minibatch: AdaRound by gradient steps on batches; gram: descent on the exact quadratic of all calibration data,
+    faster and closer; gptq, nearest: the baselines."""
+    solver_args: Arguments = Field({})
+    """What another solver than these four needs."""
+    max_iter: PositiveInt = 2000
+    """With minibatch: steps per layer."""
+    sweeps: PositiveInt = 100
+    """With gram: how often all inputs of a layer are visited, each time for the cost of one and a half steps on all
+    calibration data."""
+    starts: PositiveInt = 3
+    """With gram: from how many scales each channel starts; the best result is kept. Where layers are large the time
+    grows with it; 3 save 2 to 6 % of the error."""
+    polish: bool | None = None
+    """After the solver, move single codes to better grid values and refit scales while that lowers the error on all
+    calibration data; not in layers with an activation in the loss. null: true for gram."""
+    correct_bias: bool | None = None
+    """Restore the mean of each output channel in the float network, by the layer's bias or by the mean of the batch
+    norm behind it, where it has one of its own. null: true for gram."""
+    correct_scale: bool | None = None
+    """Restore the spread of each output channel in the float network, by scales of its own: the least squared error
+    shrinks outputs, which adds up over many layers. Scales of few bits stay. null: true for gram."""
+    batch_size: PositiveInt = 256
+    """Size of the batch of one step over all ranks together."""
+    batch_unit: Literal["rows", "samples"] = "rows"
+    """What batch_size counts: rows (tokens or output pixels, drawn from all samples) or whole samples."""
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    """Learning rate of Adam."""
+    warm_start: float = Field(0.2, ge=0, lt=1)
+    """First part of the steps, 0 to 1, in which the regularizer is off."""
+    beta: Annotated[tuple[Exponent, Exponent], Field(strict=False)] = (20.0, 2.0)
+    """Exponent of the regularizer at its start and at the last step, above 1; it falls along a cosine."""
+    reg_param: float | None = Field(None, ge=0)
+    """Weight of the regularizer, lambda in the paper; null: 0.01 with normalization sum, 0.001 with mean, 10 with
+    nearest."""
+    normalization: Literal["sum", "mean", "nearest"] = "nearest"
+    """Scale of the squared error. sum: summed over output channels and averaged over rows, as in the paper; mean:
+    averaged over both, as in PyTorch's AdaptiveRoundingOptimizer; nearest: each output channel relative to its error
+    under nearest rounding, so that one reg_param means the same in every layer."""
+    activation_in_loss: bool | None = None
+    """Compare outputs after the ReLU or ReLU6 that follows a layer, where there is one. gram cannot: true makes it
+    leave such layers to minibatch. null: true for minibatch, false for the others."""
+    asymmetry: float | None = Field(None, ge=0, le=1)
+    """How much of the error that earlier layers left in a layer's inputs its rounding is to make up for: 1: all, as in
+    the paper; 0: none. Less is better where that error is large: transformers at 3 bits. null: 0.5, for gptq 0."""
+    damping: float = Field(0.01, gt=0)
+    """With gptq and gram: share of the mean squared input that is added to each."""
+    rows_per_input: PositiveInt | None = 128
+    """Where moments are taken (gram, gptq, polish, output_mse): from at most about this many rows (tokens, output
+    pixels) for each input of a layer, spread evenly over all samples; null: from all. Images have far more pixels than
+    a small layer needs."""
+    reproducible: bool = False
+    """With minibatch: the same bytes on any number of ranks. Ranks then exchange the rows of each batch and share the
+    output channels, instead of summing gradients. gram and gptq need no such setting."""
+    compute_dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the learning."""
 
-    def with_solver(self, solver: str) -> RoundingSpec:
-        """The same with another solver."""
+    def with_solver(self, solver: str) -> Self:
         return self.model_copy(update={"solver": solver})
 
-    def with_steps(self, num_steps: int) -> RoundingSpec:
-        """The same with another number of steps and sweeps."""
+    def with_steps(self, num_steps: int) -> Self:
         return self.model_copy(update={"max_iter": num_steps, "sweeps": num_steps})
 
     @property
     def regularization(self) -> float:
-        """reg_param, or the value that goes with the normalization."""
         return _REG_PARAMS[self.normalization] if self.reg_param is None else self.reg_param
 
     @property
@@ -146,9 +110,8 @@ class RoundingSpec(Section):
 
     @property
     def damped_asymmetry(self) -> float:
-        if self.asymmetry is not None:
-            return self.asymmetry
-        return 0.0 if self.solver == "gptq" else 0.5
+        default = 0.0 if self.solver == "gptq" else 0.5
+        return default if self.asymmetry is None else self.asymmetry
 
     def resolved(self) -> dict[str, Any]:
         """All fields with the values that count, as JSON."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed_adaround.checkpoint.solver_states import SolverStates
+from distributed_adaround.checkpoint.layer_files import SolverStates
 from distributed_adaround.errors import OutputError
 
 JOB = {"model": "a", "data": "b", "spec": "c"}

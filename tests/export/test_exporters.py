@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from distributed_adaround.errors import AdaRoundError, InputError, OutputError
 from distributed_adaround.export.codes import CodesExporter, read_codes
-from distributed_adaround.export.dequantized import DequantizedExporter
-from distributed_adaround.export.result import ExportResult
+from distributed_adaround.export.result import DequantizedExporter, ExportResult
 from distributed_adaround.solve.record import LayerRecord
 
 

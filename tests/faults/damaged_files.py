@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distributed_adaround.checkpoint.layer_files import Checkpoint
-from distributed_adaround.checkpoint.solver_states import SolverStates
+from distributed_adaround.checkpoint.layer_files import Checkpoint, SolverStates
 from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.readers import open_samples

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from distributed_adaround.report.console import Progress, SilentProgress
+from distributed_adaround.report.console import Progress
+from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.solve.record import LayerFigures
 
 REPORT = LayerFigures(
@@ -76,15 +77,6 @@ def test_time_left_is_weighed_by_cost(clock: Clock) -> None:
         assert progress.seconds_left == 0
 
 
-def test_a_layer_that_another_solver_takes_over_has_its_number_of_steps(clock: Clock) -> None:
-    progress = Progress(2, io.StringIO(), clock=clock)
-    progress.layer(0, "a", 100)
-    progress.expect(400)
-    clock.now += 10
-    progress.step(200, 0.1)
-    assert progress.seconds_left == pytest.approx(10 + 20)
-
-
 def test_layers_from_commits_do_not_count_as_fast(clock: Clock) -> None:
     progress = Progress(4, io.StringIO(), clock=clock)
     progress.layer(0, "a", 0)
@@ -148,9 +140,11 @@ def test_the_bar_is_put_away_after_an_error() -> None:
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
 
 
-def test_the_silent_twin_takes_the_same_calls(capsys: pytest.CaptureFixture[str]) -> None:
-    with SilentProgress() as progress:
-        progress.layer(0, "a", 1)
-        progress.step(1, 0.0)
-        progress.done(REPORT)
+def test_a_log_of_nothing_takes_the_same_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    with JobLog() as log:
+        log.job_started(1, 0)
+        log.layer_started("a", 1)
+        log.step(1, 0.0)
+        log.layer_done(REPORT)
+        log.job_done(1.0, 0.0)
     assert capsys.readouterr() == ("", "")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from distributed_adaround.errors import InputError
-from distributed_adaround.report.table import LayerTable, shorten
+from distributed_adaround.errors import InputError, shorten
+from distributed_adaround.report.table import LayerTable
 from distributed_adaround.solve.record import LayerFigures
 
 FIRST = LayerFigures(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from distributed_adaround.report.text import console, layout, rendered, width
+from distributed_adaround.report.text import console, layout, rendered
 
 NAME = "model." + "block." * 60 + "[bold]"
 TABLE = (("layer", "rows"), [(NAME, "7"), ("a", "1,000")])
@@ -15,7 +15,7 @@ def test_a_pipe_gets_whole_lines() -> None:
     text = rendered(console(), layout(*TABLE, numbers={"rows"}))
     gap = " " * (len(NAME) - 5)
     assert text.splitlines() == [f"layer{gap}   rows", f"{NAME}      7", f"a{gap}      1,000"]
-    assert width(layout(*TABLE, numbers={"rows"})) >= len(text.splitlines()[0])
+    assert console().measure(layout(*TABLE, numbers={"rows"})).maximum >= len(text.splitlines()[0])
 
 
 def test_a_terminal_gets_whole_names_on_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,8 @@ import pytest
 
 from distributed_adaround.errors import SpecError
 from distributed_adaround.spec.data import DataSpec
-from distributed_adaround.spec.job import JobSpec, MethodSpec, json_schema
+from distributed_adaround.spec.job import PRESETS, JobSpec, MethodSpec, OutputSpec, json_schema
 from distributed_adaround.spec.model import ModelSpec
-from distributed_adaround.spec.output import OutputSpec
-from distributed_adaround.spec.presets import PRESETS
 from distributed_adaround.spec.quantize import QuantizeSpec
 from distributed_adaround.spec.rounding import RoundingSpec
 from distributed_adaround.spec.runtime import RuntimeSpec, parse_bytes
