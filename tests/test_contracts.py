@@ -16,9 +16,8 @@ from distributed_adaround.export.codes import read_codes
 from distributed_adaround.formats import FORMATS, FloatFormat, NumberFormat
 from distributed_adaround.job import run_job
 from distributed_adaround.spec.data import ENCODERS
-from distributed_adaround.spec.job import JobSpec, json_schema
+from distributed_adaround.spec.job import EXPORTERS, JobSpec, json_schema
 from distributed_adaround.spec.model import SOURCES
-from distributed_adaround.spec.output import EXPORTERS
 from distributed_adaround.spec.reference import markdown
 from distributed_adaround.spec.rounding import SOLVERS
 
@@ -63,16 +62,11 @@ class Names:
         Path(uri, "names.txt").write_text(text)
 
 
-class Stack:
+def stack(spec, folder):
     """Linear layers of one width, with weights from a seed."""
-
-    def __init__(self, spec, folder):
-        self._args = spec.source_args
-
-    def open(self):
-        torch.manual_seed(self._args["seed"])
-        layers = [nn.Linear(4, 4) for _ in range(self._args["layers"])]
-        return OpenedModel(nn.Sequential(*layers).eval().requires_grad_(False))
+    torch.manual_seed(spec.source_args["seed"])
+    layers = [nn.Linear(4, 4) for _ in range(spec.source_args["layers"])]
+    return OpenedModel(nn.Sequential(*layers).eval().requires_grad_(False))
 
 
 class Halves:
@@ -98,7 +92,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(SOLVERS, "ceiling", "one_more:Ceiling")
     monkeypatch.setitem(EXPORTERS, "names", "one_more:Names")
-    monkeypatch.setitem(SOURCES, "stack", "one_more:Stack")
+    monkeypatch.setitem(SOURCES, "stack", "one_more:stack")
     monkeypatch.setitem(ENCODERS, "halves", "one_more:Halves")
     monkeypatch.setitem(FORMATS, "int12", NumberFormat("int12", 12))
     np.save(tmp_path / "counts.npy", np.random.default_rng(0).integers(0, 17, (6, 4), dtype=np.uint8))

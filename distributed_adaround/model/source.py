@@ -6,11 +6,11 @@ so it runs code; only the author of the job names it. A program is read without 
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,16 @@ class OpenedModel:
         return fixed_batch_size(self.model) if isinstance(self.model, ExportedProgram) else None
 
 
+class ModelSource(Protocol):
+    """One way to name a model in a job."""
+
+    def __call__(self, spec: ModelSpec, folder: Path | None) -> OpenedModel:
+        """Open it. folder: of the job file. Raises InputError when what the job names cannot be found or used."""
+
+
 def open_model(spec: ModelSpec, folder: Path | None) -> OpenedModel:
     """The model that a job names. Raises InputError."""
-    source: Callable[[ModelSpec, Path | None], OpenedModel] = implementation(SOURCES, spec.source_name)
+    source: ModelSource = implementation(SOURCES, spec.source_name)
     return source(spec, folder)
 
 
