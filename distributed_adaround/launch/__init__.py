@@ -1,5 +1,2 @@
 """Files that start a job on a cluster: torchrun.sh for one machine, sbatch scripts for Slurm, manifests for Kubernetes.
-
-`torchrun.sh` does the work on each machine. What is rendered here only says which machines, where they meet, and which
-job. No torch: files are made on a login node.
-"""
+What is rendered only says which machines, where they meet, and which job. No torch: files are made on a login node."""

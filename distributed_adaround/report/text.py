@@ -30,7 +30,7 @@ def console(width: int | None = None) -> Console:
     """For `rendered`. width: of plain text; None: for stdout, as wide as it is."""
     if width is None and sys.stdout.isatty():
         return Console(markup=False, emoji=False, highlight=False)
-    width = ANY_WIDTH if width is None else width
+    width = width or ANY_WIDTH
     return Console(width=width, color_system=None, force_terminal=False, markup=False, emoji=False, highlight=False)
 
 

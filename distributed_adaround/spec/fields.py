@@ -1,6 +1,6 @@
 """Types of fields that several sections share."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -26,9 +26,9 @@ Arguments = Annotated[
 
 @dataclass(frozen=True, eq=False)
 class NameIn:
-    """Marks a text that must be a key of a table, also of one that grows while the program runs."""
+    """Marks a text that must be one of some names, or a key of a table, also of one that grows as the program runs."""
 
-    table: Mapping[str, object]
+    table: Collection[str]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         # One error whatever is wrong, as for a Literal.

@@ -33,14 +33,8 @@ def _check_patterns(match: str | list[str]) -> str | list[str]:
     return match
 
 
-QScheme = Literal[
-    "per_tensor_symmetric",
-    "per_tensor_affine",
-    "per_channel_symmetric",
-    "per_channel_affine",
-    "per_group_symmetric",
-    "per_group_affine",
-]
+_QSCHEMES = [f"per_{part}_{kind}" for part in ("tensor", "channel", "group") for kind in ("symmetric", "affine")]
+QScheme = Annotated[str, NameIn(_QSCHEMES)]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 Dtype = Annotated[str, NameIn(FORMATS)]
 Percentile = Annotated[float, Field(gt=50, le=100)]
