@@ -4,7 +4,7 @@ A *site* is one layer whose weight is rounded, a *unit* the sites that are learn
 of torch.export, and hooks) describe a model with the same words, so nothing above them knows which one is at work.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -63,7 +63,6 @@ class Unit:
 
     @property
     def site(self) -> Site:
-        """Of a unit with one."""
         (site,) = self.sites
         return site
 
@@ -100,19 +99,15 @@ class Batch:
 
 
 class Walker(Protocol):
-    """Two streams through a model, float and quantized, unit by unit."""
+    """Two streams through a model, float and quantized, unit by unit.
 
-    @property
-    def units(self) -> Sequence[Unit]:
-        """All units in the order in which they are reached."""
+    units: in the order in which they are reached. float_parameters: those that are not the weight of a site. notes:
+    what a user should know about this capture (for instance that export failed and why).
+    """
 
-    @property
-    def float_parameters(self) -> Sequence[FloatParameter]:
-        """Parameters that are not the weight of a site, each with its reason."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What a user should know about this capture (for instance that export failed and why)."""
+    units: tuple[Unit, ...]
+    float_parameters: tuple[FloatParameter, ...]
+    notes: list[str]
 
     def tensor(self, name: str) -> Tensor:
         """Parameter or buffer by its name in the model's state dict."""

@@ -494,7 +494,7 @@ def test_sites_and_reasons_are_those_of_the_graph() -> None:
     walker = walker_for(Attention(), texts((3, 7)))
     assert [site.name for site in sites_of(walker)] == ["qkv", "out", "head"]
     assert isinstance(sites_of(walker)[0], Site)
-    assert walker.notes == ()
+    assert walker.notes == []
     assert {parameter.name for parameter in walker.float_parameters} == {
         "table.weight", "qkv.bias", "out.bias", "head.bias"
     }  # fmt: skip
