@@ -127,11 +127,18 @@ class Walker(Protocol):
         numbers, without the rows that are padding."""
 
 
-def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
-    """Which rows of an output count, bool of shape `leading`, or None for all: the one place that decides it.
+def unusable_values(weight: Tensor) -> str | None:
+    """Why numbers like these cannot be rounded; None: they can."""
+    if not weight.is_floating_point():
+        return f"its dtype is {weight.dtype}, not a real floating-point type"
+    return None if weight.numel() else "has no elements"
 
-    mask: `(N, T)` of a microbatch. leading: shape of the output without its channels. Rows belong to tokens
-    when the shapes agree or the tokens were flattened; otherwise (pooled outputs, say) all rows count.
+
+def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
+    """Which rows of an output count, bool of shape `leading` (the output's, less its channels); None: all.
+
+    mask: `(N, T)` of a microbatch. Rows are tokens when the shapes agree or the tokens were flattened; otherwise
+    (pooled outputs, say) all count.
     """
     if mask is None or (leading != tuple(mask.shape) and leading != (mask.numel(),)):
         return None
@@ -139,7 +146,7 @@ def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | N
 
 
 def counting_rows(output: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows `(rows, channels)` of a model's output that count; the output as it is when the mask does not fit it."""
+    """Rows `(rows, channels)` of a model's output that count; the whole output when the mask does not fit it."""
     keep = rows_that_count(mask, tuple(output.shape[:-1]))
     # Without padding there is nothing to copy.
     return output if keep is None or bool(keep.all()) else output[keep.to(output.device)]
