@@ -25,7 +25,7 @@ from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import CapturedGraph, attribute
 from distributed_adaround.capture.sites import Batch, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, first_line
 
 FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
 Values = dict[Node, Any]
@@ -183,8 +183,8 @@ class GraphWalker:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
-            line = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(f"microbatch {batch.index}: the model fails in {node.target}: {line}") from error
+            where = f"microbatch {batch.index}: the model fails in {node.target}"
+            raise InputError(f"{where}: {first_line(error)}") from error
         batch.values[stream][node] = loaded[stream][node] = result
 
     def _resolve(self, tree: Any, values: Values, stream: str) -> Any:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from distributed_adaround.capture.sites import FloatParameter, Site, unusable_values
 from distributed_adaround.numerics.layers import LayerGeometry, padding_pairs
@@ -61,7 +61,6 @@ def geometry_of(layer: nn.Module) -> LayerGeometry:
     shape = tuple(weight.shape)
     if not isinstance(layer, _ConvNd):
         return LayerGeometry(shape)
-    transposed = isinstance(layer, _ConvTransposeNd)
     padding = layer.padding if layer.padding_mode == "zeros" else "valid"
     return LayerGeometry(
         weight_shape=shape,
@@ -70,7 +69,7 @@ def geometry_of(layer: nn.Module) -> LayerGeometry:
         dilation=tuple(layer.dilation),
         output_padding=tuple(layer.output_padding),
         groups=layer.groups,
-        transposed=transposed,
+        transposed=layer.transposed,
     )
 
 

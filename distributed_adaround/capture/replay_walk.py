@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.layer_modules import find_layers, float_reasons, geometry_of
 from distributed_adaround.capture.sites import Batch, Site, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,11 @@ class _ReachedError(BaseException):
 
 
 class ReplayWalker:
-    """Walker over a plain module (see `sites.Walker`).
+    """Walker over a plain module; raises InputError where its forward fails.
 
     The module is moved to the device, put in eval mode and used in place: after the last commit it holds the quantized
     weights. Its buffers are put back after every forward. Random numbers drawn in forward depend on the microbatch
     only, so both streams see the same ones.
-
-    Raises:
-        InputError: the forward fails.
     """
 
     def __init__(self, module: nn.Module, example: ModelInputs, reason: str, store: ActivationStore) -> None:
@@ -105,13 +103,13 @@ class ReplayWalker:
             floats = {index: self._outputs(index, inputs) for index, inputs in self._microbatches}
         differing = 0
         for index, inputs in self._microbatches:
-            before, after = floats.pop(index), self._outputs(index, inputs)
-            if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+            outputs = floats.pop(index), self._outputs(index, inputs)
+            before, after = ([tensor.shape for tensor in tensors] for tensors in outputs)
+            if before != after:
                 differing += 1
                 continue
-            for pair in zip(before, after, strict=True):
-                first, second = (counting_rows(output, inputs.mask) for output in pair)
-                yield index, first, second
+            for first, second in zip(*outputs, strict=True):
+                yield index, counting_rows(first, inputs.mask), counting_rows(second, inputs.mask)
         if differing:
             self.notes.append(f"the two models' outputs differ in shape in {differing} of this rank's microbatches")
 
@@ -179,8 +177,7 @@ class ReplayWalker:
             except _ReachedError:
                 return None
             except Exception as error:
-                line = (str(error).strip().splitlines() or [""])[0]
-                raise InputError(f"the model's forward failed on {what}: {type(error).__name__}: {line}") from error
+                raise InputError(f"the model's forward failed on {what}: {first_line(error)}") from error
 
     @contextmanager
     def _float_weights(self) -> Iterator[None]:
@@ -246,11 +243,9 @@ def _sites(
 
 def _explicitly_padded(layer: nn.Module, x: Tensor) -> Tensor:
     """Circular, reflected and replicated padding becomes part of the input; the geometry then has none."""
-    mode = getattr(layer, "padding_mode", "zeros")
-    if mode == "zeros":
+    if not isinstance(layer, _ConvNd) or layer.padding_mode == "zeros":
         return x
-    padding: Any = layer._reversed_padding_repeated_twice
-    return F.pad(x, padding, mode=mode)
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
 
 
 def _as_batch(site: Site, x: Tensor) -> Tensor:
