@@ -40,11 +40,6 @@ class FloatFormat:
             mantissa += 1 << self.mantissa_bits
         return math.ldexp(mantissa, max(exponent, 1) - self.bias - self.mantissa_bits)
 
-    @property
-    def smallest_exponent(self) -> int:
-        """Of the normal numbers; below it the steps between values shrink no further."""
-        return 1 - self.bias
-
     @cached_property
     def values(self) -> tuple[float, ...]:
         """All finite values, ascending. 0 is one value: the pattern of -0 is read as 0 and never written."""
@@ -178,12 +173,13 @@ class LayerFormat:
         """Raises SpecError when groups of `group_size` do not fill the inputs of one output of this layer exactly."""
         if self.group_size is None or inputs_per_output % self.group_size == 0:
             return
-        fitting = next(g for g in range(min(self.group_size, inputs_per_output), 0, -1) if inputs_per_output % g == 0)
-        fixed = self.number.block_size is not None
-        way_out = "another dtype" if fixed else f"group_size: {fitting} fits"
+        if self.number.block_size is not None:
+            given, way_out = f"dtype: {self.number.name!r}, blocks of {self.group_size}", "another dtype"
+        else:
+            sizes = range(min(self.group_size, inputs_per_output), 0, -1)
+            fitting = next(size for size in sizes if inputs_per_output % size == 0)
+            given, way_out = f"group_size: {self.group_size}", f"group_size: {fitting} fits"
         raise SpecError(
-            f"quantize.{'dtype' if fixed else 'group_size'}: "
-            f"{f'{self.number.name!r}, blocks of ' if fixed else ''}{self.group_size} must divide the "
-            f"{inputs_per_output} inputs of each output of layer {shorten(layer_name, 80)!r}; add an override for this "
-            f"layer ({way_out}) or ignore it"
+            f"quantize.{given} must divide the {inputs_per_output} inputs of each output of layer "
+            f"{shorten(layer_name, 80)!r}; add an override for this layer ({way_out}) or ignore it"
         )

@@ -30,7 +30,7 @@ from distributed_adaround.capture.operations import (
     unusable,
     what_follows,
 )
-from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site
+from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site, unusable_values
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.source import fixed_batch_size
@@ -55,13 +55,9 @@ class CapturedGraph:
 
 
 def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) -> ExportedProgram:
-    """Export a module with a dynamic batch dimension.
+    """Export a module with a dynamic batch dimension; varying: other dimensions differ between microbatches too.
 
-    example: one microbatch. varying: other dimensions of the inputs differ between microbatches too.
-
-    Raises:
-        Exception: whatever torch.export raises; the caller falls back to replay.
-        InputError: the graph holds the example's batch size as a constant.
+    Raises InputError when the graph holds the example's batch size as a constant, and whatever torch.export raises.
     """
     example = _odd_batch(example)
     # As in inference: autograd would refuse in-place operations that the model may use there.
@@ -69,8 +65,8 @@ def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) 
         program = torch.export.export(
             model, example.args, example.kwargs, dynamic_shapes=_dynamic_shapes(model, example, varying), strict=False
         )
-    if fixed_batch_size(program) is not None:
-        raise InputError(f"its graph only takes batches of {fixed_batch_size(program)} samples")
+    if (size := fixed_batch_size(program)) is not None:
+        raise InputError(f"its graph only takes batches of {size} samples")
     return program
 
 
@@ -85,16 +81,15 @@ def _without_warnings() -> Iterator[None]:
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """transformers' decoders return a key-value cache by default, an object that no graph can hold."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    assert config is not None
-    config.use_cache = False
+    config: Any = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", False)
+    if cached:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True
+        if cached:
+            config.use_cache = True
 
 
 def _dynamic_shapes(model: nn.Module, example: ModelInputs, varying: bool) -> dict[str, Any]:
@@ -142,19 +137,15 @@ def _odd_batch(example: ModelInputs) -> ModelInputs:
 def straight_line(program: ExportedProgram) -> GraphModule:
     """The program as functional operations, one after the other, on the model's own tensors.
 
-    Raises:
-        InputError: the graph holds control flow or other calls of submodules.
+    Raises InputError when the graph holds control flow or other calls of submodules.
     """
     with _without_warnings():
         module = program.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, GraphModule)
-    if any(node.op in ("call_module", "call_method") or _is_higher_order(node) for node in module.graph.nodes):
-        raise InputError("its graph holds control flow that cannot be walked node by node")
+    for node in module.graph.nodes:
+        if node.op in ("call_module", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise InputError("its graph holds control flow that cannot be walked node by node")
     return module
-
-
-def _is_higher_order(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def capture(module: GraphModule) -> CapturedGraph:
@@ -164,10 +155,11 @@ def capture(module: GraphModule) -> CapturedGraph:
         if node.op == "call_function" and not node.users:
             module.graph.erase_node(node)
     nodes = tuple(module.graph.nodes)
-    names = _first_names(module)
+    # A parameter with several names is known by its first one.
+    first_names = {id(parameter): name for name, parameter in module.named_parameters()}
     for node in nodes:
         if node.op == "get_attr":
-            node.target = names.get(str(node.target), node.target)
+            node.target = first_names.get(id(attribute(module, str(node.target))), node.target)
     constant = _constant_nodes(nodes)
     reasons = _reasons(module, nodes, constant)
     first_calls, repeat_calls = _find_sites(module, nodes, {name for name, reason in reasons.items() if not reason})
@@ -193,19 +185,10 @@ def attribute(module: nn.Module, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
 
-def _first_names(module: nn.Module) -> dict[str, str]:
-    """Every name of every parameter, to the first name of the same parameter."""
-    names: dict[int, str] = {}
-    return {
-        name: names.setdefault(id(parameter), name)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
-
-
 def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
     constant: set[Node] = set()
     for node in nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and all(n in constant for n in node.all_input_nodes)):
+        if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
     return frozenset(constant)
 
@@ -213,11 +196,8 @@ def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
 def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: dict[Node, Site]) -> frozenset[Node]:
     common: set[Node] = set()
     for node in nodes:
-        if node.op == "placeholder" or (
-            node not in calls
-            and node not in constant
-            and all(n in constant or n in common for n in node.all_input_nodes)
-        ):
+        of_data = node not in calls and node not in constant
+        if of_data and all(source in constant or source in common for source in node.all_input_nodes):
             common.add(node)
     return frozenset(common)
 
@@ -250,26 +230,21 @@ def _reason(name: str, parameter: Tensor, users: Sequence[Node], constant: froze
         return f"shared with {', '.join(others)}"
     if len({layer.target for layer in layers}) > 1:
         return "used by layers of different kinds"
-    if not parameter.is_floating_point():
-        return f"its dtype is {parameter.dtype}, not a real floating-point type"
-    if not parameter.numel():
-        return "has no elements"
-    return next((reason for layer in layers if (reason := unusable(layer, constant)) is not None), None)
+    found = (unusable_values(parameter), *(unusable(layer, constant) for layer in layers))
+    return next((reason for reason in found if reason is not None), None)
 
 
 def _find_sites(
     module: GraphModule, nodes: Sequence[Node], weights: set[str]
 ) -> tuple[dict[Node, Site], dict[Node, Site]]:
-    """Sites by the node of their first call, and by the nodes of later calls. weights: names of their weights."""
+    """Sites by the node of their first call, and by those of later calls."""
     calls: dict[str, list[Node]] = {}
     for node in nodes:
         weight = layer_weight(node)
         if weight is not None and str(weight.target) in weights:
             calls.setdefault(str(weight.target), []).append(node)
-    sites = {name: _site(module, mine[0], name, len(mine)) for name, mine in calls.items()}
-    first = {mine[0]: sites[name] for name, mine in calls.items()}
-    repeat = {node: sites[name] for name, mine in calls.items() for node in mine[1:]}
-    return first, repeat
+    first = {mine[0]: _site(module, mine[0], name, len(mine)) for name, mine in calls.items()}
+    return first, {node: first[mine[0]] for mine in calls.values() for node in mine[1:]}
 
 
 def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> Site:

@@ -23,9 +23,9 @@ from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import CapturedGraph, attribute
-from distributed_adaround.capture.sites import Batch, FloatParameter, Unit, counting_rows
+from distributed_adaround.capture.sites import Batch, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, first_line
 
 FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
 Values = dict[Node, Any]
@@ -51,9 +51,10 @@ class GraphWalker:
 
     def __init__(self, graph: CapturedGraph, store: ActivationStore) -> None:
         self._graph = graph
-        self._device = store.device
-        self._store = store
-        self._units = tuple(Unit((site,)) for site in graph.sites)
+        self._device, self._store = store.device, store
+        self.units = tuple(Unit((site,)) for site in graph.sites)
+        self.float_parameters = graph.float_parameters
+        self.notes: list[str] = []
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._last_reads = _last_reads(graph.nodes)
         self._site_nodes = {site.name: node for node, site in graph.first_calls.items()}
@@ -62,19 +63,8 @@ class GraphWalker:
         self._reached: Unit | None = None
         self._constants: Values = {}
         self._weights: Values = {}
+        # Weights that the quantized stream has passed and the float stream has yet to read.
         self._float_weights: dict[str, Tensor] = {}
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        return self._units
-
-    @property
-    def float_parameters(self) -> Sequence[FloatParameter]:
-        return self._graph.float_parameters
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return ()
 
     def tensor(self, name: str) -> Tensor:
         tensor = attribute(self._graph.module, name)
@@ -97,7 +87,8 @@ class GraphWalker:
     @torch.no_grad()
     def reach(self, unit: Unit) -> list[Batch]:
         node = self._site_nodes[unit.site.name]
-        self._advance_to(node)
+        self._run(self._nodes_before(node), (FLOAT, QUANTIZED))
+        self._cursor = self._order[node]
         source = node.args[0]
         assert isinstance(source, Node)
         inputs = [(held.get(QUANTIZED, source), held.get(FLOAT, source)) for held in self._microbatches]
@@ -116,14 +107,12 @@ class GraphWalker:
         for name, value in tensors.items():
             tensor = self.tensor(name)
             if self._read_after(node, name):
-                # The float stream has yet to read it.
                 self._float_weights[name] = tensor.clone()
             tensor.copy_(value)
         self._run([node], (QUANTIZED,))
         self._cursor = self._order[node] + 1
 
     def _read_after(self, node: Node, name: str) -> bool:
-        """Whether a tensor of the model is read after the node."""
         sources = (other for other in self._graph.nodes if other.op == "get_attr" and str(other.target) == name)
         return any(self._order[user] > self._order[node] for source in sources for user in source.users)
 
@@ -134,9 +123,11 @@ class GraphWalker:
         # One microbatch after the other to its end: outputs (logits, say) can be larger than all that came before.
         for batch in self._microbatches:
             self._run_batch(batch, rest, (FLOAT, QUANTIZED))
-            streams = (self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream)
-                       for stream in (FLOAT, QUANTIZED))  # fmt: skip
-            for before, after in zip(*map(pytree.tree_leaves, streams), strict=True):
+            float_leaves, quantized_leaves = (
+                pytree.tree_leaves(self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream))
+                for stream in (FLOAT, QUANTIZED)
+            )
+            for before, after in zip(float_leaves, quantized_leaves, strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
                     yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
             for values in batch.values.values():
@@ -144,13 +135,6 @@ class GraphWalker:
         self._microbatches = []
         for held in (self._constants, self._weights, self._float_weights):
             held.clear()
-
-    def _advance_to(self, node: Node) -> None:
-        """Run everything between the cursor and `node` in both streams."""
-        nodes = self._nodes_before(node)
-        if nodes:
-            self._run(nodes, (FLOAT, QUANTIZED))
-        self._cursor = self._order[node]
 
     def _nodes_before(self, node: Node) -> list[Node]:
         """Operations between the cursor and `node`."""
@@ -199,8 +183,8 @@ class GraphWalker:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
-            line = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(f"microbatch {batch.index}: the model fails in {node.target}: {line}") from error
+            where = f"microbatch {batch.index}: the model fails in {node.target}"
+            raise InputError(f"{where}: {first_line(error)}") from error
         batch.values[stream][node] = loaded[stream][node] = result
 
     def _resolve(self, tree: Any, values: Values, stream: str) -> Any:
@@ -246,10 +230,7 @@ class GraphWalker:
 
 def _last_reads(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     """For each node, the sources that no later node reads."""
-    last: dict[Node, Node] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
+    last = {source: node for node in nodes for source in node.all_input_nodes}
     reads: dict[Node, list[Node]] = {}
     for source, node in last.items():
         reads.setdefault(node, []).append(source)
@@ -266,11 +247,8 @@ def _bind(placeholders: Sequence[Node], inputs: ModelInputs) -> Values:
 
 
 def _check_fit(placeholder: Node, value: Any, index: int) -> None:
-    """The graph may hold sizes and plain values of the example as constants; with others it would compute nonsense.
-
-    Raises:
-        InputError: an input is not what the graph was captured for.
-    """
+    """Raises InputError when an input is not what the graph was captured for: it may hold sizes and plain values of
+    the example as constants, and would compute nonsense with others."""
     captured = placeholder.meta.get("val")
     if isinstance(captured, Tensor) and isinstance(value, Tensor):
         # Rank and dtype need no check: an operation that depends on them fails by itself.
@@ -281,10 +259,9 @@ def _check_fit(placeholder: Node, value: Any, index: int) -> None:
                 f"microbatch {index}: the model's graph takes {placeholder.target!r} with size {odd[1]} in dimension "
                 f"{odd[0]}, the data has shape {tuple(value.shape)}; pad or cut all samples to one size"
             )
-        return
-    if isinstance(captured, _SYMBOLIC):
-        return
-    if isinstance(captured, Tensor) or isinstance(value, Tensor) or captured != value:
+    elif not isinstance(captured, _SYMBOLIC) and (
+        isinstance(captured, Tensor) or isinstance(value, Tensor) or captured != value
+    ):
         raise InputError(
             f"microbatch {index}: the model's graph was captured for {placeholder.target!r} = {_shown(captured)}, the "
             f"data has {_shown(value)}; every microbatch must give the same"

@@ -1,22 +1,16 @@
 """Which modules of a model are layers whose weight can be rounded, and why every other parameter stays in float."""
 
+from collections import defaultdict
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from distributed_adaround.capture.sites import FloatParameter, Site
-from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.capture.sites import FloatParameter, Site, unusable_values
+from distributed_adaround.numerics.layers import LayerGeometry, padding_pairs
 
-_LAYER_CLASSES: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_CONV_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYER_CLASSES: tuple[type[nn.Module], ...] = (nn.Linear, *_CONV_CLASSES)
 
 
 def find_layers(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -32,11 +26,10 @@ def find_layers(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]
         base = next((cls for cls in _LAYER_CLASSES if isinstance(candidate, cls)), None)
         if base is None:
             continue
-        reason = _unusable(candidate, base)
-        if reason is None:
-            layers[name] = candidate
-        else:
+        if (reason := _unusable(candidate, base)) is not None:
             refused[name] = reason
+        else:
+            layers[name] = candidate
     for name, layer in layers.items():
         weight: Any = layer.weight
         strangers = [
@@ -63,29 +56,21 @@ def float_reasons(
 
 
 def geometry_of(layer: nn.Module) -> LayerGeometry:
-    """Shape and strides of a layer; padding other than zeros is left to the caller (see `replay.py`)."""
+    """Shape and strides of a layer; padding other than zeros is left to the caller (see `replay_walk.py`)."""
     weight: Any = layer.weight
     shape = tuple(weight.shape)
     if not isinstance(layer, _ConvNd):
         return LayerGeometry(shape)
+    padding = layer.padding if layer.padding_mode == "zeros" else "valid"
     return LayerGeometry(
         weight_shape=shape,
         stride=tuple(layer.stride),
-        padding=_padding(layer),
+        padding=padding_pairs(padding, shape[2:], layer.dilation),
         dilation=tuple(layer.dilation),
-        output_padding=tuple(layer.output_padding) if isinstance(layer, _ConvTransposeNd) else (0,) * (len(shape) - 2),
+        output_padding=tuple(layer.output_padding),
         groups=layer.groups,
-        transposed=isinstance(layer, _ConvTransposeNd),
+        transposed=layer.transposed,
     )
-
-
-def _padding(layer: _ConvNd) -> tuple[tuple[int, int], ...]:
-    if layer.padding_mode != "zeros" or layer.padding == "valid":
-        return ((0, 0),) * len(layer.kernel_size)
-    if isinstance(layer.padding, str):
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return tuple((amount // 2, amount - amount // 2) for amount in total)
-    return tuple((amount, amount) for amount in layer.padding)
 
 
 def _unusable(layer: nn.Module, base: type[nn.Module]) -> str | None:
@@ -97,18 +82,16 @@ def _unusable(layer: nn.Module, base: type[nn.Module]) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None or "bias" not in layer._parameters:
         return f"the weight or bias of this {kind} is computed from other tensors"
-    if not weight.is_floating_point():
-        return f"its dtype is {weight.dtype}, not a real floating-point type"
-    return None if weight.numel() else "has no elements"
+    return unusable_values(weight)
 
 
 def _owners(module: nn.Module) -> dict[int, list[tuple[str, Tensor]]]:
     """Modules (by name) and their tensors, parameters and buffers, by the storage that they lie in."""
-    owners: dict[int, list[tuple[str, Tensor]]] = {}
+    owners = defaultdict(list)
     for name, owner in module.named_modules():
         for tensor in (*owner._parameters.values(), *owner._buffers.values()):
             if tensor is not None:
-                owners.setdefault(_storage(tensor), []).append((name, tensor))
+                owners[_storage(tensor)].append((name, tensor))
     return owners
 
 

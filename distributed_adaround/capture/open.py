@@ -16,7 +16,7 @@ from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, first_line
 from distributed_adaround.formats import LayerFormat
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.runtime.comm import Comm, agreed, phase
@@ -51,7 +51,7 @@ class CapturedModel:
 
     @property
     def num_layers(self) -> int:
-        """Layers that are quantized."""
+        """Those that are quantized."""
         return sum(planned.format is not None for planned in self.planned)
 
     @property
@@ -74,14 +74,6 @@ def capture_model(
     comm: Comm,
 ) -> CapturedModel:
     """Compare the weights of all ranks, capture the model and plan its layers. A collective.
-
-    Args:
-        opened: the model.
-        microbatches: calibration data.
-        quantize: formats of the layers.
-        runtime: budgets of memory.
-        context: of this rank.
-        comm: of all ranks.
 
     Raises:
         SpecError: the formats do not fit the layers.
@@ -110,22 +102,18 @@ def activation_store(runtime: RuntimeSpec, context: RankContext) -> ActivationSt
 
 
 def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
-    """Digest of the weights, which all ranks must share: other weights would spoil the result in silence.
-
-    Raises:
-        InputError: ranks hold other weights than rank 0, from a factory that draws at random, say.
-    """
+    """Digest of the weights, which all ranks must share: other ones, from a factory that draws at random, say, would
+    spoil the result in silence. Raises InputError."""
     with phase(comm, "hash the model"):
         digest = opened.digest
     digests = comm.all_gather_object(digest)
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:
-        raise agreed(
-            InputError(
-                f"the model on ranks {odd} has other weights than on rank 0; load the same weights on all ranks, with "
-                "model.weights in a job file, or seed the factory"
-            )
+        error = InputError(
+            f"the model on ranks {odd} has other weights than on rank 0; load the same weights on all ranks, with "
+            "model.weights in a job file, or seed the factory"
         )
+        raise agreed(error)
     return digest
 
 
@@ -138,10 +126,9 @@ def make_walker(
         model: module or program.
         examples: microbatches, of different shapes where the data has them; the graph must do for all.
         varying: shapes differ between microbatches in more than the number of samples.
-        store: for the activations; its device is that of the walk.
+        store: its device is that of the walk.
 
-    Raises:
-        InputError: an exported program that cannot be walked; a model whose forward fails.
+    Raises InputError for a program that cannot be walked, or a model whose forward fails.
     """
     if isinstance(model, ExportedProgram):
         return GraphWalker(capture(straight_line(model)), store)
@@ -152,7 +139,7 @@ def make_walker(
             _check_same_output(model, graph, _beside(model, inputs))
     except Exception as error:
         # torch.export documents no closed set of errors; whatever stops it, hooks still work.
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = first_line(error)
         logger.debug("torch.export failed", exc_info=True)
         return ReplayWalker(model, examples[0], reason[:200], store)
     return GraphWalker(capture(graph), store)

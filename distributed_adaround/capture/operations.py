@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from distributed_adaround.capture.sites import Activation, BatchNormAfter
-from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.layers import LayerGeometry, padding_pairs
 
 _aten = torch.ops.aten
 _LAYERS = (
@@ -43,10 +43,7 @@ def layer_bias(node: Node) -> Node | None:
 
 
 def unusable(node: Node, constant: Container[Node]) -> str | None:
-    """Why the weight of the layer `node` cannot be learned from its inputs and outputs; None: it can.
-
-    constant: nodes that depend on no data.
-    """
+    """Why the weight of the layer `node` cannot be learned from its inputs and outputs; None: it can."""
     source, bias = node.args[0], layer_bias(node)
     assert isinstance(source, Node)
     if source in constant:
@@ -83,18 +80,19 @@ def operation_name(node: Node) -> str:
 
 
 def layer_geometry(node: Node, weight_shape: tuple[int, ...]) -> LayerGeometry:
-    """Geometry of the layer `node`. weight_shape: in torch's order."""
     dims = len(weight_shape) - 2
     if dims == 0:
         return LayerGeometry(weight_shape)
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     values |= dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-    dilation = _per_dim(values["dilation"], dims)
+    dilation, padding = _per_dim(values["dilation"], dims), values["padding"]
+    if not isinstance(padding, str):
+        padding = _per_dim(padding, dims)
     return LayerGeometry(
         weight_shape=weight_shape,
         stride=_per_dim(values["stride"], dims),
-        padding=_padding(values["padding"], weight_shape[2:], dilation),
+        padding=padding_pairs(padding, weight_shape[2:], dilation),
         dilation=dilation,
         output_padding=_per_dim(values.get("output_padding", 0), dims),
         groups=int(values["groups"]),
@@ -106,15 +104,6 @@ def _per_dim(value: Any, dims: int) -> tuple[int, ...]:
     """torch allows one number for all dimensions."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return tuple(int(v) for v in (values * dims if len(values) == 1 else values))
-
-
-def _padding(value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    if value == "valid":
-        return ((0, 0),) * len(kernel)
-    if value == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((t // 2, t - t // 2) for t in total)
-    return tuple((p, p) for p in _per_dim(value, len(kernel)))
 
 
 def what_follows(node: Node) -> tuple[BatchNormAfter | None, Activation]:
@@ -143,15 +132,14 @@ def _channels_come_second(node: Node) -> bool:
 
 def _batch_norm(node: Node) -> BatchNormAfter | None:
     inference = node.target == _BATCH_NORM[0] or node.args[5] is False
-    names = [arg.target if isinstance(arg, Node) and arg.op == "get_attr" else None for arg in node.args[1:5]]
-    given = [arg is not None for arg in node.args[1:5]]
-    known = [name is not None for name in names]
-    if not inference or given != known or not (known[2] and known[3]):
+    tensors = node.args[1:5]
+    computed = any(
+        tensor is not None and not (isinstance(tensor, Node) and tensor.op == "get_attr") for tensor in tensors
+    )
+    weight, bias, mean, var = (str(tensor.target) if isinstance(tensor, Node) else None for tensor in tensors)
+    if not inference or computed or mean is None or var is None:
         return None
     eps: Any = node.args[6] if node.target == _BATCH_NORM[0] else node.args[7]
-    weight, bias, mean, var = (None if name is None else str(name) for name in names)
-    assert mean is not None
-    assert var is not None
     return BatchNormAfter(weight, bias, mean, var, float(eps))
 
 

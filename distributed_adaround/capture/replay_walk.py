@@ -8,20 +8,23 @@ What follows a layer cannot be seen by hooks, so sites have no batch norm and no
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.layer_modules import find_layers, float_reasons, geometry_of
-from distributed_adaround.capture.sites import Batch, FloatParameter, Site, Unit, counting_rows
+from distributed_adaround.capture.sites import Batch, Site, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +34,16 @@ class _ReachedError(BaseException):
 
 
 class ReplayWalker:
-    """Walker over a plain module (see `sites.Walker`).
+    """Walker over a plain module; raises InputError where its forward fails.
 
     The module is moved to the device, put in eval mode and used in place: after the last commit it holds the quantized
     weights. Its buffers are put back after every forward. Random numbers drawn in forward depend on the microbatch
     only, so both streams see the same ones.
-
-    Raises:
-        InputError: the forward fails.
     """
 
     def __init__(self, module: nn.Module, example: ModelInputs, reason: str, store: ActivationStore) -> None:
-        """Find the layers in order.
-
-        Args:
-            module: the model.
-            example: one microbatch, run once.
-            reason: why the model is not captured as a graph.
-            store: for captured tensors; its device is that of the walk.
-        """
+        """Find the layers in the order of their first calls, by one forward of `example`. reason: why the model is not
+        captured as a graph."""
         self._device, self._store = store.device, store
         self._module = module.to(self._device).eval()
         self._microbatches: Microbatches | None = None
@@ -59,26 +53,14 @@ class ReplayWalker:
         # Weight and corrected bias of every committed site that the module does not hold at the moment: float between
         # the passes.
         self._other_weights: dict[str, Tensor] = {}
-        self._notes = [
+        self.notes = [
             f"could not be exported: {reason}; layers are captured by hooks, which runs the model again for every layer"
         ]
         layers, refused = find_layers(self._module)
         num_calls, with_output_size = self._count_calls(layers, example)
         sites = _sites(self._module, layers, num_calls, refused, with_output_size)
-        self._units = tuple(Unit((site,)) for site in sites)
-        self._float_parameters = float_reasons(self._module, sites, layers, refused)
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        return self._units
-
-    @property
-    def float_parameters(self) -> Sequence[FloatParameter]:
-        return self._float_parameters
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self._notes
+        self.units = tuple(Unit((site,)) for site in sites)
+        self.float_parameters = float_reasons(self._module, sites, layers, refused)
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -107,12 +89,12 @@ class ReplayWalker:
         self._note_gaps(site, len(floats) - len(batches), strayed, len(floats))
         return batches
 
+    @torch.no_grad()
     def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         for name, value in tensors.items():
             if name not in self._other_weights:
-                self._other_weights[name] = _host_copy(self._tensors[name])
-            with torch.no_grad():
-                self._tensors[name].copy_(value)
+                self._other_weights[name] = self._tensors[name].to("cpu", copy=True)
+            self._tensors[name].copy_(value)
 
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Both models in full. A microbatch whose outputs differ in number or shape is left out and noted."""
@@ -121,15 +103,15 @@ class ReplayWalker:
             floats = {index: self._outputs(index, inputs) for index, inputs in self._microbatches}
         differing = 0
         for index, inputs in self._microbatches:
-            before, after = floats.pop(index), self._outputs(index, inputs)
-            if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+            outputs = floats.pop(index), self._outputs(index, inputs)
+            before, after = ([tensor.shape for tensor in tensors] for tensors in outputs)
+            if before != after:
                 differing += 1
                 continue
-            for pair in zip(before, after, strict=True):
-                first, second = (counting_rows(output, inputs.mask) for output in pair)
-                yield index, first, second
+            for first, second in zip(*outputs, strict=True):
+                yield index, counting_rows(first, inputs.mask), counting_rows(second, inputs.mask)
         if differing:
-            self._notes.append(f"the two models' outputs differ in shape in {differing} of this rank's microbatches")
+            self.notes.append(f"the two models' outputs differ in shape in {differing} of this rank's microbatches")
 
     def _outputs(self, index: int, inputs: ModelInputs) -> list[Tensor]:
         """The model's outputs that are tensors of real numbers."""
@@ -142,20 +124,16 @@ class ReplayWalker:
         num_calls: dict[str, int] = {}
         with_output_size: set[str] = set()
 
-        def count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def count(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             num_calls[name] = num_calls.get(name, 0) + 1
             if (args[1] if len(args) > 1 else kwargs.get("output_size")) is not None:
                 with_output_size.add(name)
 
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args, kwargs, n=name: count(n, args, kwargs), with_kwargs=True)
-            for name, layer in layers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hook = layer.register_forward_pre_hook(partial(count, name), with_kwargs=True)
+                hooks.enter_context(hook)
             self._forward(example, "the example microbatch", seed=0)
-        finally:
-            for handle in handles:
-                handle.remove()
         return num_calls, with_output_size
 
     def _run_up_to(self, site: Site, *, with_output: bool) -> list[tuple[int, ModelInputs, list[Tensor]]]:
@@ -176,20 +154,14 @@ class ReplayWalker:
             keep(output)
             raise _ReachedError
 
-        handles = [
-            layer.register_forward_pre_hook(before, with_kwargs=True),
-            layer.register_forward_hook(after, prepend=True),
-        ]
         reached = []
         assert self._microbatches is not None, "start() comes before reach()"
-        try:
+        first_hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+        with first_hook, layer.register_forward_hook(after, prepend=True):
             for index, inputs in self._microbatches:
                 found = []
                 self._forward(inputs, f"microbatch {index}", seed=index)
                 reached.append((index, inputs, found))
-        finally:
-            for handle in handles:
-                handle.remove()
         return reached
 
     def _forward(self, inputs: ModelInputs, what: str, seed: int) -> Any:
@@ -205,8 +177,7 @@ class ReplayWalker:
             except _ReachedError:
                 return None
             except Exception as error:
-                line = (str(error).strip().splitlines() or [""])[0]
-                raise InputError(f"the model's forward failed on {what}: {type(error).__name__}: {line}") from error
+                raise InputError(f"the model's forward failed on {what}: {first_line(error)}") from error
 
     @contextmanager
     def _float_weights(self) -> Iterator[None]:
@@ -217,24 +188,23 @@ class ReplayWalker:
         finally:
             self._exchange_weights()
 
+    @torch.no_grad()
     def _exchange_weights(self) -> None:
         """Swap the committed layers' weights between module and host; twice is as before."""
-        with torch.no_grad():
-            for name, other in self._other_weights.items():
-                parameter = self._tensors[name]
-                self._other_weights[name] = _host_copy(parameter)
-                parameter.copy_(other)
+        for name, other in self._other_weights.items():
+            self._other_weights[name] = self._tensors[name].to("cpu", copy=True)
+            self._tensors[name].copy_(other)
 
     def _note_gaps(self, site: Site, missed: int, strayed: int, total: int) -> None:
         if missed:
-            self._notes.append(f"{site.name}: does not run in {missed} of this rank's {total} microbatches, left out")
+            self.notes.append(f"{site.name}: does not run in {missed} of this rank's {total} microbatches, left out")
         if strayed:
-            self._notes.append(
+            self.notes.append(
                 f"{site.name}: the quantized model takes another path than the float model in {strayed} of this rank's "
                 f"{total} microbatches; there the float input is used"
             )
         if missed or strayed:
-            logger.info("%s", self._notes[-1])
+            logger.info("%s", self.notes[-1])
 
 
 def _sites(
@@ -245,6 +215,7 @@ def _sites(
     with_output_size: set[str],
 ) -> tuple[Site, ...]:
     """Sites in order of their first call. Adds to `refused` the layers that cannot be one, with the reason."""
+    biases = Counter(id(layer.bias) for layer in layers.values() if layer.bias is not None)
     users: dict[int, list[str]] = {}
     for name, layer in layers.items():
         users.setdefault(id(layer.weight), []).append(name)
@@ -264,34 +235,23 @@ def _sites(
                 bias_name=f"{prefix}bias" if layer.bias is not None else None,
                 geometry=geometry_of(layer),
                 num_calls=sum(num_calls.get(other, 0) for other in group),
-                shift_name=f"{prefix}bias" if _owns_bias(layers, name) and num_calls[name] == 1 else None,
+                # A bias shifts these outputs and nothing else where no other layer has it too.
+                shift_name=f"{prefix}bias" if biases[id(layer.bias)] == 1 and num_calls[name] == 1 else None,
             )
     return tuple(sites.values())
 
 
-def _owns_bias(layers: dict[str, nn.Module], name: str) -> bool:
-    """Whether the layer has a bias that no other layer has too."""
-    bias = layers[name].bias
-    return bias is not None and sum(layer.bias is bias for layer in layers.values()) == 1
-
-
 def _explicitly_padded(layer: nn.Module, x: Tensor) -> Tensor:
     """Circular, reflected and replicated padding becomes part of the input; the geometry then has none."""
-    mode = getattr(layer, "padding_mode", "zeros")
-    if mode == "zeros":
+    if not isinstance(layer, _ConvNd) or layer.padding_mode == "zeros":
         return x
-    padding: Any = layer._reversed_padding_repeated_twice
-    return F.pad(x, padding, mode=mode)
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
 
 
 def _as_batch(site: Site, x: Tensor) -> Tensor:
     """Convolutions also take one sample without the batch dimension."""
     dims = site.geometry.num_spatial_dims
     return x.unsqueeze(0) if dims and x.ndim == dims + 1 else x
-
-
-def _host_copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("cpu", copy=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A *site* is one layer whose weight is rounded, a *unit* the sites that are learn
 of torch.export, and hooks) describe a model with the same words, so nothing above them knows which one is at work.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -63,7 +63,6 @@ class Unit:
 
     @property
     def site(self) -> Site:
-        """Of a unit with one."""
         (site,) = self.sites
         return site
 
@@ -100,19 +99,15 @@ class Batch:
 
 
 class Walker(Protocol):
-    """Two streams through a model, float and quantized, unit by unit."""
+    """Two streams through a model, float and quantized, unit by unit.
 
-    @property
-    def units(self) -> Sequence[Unit]:
-        """All units in the order in which they are reached."""
+    units: in the order in which they are reached. float_parameters: those that are not the weight of a site. notes:
+    what a user should know about this capture (for instance that export failed and why).
+    """
 
-    @property
-    def float_parameters(self) -> Sequence[FloatParameter]:
-        """Parameters that are not the weight of a site, each with its reason."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What a user should know about this capture (for instance that export failed and why)."""
+    units: tuple[Unit, ...]
+    float_parameters: tuple[FloatParameter, ...]
+    notes: list[str]
 
     def tensor(self, name: str) -> Tensor:
         """Parameter or buffer by its name in the model's state dict."""
@@ -132,11 +127,18 @@ class Walker(Protocol):
         numbers, without the rows that are padding."""
 
 
-def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
-    """Which rows of an output count, bool of shape `leading`, or None for all: the one place that decides it.
+def unusable_values(weight: Tensor) -> str | None:
+    """Why numbers like these cannot be rounded; None: they can."""
+    if not weight.is_floating_point():
+        return f"its dtype is {weight.dtype}, not a real floating-point type"
+    return None if weight.numel() else "has no elements"
 
-    mask: `(N, T)` of a microbatch. leading: shape of the output without its channels. Rows belong to tokens
-    when the shapes agree or the tokens were flattened; otherwise (pooled outputs, say) all rows count.
+
+def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
+    """Which rows of an output count, bool of shape `leading` (the output's, less its channels); None: all.
+
+    mask: `(N, T)` of a microbatch. Rows are tokens when the shapes agree or the tokens were flattened; otherwise
+    (pooled outputs, say) all count.
     """
     if mask is None or (leading != tuple(mask.shape) and leading != (mask.numel(),)):
         return None
@@ -144,7 +146,7 @@ def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | N
 
 
 def counting_rows(output: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows `(rows, channels)` of a model's output that count; the output as it is when the mask does not fit it."""
+    """Rows `(rows, channels)` of a model's output that count; the whole output when the mask does not fit it."""
     keep = rows_that_count(mask, tuple(output.shape[:-1]))
     # Without padding there is nothing to copy.
     return output if keep is None or bool(keep.all()) else output[keep.to(output.device)]

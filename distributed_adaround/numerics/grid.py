@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distributed_adaround.formats import ScaleFormat
+from distributed_adaround.formats import FloatFormat, ScaleFormat
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -96,10 +96,9 @@ class Grid:
         return self.levels(codes) * _of_inputs(self.scale, codes)
 
     def neighbours(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the grid values below and above each weight, both clamped to the range; `(G, R, J)` each.
+        """Codes `(G, R, J)` of the grid values below and above each weight; one on the grid is its own value below.
 
-        A weight on the grid is its own value below. Beyond the ends of the range both are the end itself: there is
-        nothing to choose.
+        Beyond the ends of the range both are the end itself: there is nothing to choose.
         """
         steps = weight / _of_inputs(self.scale, weight)
         if self.values is None:
@@ -109,9 +108,10 @@ class Grid:
         return below.clamp(self.qmin, self.qmax), (below + 1).clamp(self.qmin, self.qmax)
 
     def representable(self, scale: Tensor) -> Tensor:
-        """The nearest scales that the format can hold, of any shape and in their dtype; NaN where there is none.
+        """The nearest scales that the format can hold, of any shape and in their dtype.
 
-        Nearest on a linear axis: with the codes kept, the squared error is a parabola over the scale.
+        Nearest on a linear axis: with the codes kept, the squared error is a parabola over the scale. NaN for what is
+        not finite or below the smallest normal float32.
         """
         narrow = scale.float()
         usable = torch.isfinite(narrow) & (narrow >= _TINY)
@@ -119,21 +119,19 @@ class Grid:
         return torch.where(usable, rounded.to(scale.dtype), torch.nan)
 
     def with_scale(self, scale: Tensor) -> Grid:
-        """The grid with another scale of the same shape, as the format can hold it. Entries that are not finite or
-        below the smallest normal float32 are no scale: there the grid keeps its own."""
+        """The grid with another scale of the same shape, as the format can hold it; where it can not, its own."""
         assert scale.shape == self.scale.shape, (scale.shape, self.scale.shape)
         held = self.representable(scale).to(self.scale.dtype)
         return replace(self, scale=torch.where(held.isnan(), self.scale, held))
 
     def at_shares(self, shares: Sequence[float]) -> Grid:
-        """Copies of the channels of each group, one copy of all of them after the other, each with one share of the
-        scales."""
+        """The channels of each group so often, all of them after the other, each time with one share of the scales."""
         copies = [self.with_scale(self.scale * share).scale for share in shares]
         return replace(self, scale=torch.cat(copies, dim=1), zero_point=self.zero_point.repeat(1, len(shares), 1))
 
     def runs(self) -> list[GridRun]:
         """What each run of inputs that share scales has in common; copies."""
-        parts = ((part[:, None].movedim(3, 0)).contiguous() for part in (self.scale, self.zero_point))
+        parts = (part[:, None].movedim(3, 0).contiguous() for part in (self.scale, self.zero_point))
         return [self._run_of(scale.clone(), zero_point) for scale, zero_point in zip(*parts, strict=True)]
 
     def of_inputs(self, index: Tensor) -> GridRun:
@@ -213,3 +211,41 @@ def _boundaries(values: Tensor) -> Tensor:
     places = torch.arange(len(middle), device=values.device) - len(middle) // 2
     below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
     return torch.where(places % 2 == 0, middle, below)
+
+
+def nearest_values(numbers: Tensor, element: FloatFormat) -> Tensor:
+    """The nearest values, ties to the one whose last bit is 0, beyond the ends the end; float32, any shape.
+
+    What `Grid.quantize` and `Grid.levels` find by search in a list, by arithmetic: about 15 times faster on a CPU.
+    """
+    # Below the smallest normal number the steps between values shrink no further.
+    bits = numbers.abs().clamp_(min=2.0 ** (1 - element.bias)).view(torch.int32)
+    # The exponent bits alone, as a float32, are the power of two at or below the number.
+    step = (bits & 0x7F80_0000).view(numbers.dtype).mul_(2.0**-element.mantissa_bits)
+    largest = element.values[-1]
+    return torch.round(numbers / step).mul_(step).clamp_(-largest, largest)
+
+
+def encode(codes: Tensor, element: FloatFormat) -> Tensor:
+    """Codes of any shape and dtype as bit patterns, one in each number of the format's storage dtype.
+
+    A code is the place of a value in the ascending list of all of them (formats.FloatFormat.values).
+    """
+    place = codes.to(torch.int16) - element.largest
+    pattern = place.abs() + element.sign * (place < 0)
+    return pattern.to(torch.uint8).view(getattr(torch, element.storage))
+
+
+def decode(stored: Tensor, element: FloatFormat) -> Tensor:
+    """Codes, float32, of what `encode` gives, of the same shape.
+
+    Raises ValueError when a pattern stands for no finite value, or the dtype is another one.
+    """
+    dtype: torch.dtype = getattr(torch, element.storage)
+    if stored.dtype != dtype:
+        raise ValueError(f"codes are {stored.dtype}, not the {dtype} of {element.name}")
+    pattern = stored.view(torch.uint8).to(torch.int16)
+    magnitude = pattern % element.sign
+    if bool((magnitude > element.largest).any() | (pattern >= 2 * element.sign).any()):
+        raise ValueError(f"a code is no finite value of {element.name}")
+    return torch.where(pattern >= element.sign, element.largest - magnitude, element.largest + magnitude).float()

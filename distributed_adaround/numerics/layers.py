@@ -9,11 +9,10 @@ sees its weight as `(G, R, J)`: all weights that make one output channel lie sid
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,7 +56,6 @@ class LayerGeometry:
 
     @property
     def out_channels(self) -> int:
-        """O."""
         return self.weight_shape[1] * self.groups if self.transposed else self.weight_shape[0]
 
     @property
@@ -99,9 +97,21 @@ class LayerGeometry:
         return _CONV[dims](pad(x, self.padding), weight, bias, **kwargs)
 
 
+def padding_pairs(
+    padding: str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """torch's `padding` of a convolution, numbers or "same" or "valid", as (before, after) per spatial dimension."""
+    if padding == "valid":
+        return ((0, 0),) * len(kernel_size)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        return tuple((amount // 2, amount - amount // 2) for amount in total)
+    return tuple((int(amount), int(amount)) for amount in padding)
+
+
 def pad(x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
     """Zero-pad the trailing spatial dimensions of x by (before, after) each; negative values crop."""
     if not any(before or after for before, after in padding):
         return x
     flat = [amount for pair in reversed(padding) for amount in pair]
-    return torch.nn.functional.pad(x, flat)
+    return F.pad(x, flat)

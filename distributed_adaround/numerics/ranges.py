@@ -16,13 +16,13 @@ Float formats: `scale = max|w| / largest value`, brought to what the scale forma
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from distributed_adaround.formats import LayerFormat
-from distributed_adaround.numerics.floats import nearest_values
-from distributed_adaround.numerics.grid import Grid, round_scale
+from distributed_adaround.formats import LayerFormat, ScaleFormat
+from distributed_adaround.numerics.grid import Grid, nearest_values, round_scale
 
 # Shares of the min-max range that the mse observer tries. Integers: below 0.2 every case measured was far off; a
 # little above 1 pays because a symmetric range of 2^b codes has one code less on the positive side.
@@ -44,28 +44,18 @@ def choose_grid(weight: Tensor, layer_format: LayerFormat, importance: Tensor | 
     per_tensor = layer_format.strategy == "tensor"
     block = weight.numel() if per_tensor else layer_format.group_size or inputs
     blocks = weight.to(torch.float32).reshape(-1, block)
-    observer = layer_format.observer
-    cut = observer == "percentile"
+    cut = layer_format.observer == "percentile"
     low, high = _percentile_range(blocks, layer_format.percentile) if cut else blocks.aminmax(dim=1)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     grid_of_range, rounded = _ways_to_round(layer_format, low, high)
-    if observer in ("mse", "output_mse"):
+    if layer_format.observer in ("mse", "output_mse"):
         counts = None if importance is None else importance.to(torch.float32).reshape(-1, block)
-        if counts is not None:
-            # Where nothing counts (inputs that are always 0) every range would do; that of the weights does no harm.
-            counts = torch.where(counts.any(dim=1, keepdim=True), counts, 1.0)
         share = _best_share(blocks, counts, low, high, grid_of_range, rounded, _shares(layer_format))
         low, high = low * share, high * share
     best = grid_of_range(low, high)
     shape = (1, 1, 1) if per_tensor else (groups, channels, -1)
-    factor = None if best.tensor_scale is None else best.tensor_scale.reshape(1, 1, 1)
-    return replace(
-        best,
-        scale=best.scale.reshape(shape),
-        zero_point=best.zero_point.reshape(shape),
-        tensor_scale=factor,
-        per_channel=not per_tensor,
-    )
+    scale, zero_point = best.scale.reshape(shape), best.zero_point.reshape(shape)
+    return replace(best, scale=scale, zero_point=zero_point, per_channel=not per_tensor)
 
 
 def _shares(layer_format: LayerFormat) -> Sequence[float]:
@@ -78,43 +68,36 @@ def _ways_to_round(
     layer_format: LayerFormat, low: Tensor, high: Tensor
 ) -> tuple[Callable[[Tensor, Tensor], Grid], Callable[[Tensor, Grid], Tensor]]:
     """How blocks get a grid from their ranges `(B,)`, and how they are rounded to it, in the layout `(1, B, K)`."""
-    element = layer_format.number.element
+    element, scale_format = layer_format.number.element, layer_format.scale
     if element is None:
-        return lambda low, high: _integer_grid(low, high, layer_format), lambda b, grid: grid.dequantize(
-            grid.quantize(b)
-        )
+        return partial(_integer_grid, layer_format), lambda blocks, grid: grid.dequantize(grid.quantize(blocks))
     values = torch.tensor(element.values, device=low.device)
-    factor = _tensor_scale(low, high, values, layer_format) if layer_format.scale.per_tensor else None
-
-    def grid_of_range(low: Tensor, high: Tensor) -> Grid:
-        return _float_grid(low, high, values, layer_format, factor)
+    factor = None
+    if scale_format.per_tensor:
+        # With it the largest scale of a block is the format's largest.
+        factor = torch.maximum(-low, high).max() / (values[-1] * scale_format.largest)
+        # Also its product with the smallest value of the scale format must be a normal number.
+        factor = factor.clamp(min=2.0**-117).reshape(1, 1, 1)
 
     def rounded(blocks: Tensor, grid: Grid) -> Tensor:
         return nearest_values(blocks / grid.scale, element).mul_(grid.scale)
 
-    return grid_of_range, rounded
-
-
-def _tensor_scale(low: Tensor, high: Tensor, values: Tensor, layer_format: LayerFormat) -> Tensor:
-    """Factor `(1, 1, 1)` of the whole tensor: with it the largest scale of a block is the format's largest."""
-    largest = torch.maximum(-low, high).max() / (values[-1] * layer_format.scale.largest)
-    # Also its product with the smallest value of the scale format must be a normal number.
-    return largest.clamp(min=2.0**-117).reshape(1, 1, 1)
+    return partial(_float_grid, scale_format, values, factor), rounded
 
 
 def _float_grid(
-    low: Tensor, high: Tensor, values: Tensor, layer_format: LayerFormat, tensor_scale: Tensor | None
+    scale_format: ScaleFormat, values: Tensor, tensor_scale: Tensor | None, low: Tensor, high: Tensor
 ) -> Grid:
     """Grid of blocks of a float format, scale and zero point `(1, B, 1)`, from their ranges `(B,)`."""
-    largest = torch.maximum(-low, high)[None, :, None]
-    if layer_format.scale.powers_of_two:
+    scale = torch.maximum(-low, high)[None, :, None]
+    if scale_format.powers_of_two:
         half_a_step = (values[-1] - values[-2]) / 2
         # round_scale goes up from 1.5 times a power of two.
-        scale = largest / (values[-1] + half_a_step) * 1.5
+        scale = scale / (values[-1] + half_a_step) * 1.5
     else:
-        scale = largest / values[-1]
-    scale = round_scale(_usable(scale), layer_format.scale, tensor_scale)
-    return Grid(scale, torch.zeros_like(scale), 0, len(values) - 1, layer_format.scale, values, tensor_scale)
+        scale = scale / values[-1]
+    scale = round_scale(_usable(scale), scale_format, tensor_scale)
+    return Grid(scale, torch.zeros_like(scale), 0, len(values) - 1, scale_format, values, tensor_scale)
 
 
 def _usable(scale: Tensor) -> Tensor:
@@ -122,7 +105,7 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
 
 
-def _integer_grid(low: Tensor, high: Tensor, layer_format: LayerFormat) -> Grid:
+def _integer_grid(layer_format: LayerFormat, low: Tensor, high: Tensor) -> Grid:
     """Grid of blocks, scale and zero point `(1, B, 1)`, from their ranges `(B,)`."""
     qmin, qmax = layer_format.quant_min, layer_format.quant_max
     span = torch.maximum(-low, high) * 2 if layer_format.symmetric else high - low
@@ -150,17 +133,16 @@ def _best_share(
     rounded: Callable[[Tensor, Grid], Tensor],
     shares: Sequence[float],
 ) -> Tensor:
-    """Share of the range `(B,)`, of those given, with the smallest (weighted) squared rounding error of the weights.
+    """Share of the range `(B,)`, of those given, with the smallest (weighted) squared rounding error.
 
-    blocks: `(B, K)`. importance: `(B, K)`, or None. low, high: `(B,)`, the range with 0 in it.
+    blocks, importance: `(B, K)`. low, high: `(B,)`, the range with 0 in it.
     """
     # In units of about the largest weight, where squares do not underflow. Powers of two change no other bit.
     exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-126)[None, :, None]
     blocks = torch.ldexp(blocks[None], -exponent)
-    best_error = torch.full_like(low, torch.inf)
-    best = torch.ones_like(best_error)
+    best_error, best = torch.full_like(low, torch.inf), torch.ones_like(low)
     if importance is not None:
-        # Only the ratios inside a block count. Where nothing counts, all count the same.
+        # Only the ratios inside a block count. Where nothing counts (inputs that are always 0), all count the same.
         largest = importance.amax(dim=1, keepdim=True)
         importance = torch.where(largest > 0, importance / largest, 1.0)
     for share in shares:

@@ -13,8 +13,7 @@ from torch import Tensor
 from distributed_adaround.errors import AdaRoundError, InputError
 from distributed_adaround.files import jsontext
 from distributed_adaround.formats import SCALE_FORMATS, FloatFormat, LayerFormat, ScaleFormat, small_float
-from distributed_adaround.numerics.floats import decode, encode
-from distributed_adaround.numerics.grid import Grid, round_scale
+from distributed_adaround.numerics.grid import Grid, decode, encode, round_scale
 from distributed_adaround.numerics.layers import LayerGeometry
 
 FORMAT_KEYS = frozenset(

@@ -485,7 +485,7 @@ def test_data_that_an_operation_refuses_is_an_input_error() -> None:
     bad.kwargs["input_ids"][1, 2] = 99  # type: ignore[index]
     walker = walker_for(Attention(), [good, bad])
     with pytest.raises(
-        InputError, match=r"^microbatch 11: the model fails in aten\.embedding\.default: index out of range"
+        InputError, match=r"^microbatch 11: the model fails in aten\.embedding\.default: IndexError: index out of range"
     ):
         reach(walker, sites_of(walker)[0])
 
@@ -494,7 +494,7 @@ def test_sites_and_reasons_are_those_of_the_graph() -> None:
     walker = walker_for(Attention(), texts((3, 7)))
     assert [site.name for site in sites_of(walker)] == ["qkv", "out", "head"]
     assert isinstance(sites_of(walker)[0], Site)
-    assert walker.notes == ()
+    assert walker.notes == []
     assert {parameter.name for parameter in walker.float_parameters} == {
         "table.weight", "qkv.bias", "out.bias", "head.bias"
     }  # fmt: skip

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from distributed_adaround.data.manifest import cut, owner, prove_coverage, take
 from distributed_adaround.formats import E2M1, E4M3, SCALE_FORMATS, FloatFormat
-from distributed_adaround.numerics.floats import decode, encode, nearest_values
-from distributed_adaround.numerics.grid import Grid
+from distributed_adaround.numerics.grid import Grid, decode, encode, nearest_values
 from distributed_adaround.numerics.moments import ExactSum
 
 CPU = torch.device("cpu")

@@ -11,8 +11,7 @@ from torch import Tensor
 from toy_formats import FLOAT32, layer_format
 
 from distributed_adaround.formats import E2M1, E4M3, SCALE_FORMATS
-from distributed_adaround.numerics.floats import decode, encode, nearest_values
-from distributed_adaround.numerics.grid import Grid
+from distributed_adaround.numerics.grid import Grid, decode, encode, nearest_values
 from distributed_adaround.numerics.ranges import choose_grid
 
 ELEMENTS = {"e4m3": E4M3, "e2m1": E2M1}
