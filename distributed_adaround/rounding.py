@@ -32,11 +32,8 @@ from distributed_adaround.spec.job import MethodSpec
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """Records of all quantized layers in the order of the walk, and the model's own output error.
-
-    output_error: squared error of the model's outputs over their squared values, on the calibration data; NaN where
-    the walk does not see the outputs.
-    """
+    """Records of all quantized layers in the order of the walk. output_error: squared error of the model's outputs over
+    their squared values, on the calibration data; NaN where the walk does not see the outputs."""
 
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
@@ -91,7 +88,17 @@ class NetworkRounder:
         if record is None:
             started = time.monotonic()
             result = self._solve(captured, planned, layer_format, solver, total)
-            figures = _figures(site, layer_format, name, result, time.monotonic() - started)
+            measured = {key: value for key, value in vars(result).items() if key not in ("codes", "grid", "shift")}
+            figures = LayerFigures(
+                name=site.name,
+                kind=site.module_class,
+                shape=site.geometry.weight_shape,
+                format=str(layer_format),
+                solver=name,
+                seconds=time.monotonic() - started,
+                note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
+                **measured,
+            )
             record = LayerRecord.of(figures, site.geometry, layer_format, result.codes, result.grid, result.shift)
             self.commits.commit(record)
         elif record.figures is not None:
@@ -108,15 +115,7 @@ class NetworkRounder:
     def _solve(
         self, captured: CapturedModel, planned: PlannedUnit, layer_format: LayerFormat, solver: Solver, total: int
     ) -> LayerResult:
-        """Learn one layer and check that all ranks found the same.
-
-        Args:
-            captured: the model.
-            planned: the layer.
-            layer_format: of its weight.
-            solver: of the layer.
-            total: microbatches of all ranks.
-        """
+        """Learn one layer and check that all ranks found the same. total: microbatches of all ranks."""
         site, rounding = planned.site, self.spec.rounding
         batches = captured.walker.reach(planned.unit)
         problem = make_problem(self.spec, captured.walker, site, layer_format, batches, total, captured.store)
@@ -139,24 +138,6 @@ class NetworkRounder:
             sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")
-
-
-def _figures(site: Site, layer_format: LayerFormat, solver: str, result: LayerResult, seconds: float) -> LayerFigures:
-    return LayerFigures(
-        name=site.name,
-        kind=site.module_class,
-        shape=site.geometry.weight_shape,
-        format=str(layer_format),
-        solver=solver,
-        nearest_error=result.nearest_error,
-        soft_error=result.soft_error,
-        hard_error=result.hard_error,
-        flipped=result.flipped,
-        unsettled=result.unsettled,
-        kept_nearest=result.kept_nearest,
-        seconds=seconds,
-        note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
-    )
 
 
 class LayerMonitor(Monitor):

@@ -1,4 +1,4 @@
-"""Solver `gptq`, the baseline: one pass over the inputs, each error made up for by the inputs still to come."""
+"""The baselines: `nearest`, and `gptq`, one pass in which the inputs still to come make up for each error."""
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -8,6 +8,19 @@ from distributed_adaround.runtime.comm import Comm, agreed
 from distributed_adaround.solve.by_channel import ChannelProblem, ChannelSolution, solve_by_channel
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 from distributed_adaround.spec.rounding import RoundingSpec
+
+
+class NearestSolver:
+    """Every weight to the nearest value of its grid. Looks at no data."""
+
+    needs_moments = False
+    num_steps = 0
+
+    def __init__(self, settings: RoundingSpec) -> None:
+        pass
+
+    def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
+        return Solution(codes=problem.grid.quantize(problem.weight))
 
 
 class GptqSolver:
@@ -32,11 +45,7 @@ class GptqSolver:
 
 
 def layer_factors(problem: LayerProblem, damping: float) -> GptqFactors:
-    """The factors of a layer's second moment.
-
-    Raises:
-        InputError: it is singular at this damping.
-    """
+    """The factors of a layer's second moment. Raises InputError when it is singular at this damping."""
     assert problem.quadratic is not None, "the layer's quadratic is taken before"
     try:
         return GptqFactors.of(problem.quadratic.second, damping)

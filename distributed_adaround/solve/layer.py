@@ -19,10 +19,8 @@ from distributed_adaround.solve.restore import restore_outputs
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Codes `(G, R, J)` of a layer on `grid`, and how well they do.
-
-    Errors are relative to the energy of the float outputs. shift: `(O,)`, what is added to the layer's bias, or None.
-    """
+    """Codes `(G, R, J)` of a layer on `grid`; shift: `(O,)`, what is added to its bias, or None; the rest as in
+    LayerFigures."""
 
     codes: Tensor
     grid: Grid
@@ -48,8 +46,7 @@ def round_layer(
 
     Args:
         problem: of the layer, with its quadratic where there are moments.
-        solver: the one to use.
-        comm: of all ranks.
+        solver, comm: the solver, and all ranks.
         monitor: for progress, stops and saved states.
         moments: of the layer's input, where they were taken.
         polishes: whether to polish the solver's codes, where no activation is in the loss.
@@ -94,36 +91,27 @@ def _compare(
     comm: Comm,
 ) -> tuple[float, OutputErrors]:
     """Squared error of nearest rounding, and the errors of the solution (hard, and soft where it has that), on all
-    data.
+    data. A collective.
 
-    A collective. The data are passed once more at most, and nearest rounding is not among the candidates where its
-    error is known or follows from moments of all rows.
-
-    Args:
-        problem: of the layer.
-        solution: to compare.
-        grid: with restored scales.
-        shift: `(O,)`, of the outputs, or None.
-        moments: of the layer's input, where they were taken.
-        comm: of all ranks.
+    The data are passed once more at most, and nearest rounding is not among the candidates where its error is known or
+    follows from moments of all rows. grid, shift: as restored.
     """
-    if solution.nearest is not None and solution.errors is not None:
-        return float(solution.nearest.error[0].sum()), solution.errors
+    measured = None if solution.nearest is None else float(solution.nearest.error[0].sum())
+    if measured is not None and solution.errors is not None:
+        return measured, solution.errors
     hard = grid.dequantize(solution.codes)
     nearest = problem.grid.dequantize(problem.grid.quantize(problem.weight))
     candidates = [hard] if solution.soft_weight is None else [hard, solution.soft_weight]
-    known = solution.nearest is not None or (shift is None and torch.equal(hard, nearest))
-    in_closed_form = (
-        moments is not None and moments.every_row and problem.quadratic is not None and problem.asymmetry < 1
-    )
-    if not (known or in_closed_form):
+    known = measured is not None or (shift is None and torch.equal(hard, nearest))
+    if moments is not None and not (moments.every_row and problem.quadratic is not None and problem.asymmetry < 1):
+        moments = None  # nothing in closed form
+    if not known and moments is None:
         candidates.append(nearest)
     solved = output_errors(problem, candidates, comm, shift)
-    if solution.nearest is not None:
-        return float(solution.nearest.error[0].sum()), solved
-    if known or not in_closed_form:
+    if measured is not None:
+        return measured, solved
+    if known or moments is None:
         return float(solved.error[0 if known else -1].sum()), solved
-    assert moments is not None
     by_channel = moments.error_sums(nearest - problem.weight, problem.weight, problem.asymmetry).flatten()
     if problem.transform.scale is not None:
         by_channel *= problem.transform.scale.double().square()

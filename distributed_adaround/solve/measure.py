@@ -17,8 +17,7 @@ from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import ExactSum, Moments, SymmetricSum
 from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
 from distributed_adaround.runtime.comm import Comm
-from distributed_adaround.solve.evaluate import channel_sums
-from distributed_adaround.solve.finite import non_finite_error
+from distributed_adaround.solve.evaluate import channel_sums, non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
 

@@ -20,25 +20,23 @@ from distributed_adaround.spec.rounding import RoundingSpec
 class Monitor:
     """What a solver tells its caller now and then, and asks. This one keeps nothing and never asks to stop.
 
-    on_step: called with (step, loss), every 100 steps or so, since reading a loss waits for the device.
+    on_step: called with (steps done, loss), every 100 steps or so, since reading a loss waits for the device.
+    stop_requested: of this process. save_due: whether it is time to save the solver's state.
     """
 
     def __init__(self, on_step: Callable[[int, float], None] | None = None) -> None:
         self._on_step = on_step
 
     def step(self, step: int, loss: float) -> None:
-        """`step` steps are done."""
         if self._on_step is not None:
             self._on_step(step, loss)
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this process was asked to stop."""
         return False
 
     @property
     def save_due(self) -> bool:
-        """Whether it is time to save the solver's state."""
         return False
 
     def save(self, key: str, state: Mapping[str, Tensor]) -> None:
@@ -127,11 +125,8 @@ class OutputErrors:
 @dataclass(frozen=True)
 class Solution:
     """Hard codes `(G, R, J)` of `grid` (None: the problem's own); where learned, the soft weight `(G, R, J)` at the end
-    and the share of weights not settled.
-
-    nearest, errors: where the solver has measured them on all data, the errors of nearest rounding, and of the hard and
-    the soft weight.
-    """
+    and the share of weights not settled; where measured on all data, the errors of nearest rounding (nearest), and of
+    the hard and the soft weight (errors)."""
 
     codes: Tensor
     grid: Grid | None = None
@@ -144,7 +139,8 @@ class Solution:
 class Solver(Protocol):
     """One way to round a layer; made from the section `rounding` of a job, as it is.
 
-    needs_moments: whether it works on the layer's quadratic.
+    needs_moments: whether it works on the layer's quadratic. num_steps: steps or sweeps that a layer takes; 0: the
+    solver goes through it once.
     """
 
     needs_moments: bool
@@ -152,8 +148,7 @@ class Solver(Protocol):
     def __init__(self, settings: RoundingSpec) -> None: ...
 
     @property
-    def num_steps(self) -> int:
-        """Steps or sweeps that a layer takes; 0: the solver goes through it once."""
+    def num_steps(self) -> int: ...
 
     def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
         """Round one layer, on all ranks together.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,8 @@ from distributed_adaround.formats import SCALE_FORMATS, FloatFormat, LayerFormat
 from distributed_adaround.numerics.grid import Grid, decode, encode, round_scale
 from distributed_adaround.numerics.layers import LayerGeometry
 
-FORMAT_KEYS = frozenset(
-    {
-        "dtype",
-        "qscheme",
-        "group_size",
-        "quant_min",
-        "quant_max",
-        "element_format",
-        "scale_format",
-        "tensor_scale",
-        "groups",
-        "transposed",
-    }
-)
+_CODE_KEYS = frozenset({"dtype", "qscheme", "group_size", "quant_min", "quant_max", "element_format"})
+FORMAT_KEYS = _CODE_KEYS | {"scale_format", "tensor_scale", "groups", "transposed"}
 
 
 @dataclass(frozen=True)
@@ -71,9 +60,7 @@ class LayerFigures:
 
     def to_dict(self) -> dict[str, object]:
         """JSON values with `sqnr_db`; a figure that is not finite becomes None."""
-        values = jsontext.json_safe({**asdict(self), "sqnr_db": self.sqnr_db})
-        assert isinstance(values, dict)
-        return values
+        return {key: jsontext.json_safe(value) for key, value in {**asdict(self), "sqnr_db": self.sqnr_db}.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> LayerFigures:
@@ -85,9 +72,7 @@ class LayerFigures:
             raise InputError(f"the report of layer {values.get('name')} lacks or has unknown fields: {wrong}; redo it")
         floats = {field.name for field in fields(cls) if field.type == "float"}
         given |= {key: math.nan for key in floats if given[key] is None}
-        shape = given["shape"]
-        assert isinstance(shape, Sequence)
-        given["shape"] = tuple(shape)
+        given["shape"] = tuple(given["shape"])  # type: ignore[arg-type]
         return cls(**given)  # type: ignore[arg-type]
 
 
@@ -123,21 +108,12 @@ class LayerRecord:
         grid: Grid,
         shift: Tensor | None,
     ) -> LayerRecord:
-        """The record of a solved layer, on the host.
-
-        Args:
-            figures: of the layer.
-            geometry: of the layer.
-            layer_format: of its weight.
-            codes: `(G, R, J)` of the grid.
-            grid: with its scales.
-            shift: `(O,)` or None.
-        """
+        """The record of a solved layer, on the host. codes: `(G, R, J)` of the grid; shift: `(O,)` or None."""
         number, scales = layer_format.number, layer_format.scale
         grid = grid.to(torch.float32, torch.device("cpu"))
         shape = {"tensor": (), "channel": (-1,), "group": (geometry.out_channels, -1)}[layer_format.strategy]
         codes = geometry.from_channels(codes).cpu()
-        integers = number.element is None
+        whole = number.element is None
         return cls(
             name=figures.name,
             codes=codes.to(getattr(torch, number.storage)) if number.element is None else encode(codes, number.element),
@@ -147,8 +123,8 @@ class LayerRecord:
                 "dtype": number.name,
                 "qscheme": layer_format.qscheme,
                 "group_size": layer_format.group_size,
-                "quant_min": layer_format.quant_min if integers else None,
-                "quant_max": layer_format.quant_max if integers else None,
+                "quant_min": layer_format.quant_min if whole else None,
+                "quant_max": layer_format.quant_max if whole else None,
                 "element_format": None if number.element is None else number.element.name,
                 "scale_format": scales.name,
                 "tensor_scale": None if grid.tensor_scale is None else grid.tensor_scale.item(),
@@ -174,11 +150,11 @@ class LayerRecord:
         names = ["groups"] if element is not None else ["quant_min", "quant_max", "groups"]
         if not all(isinstance(self.format[name], int) for name in names) or type(self.format["transposed"]) is not bool:
             return f"format {self.format} has a value of the wrong type"
-        return (
-            self._scale_problem(scales)
-            or self._shift_problem()
-            or (self._integer_problem() if element is None else self._float_problem(element))
-        )
+        shift, shape = self.shift, (self.geometry.out_channels,)
+        if shift is not None and (shift.dtype != torch.float32 or shift.shape != shape):
+            return f"shift is {shift.dtype} of shape {tuple(shift.shape)}, not one float32 for each output"
+        check_codes = self._integer_problem if element is None else partial(self._float_problem, element)
+        return self._scale_problem(scales) or check_codes()
 
     def _scale_problem(self, scales: ScaleFormat) -> str | None:
         dtype = getattr(torch, scales.storage)
@@ -201,22 +177,14 @@ class LayerRecord:
             return f"a scale is not of the format {scales.name}"
         return None
 
-    def _shift_problem(self) -> str | None:
-        shift = self.shift
-        if shift is not None and (shift.dtype != torch.float32 or shift.shape != (self.geometry.out_channels,)):
-            return f"shift is {shift.dtype} of shape {tuple(shift.shape)}, not one float32 for each output"
-        return None
-
     def _integer_problem(self) -> str | None:
         if self.codes.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32):
             return f"codes are {self.codes.dtype}, not whole numbers"
         low, high = (int(code) for code in self.codes.aminmax())
         least, most = self.format["quant_min"], self.format["quant_max"]
-        return (
-            None
-            if least <= low and high <= most
-            else f"codes reach from {low} to {high}, allowed are {least} to {most}"
-        )
+        if least <= low and high <= most:
+            return None
+        return f"codes reach from {low} to {high}, allowed are {least} to {most}"
 
     def _float_problem(self, element: FloatFormat) -> str | None:
         if bool(self.zero_point.any()):
@@ -235,25 +203,20 @@ class LayerRecord:
         )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight in torch's shape: `(codes - zero_point) * scale` in float32, of float formats the value of each
-        code times the scale, then cast to dtype.
-
-        The one definition of what a committed layer weighs; on the device of the scale.
-        """
+        """The one definition of what a committed layer weighs, in torch's shape: `(codes - zero_point) * scale` in
+        float32, of float formats the value of each code times the scale, then cast to dtype."""
         element = small_float(self.format["element_format"])
         codes = self.codes if element is None else decode(self.codes, element)
         return self.geometry.from_channels(self._grid.dequantize(self.geometry.to_channels(codes))).to(dtype)
 
     @property
     def _grid(self) -> Grid:
-        groups = self.format["groups"] if self.scale.dim() else 1
-        shape = (groups, self.scale.shape[0] // groups, -1) if self.scale.dim() else (1, 1, 1)
+        own, groups = self.scale.dim() > 0, self.format["groups"]
+        shape = (groups, self.scale.shape[0] // groups, -1) if own else (1, 1, 1)
         scale, zero_point = (part.float().reshape(shape) for part in (self.scale, self.zero_point))
         scales, element = SCALE_FORMATS[self.format["scale_format"]], small_float(self.format["element_format"])
-        own = self.scale.dim() > 0
         if element is None:
-            least, most = self.format["quant_min"], self.format["quant_max"]
-            return Grid(scale, zero_point, least, most, scales, per_channel=own)
+            return Grid(scale, zero_point, self.format["quant_min"], self.format["quant_max"], scales, per_channel=own)
         values = torch.tensor(element.values, device=scale.device)
         factor = self.format["tensor_scale"]
         tensor_scale = None if factor is None else torch.full((1, 1, 1), factor, device=scale.device)

@@ -12,7 +12,7 @@ SOLVERS: dict[str, str] = {
     "minibatch": "distributed_adaround.solve.adaround:MinibatchSolver",
     "gram": "distributed_adaround.solve.gram:GramSolver",
     "gptq": "distributed_adaround.solve.gptq:GptqSolver",
-    "nearest": "distributed_adaround.solve.nearest:NearestSolver",
+    "nearest": "distributed_adaround.solve.gptq:NearestSolver",
 }
 
 Exponent = Annotated[float, Field(gt=1)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve.finite import non_finite_error
+from distributed_adaround.solve.evaluate import non_finite_error
 
 
 def told(problem: Any) -> str:
