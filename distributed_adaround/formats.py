@@ -66,11 +66,8 @@ class ScaleFormat:
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """What a weight may be. name: in results, the same for all its aliases. element: of floats; None: integers.
-
-    scale: name of the scale format; one that is not float32 is part of the format. block_size: inputs that share a
-    scale, where the format fixes it.
-    """
+    """What a weight may be. element: of floats; None: integers. name: in results, the same for all its aliases. scale:
+    one that is not float32 is part of the format. block_size: inputs that share a scale, where the format fixes it."""
 
     name: str
     bits: int
@@ -138,11 +135,10 @@ def small_float(name: str | None) -> FloatFormat | None:
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """The grid of one layer's weight, everything resolved.
+    """The grid of one layer's weight, everything resolved; quant_min, quant_max: smallest and largest code.
 
     strategy: how many weights share a scale: all (tensor), those of an output channel (channel), or `group_size`
-    consecutive inputs of one output channel (group). quant_min, quant_max: smallest and largest code. scale: what the
-    scales may be.
+    consecutive inputs of one output channel (group).
     """
 
     number: NumberFormat

@@ -27,11 +27,7 @@ class _Kept:
 
 
 class ActivationStore:
-    """Budgeted memory for one rank's activations.
-
-    device_budget, host_budget: bytes. On the CPU device and host are one, and only host_budget counts.
-    spill_dir: folder for files (default: the system's temporary folder).
-    """
+    """Budgeted memory for one rank's activations. On the CPU device and host are one, and only host_budget counts."""
 
     def __init__(
         self, device: torch.device, *, device_budget: int, host_budget: int, spill_dir: str | None = None
@@ -53,11 +49,7 @@ class ActivationStore:
         return self.empty(tuple(tensor.shape), tensor.dtype, on_device=False).copy_(tensor)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, on_device: bool = True) -> Tensor:
-        """An uninitialised tensor in the first tier that has room for it.
-
-        Raises:
-            OutputError: the disk has no room either.
-        """
+        """An uninitialised tensor in the first tier that has room; raises OutputError when the disk has none either."""
         size = math.prod(shape) * dtype.itemsize
         if on_device and self._used["device"] + size <= self._budget["device"]:
             tensor, tier = torch.empty(shape, dtype=dtype, device=self.device), "device"

@@ -199,10 +199,8 @@ class ReplayWalker:
         if missed:
             self.notes.append(f"{site.name}: does not run in {missed} of this rank's {total} microbatches, left out")
         if strayed:
-            self.notes.append(
-                f"{site.name}: the quantized model takes another path than the float model in {strayed} of this rank's "
-                f"{total} microbatches; there the float input is used"
-            )
+            where = f"{strayed} of this rank's {total} microbatches; there the float input is used"
+            self.notes.append(f"{site.name}: the quantized model takes another path than the float model in {where}")
         if missed or strayed:
             logger.info("%s", self.notes[-1])
 

@@ -80,9 +80,8 @@ class FloatParameter:
 class Batch:
     """What both streams hold at a unit for one microbatch.
 
-    index: of the microbatch, the same on any number of ranks. x_hat: the input, from the quantized prefix. x: the float
-    input. y: the float layer's output `W x + b`, before batch norm and activation. mask: `(N, T)`, nonzero where a
-    token counts, or None. size: samples.
+    index: the same on any number of ranks. x_hat: the input, from the quantized prefix. x: the float input. y: `W x +
+    b`, before batch norm and activation. mask: `(N, T)`, nonzero where a token counts, or None. size: samples.
     """
 
     index: int
@@ -119,8 +118,8 @@ class Walker(Protocol):
         """Advance both streams up to the unit's inputs, the float stream also through the unit."""
 
     def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors (weights, biases) into the model under their names, and let the quantized stream pass the unit.
-        `reach` may be left out before it, where nothing is to be learned."""
+        """Put tensors (weights, biases) into the model by name, and let the quantized stream pass the unit. `reach` may
+        be left out before it, where nothing is to be learned."""
 
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Run the rest of the model: (microbatch index, float output, quantized output), for each output of real

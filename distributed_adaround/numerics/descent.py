@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.numerics.grid import Grid, GridRun
-from distributed_adaround.numerics.moments import Quadratic, permuted
+from distributed_adaround.numerics.moments import Quadratic, inputs_first, outputs_first, permuted
 
 # Inputs whose gradient is kept up to date inside a sweep; the others are updated once for all of them.
 _FRONT = 128
@@ -40,22 +40,15 @@ class _Block(NamedTuple):
 
 
 class Descent:
-    """State of the descent of some channels.
-
-    levels: weights over scales, `(G, J, R)`, inputs in the order of the descent. Scales are refitted in place.
-    """
+    """State of the descent of some channels: `levels`, weights over scales, `(G, J, R)` in the order of the descent,
+    and their scales, which are refitted in place."""
 
     def __init__(
         self, quadratic: Quadratic, grid: Grid, levels: Tensor | None = None, *, block: int, steps: int
     ) -> None:
-        """Begin at the float weights, or at levels.
+        """Begin at levels `(G, R, J)`, in the weight's order, or at the float weights.
 
-        Args:
-            quadratic: of the channels.
-            grid: of the channels; it stays as it is.
-            levels: `(G, R, J)` to start from, in the weight's order; None: the float weights.
-            block: inputs visited at once.
-            steps: proximal steps in each block.
+        grid: stays as it is. block: inputs visited at once. steps: proximal steps in each block.
         """
         self._grid, self._steps = grid, steps
         self._runs = grid.runs()
@@ -63,13 +56,13 @@ class Descent:
         self._order = _order(diagonal, len(self._runs), block)
         self._second = permuted(quadratic.second, self._order)
         self._diagonal = diagonal.gather(1, self._order)
-        self._weight = self._inputs_first(quadratic.weight)
-        self._linear = None if quadratic.linear is None else self._inputs_first(quadratic.linear)
+        self._weight = inputs_first(quadratic.weight, self._order)
+        self._linear = None if quadratic.linear is None else inputs_first(quadratic.linear, self._order)
         # A W + P, so that A Ŵ = gradient + this.
         self._aim = torch.bmm(self._second, self._weight)
         if self._linear is not None:
             self._aim += self._linear
-        self.levels = torch.empty_like(self._weight) if levels is None else self._inputs_first(levels)
+        self.levels = torch.empty_like(self._weight) if levels is None else inputs_first(levels, self._order)
         for start, stop, run in self._each_run() if levels is None else ():
             wanted = self._weight[:, start:stop] / run.scale
             self.levels[:, start:stop] = torch.minimum(torch.maximum(wanted, run.low), run.high)
@@ -194,7 +187,7 @@ class Descent:
 
     def codes(self) -> Tensor:
         """Codes `(G, R, J)` of levels that have settled, in the weight's order."""
-        return self._grid.codes(self._outputs_first(self.levels))
+        return self._grid.codes(outputs_first(self.levels, self._order))
 
     def _weights(self) -> Tensor:
         """Weights `(G, J, R)` of the present levels, in the order of the descent."""
@@ -202,13 +195,6 @@ class Descent:
         groups, inputs, channels = self.levels.shape
         by_run = self.levels.view(groups, len(self._runs), -1, channels)
         return (by_run * scale).view(groups, inputs, channels)
-
-    def _inputs_first(self, values: Tensor) -> Tensor:
-        return values.transpose(1, 2).gather(1, self._order[:, :, None].expand(-1, -1, values.shape[1]))
-
-    def _outputs_first(self, values: Tensor) -> Tensor:
-        place = self._order[:, :, None].expand_as(values)
-        return torch.empty_like(values).scatter_(1, place, values).transpose(1, 2)
 
 
 def _piles(count: int, size: int) -> list[range]:

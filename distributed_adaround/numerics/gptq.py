@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.numerics.grid import Grid
-from distributed_adaround.numerics.moments import Quadratic, permuted
+from distributed_adaround.numerics.moments import Quadratic, inputs_first, outputs_first, permuted
 
 _FRONT = 128
 
@@ -35,8 +35,7 @@ class GptqFactors:
     def of(cls, second: Tensor, damping: float) -> GptqFactors:
         """Factors of A `(G, J, J)`. damping: share of the mean of A's diagonal that is added to it.
 
-        Raises:
-            torch.linalg.LinAlgError: A is singular all the same.
+        Raises torch.linalg.LinAlgError when A is singular all the same.
         """
         dtype = second.dtype
         # Nearly singular moments need the longer numbers.
@@ -56,16 +55,13 @@ class GptqFactors:
 
 
 def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor:
-    """Codes `(G, R, J)`. With a linear part P the float weight first moves to the least squares solution `W + P
-    A^-1`."""
+    """Codes `(G, R, J)`. With a linear part P the float weight first moves to the least squares solution W + P A^-1."""
     order = factors.order
-    place = order[:, :, None].expand(-1, -1, quadratic.weight.shape[1])
-    left = quadratic.weight.transpose(1, 2).gather(1, place)
+    left = inputs_first(quadratic.weight, order)
     if quadratic.linear is not None:
-        linear = quadratic.linear.transpose(1, 2).gather(1, place).double()
+        linear = inputs_first(quadratic.linear, order).double()
         left += torch.cholesky_solve(linear, factors.lower).to(left.dtype)
-    levels = _round_in_order(left, factors.spread, grid, order)
-    return grid.codes(torch.empty_like(levels).scatter_(1, place, levels).transpose(1, 2))
+    return grid.codes(outputs_first(_round_in_order(left, factors.spread, grid, order), order))
 
 
 def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, order: Tensor) -> Tensor:

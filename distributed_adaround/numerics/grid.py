@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,11 @@ _TINY = torch.finfo(torch.float32).tiny
 class Grid:
     """Scales and zero points of a weight `(G, R, J)`.
 
-    scale, zero_point: floating point, `(G, R, n)`, or `(1, 1, 1)` for the whole tensor. qmin, qmax: smallest and
-    largest code. scale_format: what a scale may be. values: `(V,)`, the representable values in ascending order; codes
-    are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None: integers. tensor_scale: `(1, 1, 1)`, the
-    factor of the whole tensor where the scale format has one; `scale` holds it already. per_channel: channels have
-    scales of their own, which can be refitted; else there is one for the whole tensor. One channel's part of a grid
-    looks the same either way.
+    scale, zero_point: floating point, `(G, R, n)`, or `(1, 1, 1)` for the whole tensor. qmin, qmax: ends of the codes.
+    values: `(V,)`, ascending; codes are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None:
+    integers. tensor_scale: `(1, 1, 1)`, the factor of the whole tensor where the scale format has one; `scale` holds it
+    already. per_channel: channels have scales of their own, which can be refitted; one channel's part of a grid looks
+    the same either way.
     """
 
     scale: Tensor
@@ -54,13 +54,9 @@ class Grid:
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Grid:
         """The same grid in another floating dtype or on another device."""
-        return replace(
-            self,
-            scale=self.scale.to(device, dtype),
-            zero_point=self.zero_point.to(device, dtype),
-            values=None if self.values is None else self.values.to(device, dtype),
-            tensor_scale=None if self.tensor_scale is None else self.tensor_scale.to(device, dtype),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
     def part(self, place: tuple[slice, slice]) -> Grid:
         """The part of some conv groups and of some out channels in each of them."""
@@ -69,11 +65,8 @@ class Grid:
         return replace(self, scale=self.scale[place], zero_point=self.zero_point[place])
 
     def quantize(self, weight: Tensor) -> Tensor:
-        """Nearest codes `(G, R, J)` of a weight `(G, R, J)`.
-
-        Ties go to the even integer; of a float format, to the value whose last bit is 0, as IEEE 754 rounds. Weights
-        beyond the ends take the end.
-        """
+        """Nearest codes `(G, R, J)` of a weight; beyond the ends the end. Ties go to the even integer; of a float
+        format, to the value whose last bit is 0, as IEEE 754 rounds."""
         steps = weight / _of_inputs(self.scale, weight)
         if self.values is not None:
             return torch.bucketize(steps.to(self.values.dtype), _boundaries(self.values)).to(self.scale.dtype)
@@ -149,8 +142,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class GridRun:
-    """A run of inputs that share scales, with the inputs first. scale: `(G, 1, R)`; low, high: smallest and largest
-    level."""
+    """A run of inputs that share scales `(G, 1, R)`, with the inputs first; low, high: ends of its levels."""
 
     scale: Tensor
     low: Tensor
@@ -175,10 +167,8 @@ class GridRun:
         width = hi - lo
         fraction = ((levels - lo) / torch.where(width > 0, width, 1.0)).clamp_(0, 1)
         if softness < 1:
-            soft = fraction.sub_(softness / 2).div_(1 - softness).clamp_(0, 1)
-        else:
-            soft = (fraction > 0.5).to(levels.dtype)
-        return lo + soft * width
+            return lo + fraction.sub_(softness / 2).div_(1 - softness).clamp_(0, 1) * width
+        return lo + (fraction > 0.5).to(levels.dtype) * width
 
 
 def round_scale(scale: Tensor, scale_format: ScaleFormat, tensor_scale: Tensor | None = None) -> Tensor:

@@ -16,21 +16,18 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
+# By the number of spatial dimensions.
+_Functions = dict[int, Callable[..., Tensor]]
+_CONV: _Functions = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE: _Functions = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
     """Shape and strides of one layer; `stride` and the rest have one entry per spatial dimension, none for Linear.
 
-    `weight_shape` is the shape the parameter has in torch: `(O, I)` for Linear, `(O, C_in/G, *kernel)` for a
-    convolution, `(C_in, O/G, *kernel)` for a transposed one. `padding` holds (before, after) per spatial dimension;
-    for a transposed convolution both entries equal torch's `padding`.
+    weight_shape: the parameter's in torch, `(O, I)` for Linear, `(O, C_in/G, *kernel)` for a convolution, `(C_in, O/G,
+    *kernel)` for a transposed one. padding: (before, after); of a transposed convolution both are torch's `padding`.
     """
 
     weight_shape: tuple[int, ...]

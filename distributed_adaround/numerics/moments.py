@@ -19,7 +19,7 @@ bits for every order and every number of ranks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ class ExactSum:
         self.total = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, part: Tensor) -> None:
-        """Add one part, of the sum's shape."""
         self.total += (part.to(torch.float64) / self._unit).round_().to(torch.int64)
 
     def mean(self, count: int) -> Tensor:
@@ -57,10 +56,9 @@ class ExactSum:
 
 class SymmetricSum:
     """Sum of products `xᵀ x` of x `(G, rows, J)`: their upper triangle only, in panels of columns. Two thirds of the
-    work of the whole square, and little more than half of its memory."""
+    work of the whole square, and little more than half of its memory. bound: as of ExactSum."""
 
     def __init__(self, groups: int, size: int, bound: float, device: torch.device) -> None:
-        """bound: as of ExactSum."""
         self._shape = (groups, size, size)
         self._panels: list[tuple[slice, ExactSum]] = []
         for start in range(0, size, _PANEL):
@@ -69,13 +67,12 @@ class SymmetricSum:
             self._panels.append((columns, ExactSum(shape, bound, device)))
 
     def add(self, x: Tensor) -> None:
-        """Add the product of some rows, float32 or float64."""
         for columns, panel in self._panels:
             panel.add(x[:, :, : columns.stop].transpose(1, 2) @ x[:, :, columns])
 
     @property
     def totals(self) -> list[Tensor]:
-        """What to add to those of other ranks."""
+        """To add to those of other ranks."""
         return [panel.total for _, panel in self._panels]
 
     def mean(self, count: int) -> Tensor:
@@ -106,20 +103,14 @@ class Moments:
     def reordered(self, index: Tensor) -> Moments:
         """The same with the inputs in another order. index: int64 `(J,)`."""
         pairs = (slice(None), index[:, None], index)
-        return Moments(
-            self.second[pairs],
-            self.mean[:, index],
-            None if self.cross is None else self.cross[pairs],
-            None if self.cross_mean is None else self.cross_mean[:, index],
-            self.num_rows,
-            self.every_row,
-        )
+        moved = replace(self, second=self.second[pairs], mean=self.mean[:, index])
+        if self.cross is None or self.cross_mean is None:
+            return moved
+        return replace(moved, cross=self.cross[pairs], cross_mean=self.cross_mean[:, index])
 
     def error_sums(self, difference: Tensor, weight: Tensor, asymmetry: float) -> Tensor:
-        """Squared output error of each channel, `(G, R)` float64, without its constant `sum ||α W (x - x̂)||²`.
-
-        Summed over the rows of the moments; without a correction of the bias. difference: D, weight: W, `(G, R, J)`.
-        """
+        """Squared output error of each channel, `(G, R)` float64, without its constant `sum ||α W (x - x̂)||²` and
+        without a correction of the bias, over the rows of the moments. difference: D, weight: W, `(G, R, J)`."""
         difference = difference.double()
         by_weight = torch.bmm(difference, self.second)
         if self.cross is not None and asymmetry:
@@ -178,3 +169,13 @@ def permuted(second: Tensor, order: Tensor) -> Tensor:
     """A `(G, J, J)` with rows and columns in the order of inputs, int64 `(G, J)`."""
     rows = second.gather(1, order[:, :, None].expand_as(second))
     return rows.gather(2, order[:, None, :].expand_as(second))
+
+
+def inputs_first(values: Tensor, order: Tensor) -> Tensor:
+    """`(G, R, J)` to `(G, J, R)` with the inputs in that order."""
+    return values.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, values.shape[1]))
+
+
+def outputs_first(values: Tensor, order: Tensor) -> Tensor:
+    """Inverse of `inputs_first`."""
+    return torch.empty_like(values).scatter_(1, order[:, :, None].expand_as(values), values).transpose(1, 2)

@@ -39,11 +39,18 @@ def _padding(geometry: LayerGeometry) -> tuple[tuple[int, int], ...]:
     """(before, after) of each spatial dimension, for the ordinary convolution that the layer is or amounts to."""
     if not geometry.transposed:
         return geometry.padding
-    reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
-    return tuple(
-        (r - before, r - after + extra)
-        for r, (before, after), extra in zip(reach, geometry.padding, geometry.output_padding, strict=True)
-    )
+    parts = zip(_reach(geometry), geometry.padding, geometry.output_padding, strict=True)
+    return tuple((reach - before, reach - after + extra) for reach, (before, after), extra in parts)
+
+
+def _reach(geometry: LayerGeometry) -> list[int]:
+    """Distance from the first to the last kernel position along each dimension."""
+    return [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
+
+
+def _stride(geometry: LayerGeometry) -> tuple[int, ...]:
+    """Of the ordinary convolution."""
+    return (1,) * len(geometry.stride) if geometry.transposed else geometry.stride
 
 
 def _spread_size(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,10 +68,9 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def unfolded_pieces(x: Tensor, geometry: LayerGeometry, first: int = 0, every: int = 1) -> Iterator[Tensor]:
-    """Inputs of all rows of a layer, `(G, rows, J)` in the order of `gather_rows`, a piece at a time.
+    """Inputs of the rows first, first + every, ... of a layer, `(G, rows, J)` as `gather_rows` has them, by pieces.
 
-    x: `(N, C, *L)` of a convolution, `(..., I)` of a Linear layer. first, every: only the rows first, first + every and
-    so on. Besides one piece only the padded input is ever copied.
+    x: `(N, C, *L)` of a convolution, `(..., I)` of a Linear layer. Besides one piece only the padded input is copied.
     """
     inputs = geometry.inputs_per_output
     if not geometry.num_spatial_dims:
@@ -82,16 +88,14 @@ def unfolded_pieces(x: Tensor, geometry: LayerGeometry, first: int = 0, every: i
 
 
 def _output_size(padded_size: tuple[int, ...], geometry: LayerGeometry) -> tuple[int, ...]:
-    stride = (1,) * len(padded_size) if geometry.transposed else geometry.stride
-    reach = [d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel_size, strict=True)]
-    return tuple((length - r - 1) // s + 1 for length, r, s in zip(padded_size, reach, stride, strict=True))
+    parts = zip(padded_size, _reach(geometry), _stride(geometry), strict=True)
+    return tuple((length - reach - 1) // stride + 1 for length, reach, stride in parts)
 
 
 def row_positions(padded_size: tuple[int, ...], output_size: tuple[int, ...], geometry: LayerGeometry) -> Tensor:
     """First position of every output pixel of one sample inside its padded input; int64 `(prod(output_size),)`."""
-    stride = (1,) * len(padded_size) if geometry.transposed else geometry.stride
     positions = torch.zeros(1, dtype=torch.int64)
-    for length, step, pitch in zip(output_size, stride, _pitches(padded_size), strict=True):
+    for length, step, pitch in zip(output_size, _stride(geometry), _pitches(padded_size), strict=True):
         positions = (positions[:, None] + torch.arange(length) * (step * pitch)).flatten()
     return positions
 
@@ -123,15 +127,13 @@ def gather_rows(features: Tensor, positions: Tensor, geometry: LayerGeometry) ->
 
 def to_patch_layout(weight: Tensor, geometry: LayerGeometry) -> Tensor:
     """`(G, R, J)` in torch's order (C/G, K) to the order of `gather_rows` (K, C/G)."""
-    kernel = math.prod(geometry.kernel_size)
-    split = weight.reshape(*weight.shape[:2], -1, kernel)
+    split = weight.reshape(*weight.shape[:2], -1, math.prod(geometry.kernel_size))
     return split.transpose(2, 3).reshape(weight.shape).contiguous()
 
 
 def from_patch_layout(patches: Tensor, geometry: LayerGeometry) -> Tensor:
     """Inverse of `to_patch_layout`."""
-    kernel = math.prod(geometry.kernel_size)
-    split = patches.reshape(*patches.shape[:2], kernel, -1)
+    split = patches.reshape(*patches.shape[:2], math.prod(geometry.kernel_size), -1)
     return split.transpose(2, 3).reshape(patches.shape)
 
 

@@ -31,22 +31,21 @@ SETTLED = 0.01
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """h(alpha) in 0..1, of alpha's shape (eq. 23)."""
-    return torch.sigmoid(alpha).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0.0, 1.0)
+    return torch.sigmoid(alpha).mul_(_WIDTH).add_(GAMMA).clamp_(0.0, 1.0)
 
 
 def initial_alpha(weight: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """alpha with `lo + h(alpha) (hi - lo) == weight`; finite also where the weight lies beyond lo..hi or lo == hi."""
     width = hi - lo
     fraction = ((weight - lo) / torch.where(width > 0, width, 1.0)).clamp(0.0, 1.0)
-    return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
+    return -torch.log(_WIDTH / (fraction - GAMMA) - 1)
 
 
 @dataclass(frozen=True)
 class RoundingSchedule:
-    """beta and the regularizer's weight as functions of (step, num_steps) and nothing else.
+    """beta and the regularizer's weight, functions of the step alone. num_steps is the bound of the loop itself.
 
-    num_steps is the bound of the loop itself. During the first `warm_start` share of the steps the regularizer is
-    off; then beta falls from beta_start to beta_end by half a cosine.
+    During the first `warm_start` share of the steps the regularizer is off; then beta falls by half a cosine.
     """
 
     num_steps: int
@@ -62,9 +61,8 @@ class RoundingSchedule:
     def beta(self, step: int) -> float:
         """Exponent of the regularizer at step 0 .. num_steps - 1."""
         after_warm_up = max(0.0, step - self._warm_steps) / max(1.0, self.num_steps - 1 - self._warm_steps)
-        return self.beta_end + (self.beta_start - self.beta_end) * 0.5 * (
-            1 + math.cos(math.pi * min(1.0, after_warm_up))
-        )
+        cosine = math.cos(math.pi * min(1.0, after_warm_up))
+        return self.beta_end + (self.beta_start - self.beta_end) * 0.5 * (1 + cosine)
 
     def weight(self, step: int) -> float:
         """lambda at this step: 0 during the warm-up."""
@@ -91,17 +89,14 @@ def _one_minus_2h(sigmoid: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class OutputTransform:
-    """What follows the layer inside the loss: an inference batch norm, then an activation.
-
-    scale, shift: `(O,)` or None, `f(y) = activation(y * scale + shift)`; a shift needs a scale.
-    """
+    """What follows the layer inside the loss: an inference batch norm, then an activation,
+    `f(y) = activation(y * scale + shift)`, scale and shift `(O,)` or None; a shift needs a scale."""
 
     scale: Tensor | None = None
     shift: Tensor | None = None
     activation: Literal["identity", "relu", "relu6"] = "identity"
 
     def __call__(self, y: Tensor, channel_dim: int = -1) -> Tensor:
-        """f(y); y holds out channels at `channel_dim`."""
         return self._activate(self._affine(y, channel_dim))
 
     @property
@@ -157,9 +152,7 @@ def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 class SoftRounding:
-    """State and gradient of the soft weights of one layer.
-
-    lo, hi: the two neighbours of every weight on the grid, in weight units, any shape. alpha: the learned variable.
+    """State and gradient of the soft weights of one layer; lo, hi: the neighbours of every weight on the grid.
 
     The learning works with the difference `Ŵ - W`, which is exactly 0 at the start for every weight between its
     neighbours: computed as `Ŵ` less `W` it would be rounding noise, which Adam turns into full steps.
@@ -184,8 +177,9 @@ class SoftRounding:
         )
         arrays = (self.alpha, self.sigmoid, start, self.slope, clipped, self.difference)
         self._pieces = list(zip(*map(pieces, arrays), strict=True))
-        self._first, self._second = (torch.zeros_like(self.alpha) for _ in range(2))
-        self._moments = list(zip(pieces(self._first), pieces(self._second), strict=True))
+        first, second = torch.zeros_like(self.alpha), torch.zeros_like(self.alpha)
+        self._moments = list(zip(pieces(first), pieces(second), strict=True))
+        self._state = {"alpha": self.alpha, "first": first, "second": second}
         self._steps = [torch.zeros((), dtype=torch.float32, device=weight.device) for _ in self._pieces]
         self.refresh()
 
@@ -197,21 +191,23 @@ class SoftRounding:
 
     def descend(self, gradient: Tensor, lr: float, eps: float) -> None:
         """One step of Adam along the derivative by the clamped sigmoid, which is overwritten; then a refresh."""
+        fused_adam = torch.ops.aten._fused_adam_
         parts = zip(self._pieces, self._moments, self._steps, pieces(gradient), strict=True)
         for piece, (first, second), steps, derivative in parts:
             alpha, sigmoid, *_ = piece
             _to_gradient_by_alpha(derivative, sigmoid)
-            _adam_step(alpha, derivative, first, second, steps.add_(1), lr, eps)
+            steps.add_(1)
+            # What torch.optim.Adam(fused=True) calls, without the 30 microseconds of Python around it.
+            fused_adam([alpha], [derivative], [first], [second], [], [steps], lr=lr, eps=eps, **_ADAM)
             _refresh(*piece)
 
     def state(self) -> dict[str, Tensor]:
         """alpha and Adam's two moments: all that further steps depend on, apart from their number. Copies."""
-        own = {"alpha": self.alpha, "first": self._first, "second": self._second}
-        return {name: tensor.clone() for name, tensor in own.items()}
+        return {name: tensor.clone() for name, tensor in self._state.items()}
 
     def restore(self, state: Mapping[str, Tensor], num_steps: int) -> None:
         """Go on where another one of the same layer stood after `num_steps` steps."""
-        for name, tensor in (("alpha", self.alpha), ("first", self._first), ("second", self._second)):
+        for name, tensor in self._state.items():
             tensor.copy_(state[name])
         for steps in self._steps:
             steps.fill_(num_steps)
@@ -239,10 +235,3 @@ def _to_gradient_by_alpha(gradient: Tensor, sigmoid: Tensor) -> None:
     aten = torch.ops.aten
     aten.hardtanh_backward.grad_input(gradient, sigmoid, _SIGMOID_OF_0, _SIGMOID_OF_1, grad_input=gradient)
     aten.sigmoid_backward.grad_input(gradient, sigmoid, grad_input=gradient)
-
-
-def _adam_step(
-    alpha: Tensor, gradient: Tensor, first: Tensor, second: Tensor, steps: Tensor, lr: float, eps: float
-) -> None:
-    """One step of torch.optim.Adam(fused=True), without the 30 microseconds of Python around its one operator."""
-    torch.ops.aten._fused_adam_([alpha], [gradient], [first], [second], [], [steps], lr=lr, eps=eps, **_ADAM)
