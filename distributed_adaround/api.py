@@ -39,15 +39,12 @@ def quantize(
     progress: bool = True,
     **fields: Any,
 ) -> Quantized:
-    """Learn the rounding of a model's weights.
-
-    It works alone, and inside an initialised process group.
+    """Learn the rounding of a model's weights, alone or inside an initialised process group.
 
     Args:
         model: any module; it runs in eval mode.
-        batches: calibration batches as the model takes them: a tensor, a tuple of positional arguments, or a dict of
-            keyword arguments (its "attention_mask" says which tokens count). They are all read at once and held on the
-            host.
+        batches: as the model takes them: a tensor, a tuple of positional arguments, or a dict of keyword arguments (its
+            "attention_mask" says which tokens count). They are all read at once and held on the host.
         spec: a MethodSpec, or a mapping with its sections quantize, rounding, runtime and preset.
         inplace: change the caller's model instead of a copy.
         sharded: in a process group, every rank passes its own batches; else every rank passes the same ones and works
@@ -64,8 +61,7 @@ def quantize(
     working = model if inplace else _copy(model)
     with process_group(context, method.runtime.timeout_minutes, join_only=True) as comm, _eval_mode(working):
         microbatches = Microbatches.of_list(batches, comm, sharded)
-        opened = OpenedModel(working)
-        captured = capture_model(opened, microbatches, method.quantize, method.runtime, context, comm)
+        captured = capture_model(OpenedModel(working), microbatches, method.quantize, method.runtime, context, comm)
         shown = Progress(captured.num_layers) if progress and comm.rank == 0 else None
         with JobLog(shown) as log:
             result = NetworkRounder(method, comm, log).run(captured, microbatches)
@@ -102,16 +98,16 @@ def _method(spec: MethodSpec | Mapping[str, Any] | None, fields: Mapping[str, An
         raise SpecError(f"spec is a {type(spec).__name__}; give a MethodSpec or a mapping of its sections")
     sections: dict[str, Any] = dict(spec or {})
     owners = {"quantize": QuantizeSpec, "rounding": RoundingSpec, "runtime": RuntimeSpec}
+    section_of = {field: section for section, cls in owners.items() for field in cls.model_fields}
     whole = {name: value for name, value in fields.items() if name in ("preset", *owners)}
     twice = sorted(whole.keys() & sections.keys())
     if twice:
         raise SpecError(f"{twice[0]}: given in spec and as a keyword argument; give it once")
     sections |= whole
     for name in fields.keys() - whole.keys():
-        section = next((key for key, cls in owners.items() if name in cls.model_fields), None)
-        if section is None:
-            known = sorted(field for cls in owners.values() for field in cls.model_fields)
-            raise SpecError(f"{name}: no such setting; known are preset, {', '.join(known)}")
+        if name not in section_of:
+            raise SpecError(f"{name}: no such setting; known are preset, {', '.join(sorted(section_of))}")
+        section = section_of[name]
         given = sections.get(section, {})
         if not isinstance(given, Mapping) or name in given:
             raise SpecError(f"{name}: given as a keyword argument and in section {section} too; give it once")

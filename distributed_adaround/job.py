@@ -77,7 +77,15 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             opened = open_model(spec.model, folder)
             _check_batch_size(opened, manifest)
         with phase(comm, "read the calibration data"):
-            loader = stack.enter_context(_loader(spec.data, manifest, comm))
+            loader = SampleLoader(
+                manifest,
+                manifest.owned(comm.rank, comm.world_size),
+                pad_value=spec.data.pad_value,
+                mask_field=spec.data.mask_field,
+                prefetch=spec.data.prefetch,
+                encoder=implementation(ENCODERS, spec.data.encoder)(spec.data.encoder_args),
+            )
+            stack.enter_context(loader)
             microbatches = Microbatches.of_files(loader, _converter(spec.data, opened, folder))
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         chosen = exporters(spec.output.formats)
@@ -102,8 +110,7 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
             with phase(job.comm, "write to the output"):
                 log = _open_log(job, len(commits.names))
             with log:
-                rounder = NetworkRounder(spec, job.comm, log, commits, stop)
-                result = rounder.run(job.captured, job.microbatches)
+                result = NetworkRounder(spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
             with phase(job.comm, "write the results"):
                 seconds = time.monotonic() - started
                 if job.comm.rank == 0:
@@ -117,7 +124,7 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
     text = ""
     with phase(comm, "list the calibration data"):
         if comm.rank == 0:
-            manifest = build_manifest(
+            text = build_manifest(
                 data.uri,
                 num_samples=data.num_samples,
                 microbatch_size=data.microbatch_size,
@@ -125,54 +132,35 @@ def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
                 fields=data.fields,
                 one_sample_per_file=data.one_sample_per_file,
                 checksums=data.checksums,
-            )
-            text = manifest.to_json()
+            ).to_json()
     manifest = Manifest.from_json(comm.broadcast_object(text))
     owned = comm.all_gather_object(manifest.owned(comm.rank, comm.world_size))
     with phase(comm, "share the calibration data"):
         prove_coverage(len(manifest.microbatches), owned)
     for uri in manifest.skipped if comm.rank == 0 else ():
         logger.warning("not a sample file, left out: %s", redact(uri))
-    logger.info(
-        "%d of %d samples in %d microbatches; microbatches per rank: %s",
-        manifest.num_samples,
-        manifest.num_available,
-        len(manifest.microbatches),
-        ", ".join(str(len(mine)) for mine in owned),
-    )
+    cut = f"{len(manifest.microbatches)} microbatches; microbatches per rank: {', '.join(str(len(m)) for m in owned)}"
+    logger.info("%d of %d samples in %s", manifest.num_samples, manifest.num_available, cut)
     return manifest
-
-
-def _loader(data: DataSpec, manifest: Manifest, comm: Comm) -> SampleLoader:
-    return SampleLoader(
-        manifest,
-        manifest.owned(comm.rank, comm.world_size),
-        pad_value=data.pad_value,
-        mask_field=data.mask_field,
-        prefetch=data.prefetch,
-        encoder=implementation(ENCODERS, data.encoder)(data.encoder_args),
-    )
 
 
 def _converter(
     data: DataSpec, opened: OpenedModel, folder: Path | None
 ) -> Callable[[Mapping[str, Tensor]], ModelInputs]:
     """From a microbatch's fields to the model's arguments."""
-    transform = None if data.transform is None else load_callable(data.transform, folder)
-    parameters = opened.parameters
+    name, parameters = data.transform, opened.parameters
+    transform = None if name is None else load_callable(name, folder)
 
     def convert(batch: Mapping[str, Tensor]) -> ModelInputs:
-        if transform is not None:
-            assert data.transform is not None
-            batch = call_transform(transform, data.transform, batch)
+        if transform is not None and name is not None:
+            batch = call_transform(transform, name, batch)
         return bind_inputs(batch, parameters, data.mask_field)
 
     return convert
 
 
 def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
-    size = opened.batch_size
-    sizes = {len(microbatch.samples) for microbatch in manifest.microbatches}
+    size, sizes = opened.batch_size, {len(microbatch.samples) for microbatch in manifest.microbatches}
     if size is not None and sizes != {size}:
         raise InputError(
             f"model.program takes batches of exactly {size} samples, the data is cut into {sorted(sizes)}: set "
@@ -224,5 +212,4 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
         "peak_activation_bytes": job.captured.store.peak,
         "seconds": seconds,
     }
-    text = jsontext.dumps(report, indent=1) + "\n"
-    storage.write_bytes(uris.join(uri, "report.json"), text.encode())
+    storage.write_bytes(uris.join(uri, "report.json"), f"{jsontext.dumps(report, indent=1)}\n".encode())

@@ -67,6 +67,7 @@ def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
         samples = tuple(sum(sizes[index] for index in mine) for mine in owned)
         trial = _Trial(job, scale=job.manifest.num_samples / sizes[0], rank_share=max(samples) / sizes[0])
         layers = tuple(trial.layers())
+        forward = trial.forward_seconds * trial.rank_share
         return JobPlan(
             layers=layers,
             float_parameters=job.captured.float_parameters,
@@ -74,8 +75,8 @@ def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
             samples_per_rank=samples,
             activation_bytes=int(trial.frontier_bytes * trial.rank_share) + max(layer.cache_bytes for layer in layers),
             num_steps=make_solver(spec.rounding.solver, spec.rounding).num_steps,
-            seconds=sum(layer.seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
-            gram_seconds=sum(layer.gram_seconds for layer in layers) + trial.forward_seconds * trial.rank_share,
+            seconds=sum(layer.seconds for layer in layers) + forward,
+            gram_seconds=sum(layer.gram_seconds for layer in layers) + forward,
         )
 
 
@@ -86,10 +87,8 @@ class _Trial:
     def __init__(self, job: PreparedJob, scale: float, rank_share: float) -> None:
         self._job, self._walker = job, job.captured.walker
         self._store = ActivationStore(job.context.device, device_budget=_UNLIMITED, host_budget=_UNLIMITED)
-        self._scale = scale
-        self.rank_share = rank_share
-        self.frontier_bytes = 0
-        self.forward_seconds = 0.0
+        self._scale, self.rank_share = scale, rank_share
+        self.frontier_bytes, self.forward_seconds = 0, 0.0
         self._seconds_of_kind: dict[object, float] = {}
 
     def layers(self) -> Iterator[LayerPlan]:
@@ -97,23 +96,22 @@ class _Trial:
         for planned in self._job.captured.planned:
             started = time.monotonic()
             (batch,) = self._walker.reach(planned.unit)
-            self.forward_seconds += time.monotonic() - started
+            reached = time.monotonic()
             yield self._layer(planned, batch)
-            started = time.monotonic()
+            solved = time.monotonic()
             self._walker.commit(planned.unit, {})
-            self.forward_seconds += time.monotonic() - started
+            self.forward_seconds += reached - started + time.monotonic() - solved
         self.frontier_bytes = sum(self._job.captured.store.peak.values())
 
     def _layer(self, planned: PlannedUnit, batch: Batch) -> LayerPlan:
         site, rounding = planned.site, self._job.spec.rounding
-        rows = batch.y.numel() // site.geometry.out_channels
         cached = batch.x_hat.nbytes + batch.y.nbytes if planned.format is not None else 0
         return LayerPlan(
             name=site.name,
             kind=site.module_class,
             shape=site.geometry.weight_shape,
             format=None if planned.format is None else str(planned.format),
-            rows=round(rows * self._scale),
+            rows=round(batch.y.numel() // site.geometry.out_channels * self._scale),
             cache_bytes=round(cached * self.rank_share),
             seconds=self._seconds(planned, batch, rounding),
             gram_seconds=self._seconds(planned, batch, rounding.with_solver("gram")),
@@ -151,7 +149,6 @@ class _Trial:
         return total + once + per_step * num_steps
 
     def _solve(self, problem: LayerProblem, name: str, rounding: RoundingSpec, num_steps: int) -> float:
-        """Seconds of a solver with so many steps."""
         solver = make_solver(name, rounding.with_steps(num_steps))
         return self._timed(lambda: solver.solve(problem, SoloComm(), Monitor()))
 

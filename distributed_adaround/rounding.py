@@ -40,7 +40,6 @@ class NetworkResult:
 
     @property
     def table(self) -> LayerTable:
-        """A row for each layer."""
         return LayerTable(record.figures for _, record in self.records if record.figures is not None)
 
 
@@ -56,11 +55,8 @@ class NetworkRounder:
     moments: SharedMoments = field(default_factory=SharedMoments)
 
     def run(self, captured: CapturedModel, microbatches: Microbatches) -> NetworkResult:
-        """Round all layers, apart from those that are committed already. A collective.
-
-        Raises:
-            StoppedError: a signal asked one of the ranks to stop; finished layers are committed.
-        """
+        """Round all layers, apart from those that are committed already. A collective. Raises StoppedError when a
+        signal asked one of the ranks to stop; finished layers are committed."""
         walker = captured.walker
         with phase(self.comm, "read the calibration data"):
             walker.start(microbatches)
@@ -140,35 +136,33 @@ class NetworkRounder:
         return float(error / energy) if energy else float("nan")
 
 
+@dataclass
 class LayerMonitor(Monitor):
-    """What the solver of one layer tells and asks in a job: progress, signals, and its state saved now and then."""
+    """What the solver of one layer tells and asks in a job: progress, signals, and its state saved every save_seconds.
+    clock: seconds that only grow."""
 
-    def __init__(
-        self,
-        layer: str,
-        log: JobLog,
-        stop: StopRequest,
-        commits: Commits,
-        save_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """save_seconds: between two saved states. clock: seconds that only grow."""
-        super().__init__(log.step)
-        self._layer, self._stop, self._commits = layer, stop, commits
-        self._save_seconds, self._clock = save_seconds, clock
-        self._saved = clock()
+    layer: str
+    log: JobLog
+    stop: StopRequest
+    commits: Commits
+    save_seconds: float
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        super().__init__(self.log.step)
+        self._saved = self.clock()
 
     @property
     def stop_requested(self) -> bool:
-        return self._stop.requested
+        return self.stop.requested
 
     @property
     def save_due(self) -> bool:
-        return self._clock() - self._saved >= self._save_seconds
+        return self.clock() - self._saved >= self.save_seconds
 
     def save(self, key: str, state: Mapping[str, Tensor]) -> None:
-        self._commits.save_state(self._layer, key, state)
-        self._saved = self._clock()
+        self.commits.save_state(self.layer, key, state)
+        self._saved = self.clock()
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        return self._commits.load_state(self._layer, key)
+        return self.commits.load_state(self.layer, key)

@@ -5,7 +5,6 @@ result. How ranks share a step is the learner's business (solve/learner.py, solv
 """
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +17,12 @@ from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErro
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 from distributed_adaround.spec.rounding import RoundingSpec
 
-Normalization = Literal["sum", "mean", "nearest"]
-
 # Steps between two readings of the loss, each of which waits for the device.
 _REPORT_EVERY = 100
 _STATE = "minibatch"
 
 
-def channel_weights(errors: OutputErrors, normalization: Normalization, num_weights: int) -> Tensor:
+def channel_weights(errors: OutputErrors, normalization: str, num_weights: int) -> Tensor:
     """Weight `(O,)` of each output channel's mean squared error in the loss.
 
     sum: 1, the paper's loss. mean: 1/O, the ancestor's. nearest: each channel's error is divided by its own error under
@@ -42,8 +39,7 @@ def channel_weights(errors: OutputErrors, normalization: Normalization, num_weig
 
 
 class MinibatchSolver:
-    """settings.max_iter: steps per layer. batch_size, batch_unit, lr, warm_start, beta, reg_param, normalization: of
-    the learning. reproducible: ranks share channels instead of samples."""
+    """AdaRound; settings as RoundingSpec says. reproducible: ranks share channels instead of samples."""
 
     needs_moments = False
 
@@ -52,12 +48,8 @@ class MinibatchSolver:
         self.num_steps = settings.max_iter
 
     def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
-        """Learn the rounding of one layer, or go on where a job that was stopped has left it.
-
-        Raises:
-            InputError: the loss became infinite or NaN; all ranks raise at the same step.
-            StoppedError: a rank was asked to stop; all raise at the same step, after the state was saved.
-        """
+        """Learn the rounding of one layer, or go on where a job that was stopped has left it. All ranks raise at the
+        same step, StoppedError after the state was saved."""
         settings, weight = self._settings, problem.weight
         rows = CalibrationRows(problem)
         nearest_weight = problem.grid.dequantize(problem.grid.quantize(weight))
@@ -65,7 +57,7 @@ class MinibatchSolver:
         weights = channel_weights(nearest, settings.normalization, weight.numel()).to(problem.device, problem.dtype)
         plan = BatchPlan(problem, rows.sample_rows, comm, settings.batch_size, settings.batch_unit)
         kind = ChannelLearner if settings.reproducible else SampleLearner
-        learner: Learner = kind(problem, rows, plan, weights, comm, settings)
+        learner = kind(problem, rows, plan, weights, comm, settings)
         self._learn(learner, problem, comm, monitor)
         solution = learner.solution()
         assert solution.soft_weight is not None
@@ -82,32 +74,22 @@ class MinibatchSolver:
             requests = (monitor.stop_requested, comm.rank == 0 and monitor.save_due)
             loss, bad, stop, save = learner.step_and_report(step, requests)
             if bad:
-                raise agreed(
-                    InputError(
-                        f"layer {problem.name}: the loss is not finite by step {step + 1}; lower rounding.lr "
-                        f"(now {self._settings.lr}) or check the calibration data"
-                    )
-                )
+                cause = f"lower rounding.lr (now {self._settings.lr}) or check the calibration data"
+                raise agreed(InputError(f"layer {problem.name}: the loss is not finite by step {step + 1}; {cause}"))
             monitor.step(step + 1, loss)
             if (stop or save) and not last:
-                _save(learner, step + 1, problem, comm, monitor)
+                state = learner.state()
+                with phase(comm, f"save the state of layer {problem.name}"):
+                    if comm.rank == 0:
+                        monitor.save(_STATE, {**state, "step": torch.tensor(step + 1)})
             if stop and not last:
                 raise agreed(StoppedError())
 
 
-def _save(learner: Learner, step: int, problem: LayerProblem, comm: Comm, monitor: Monitor) -> None:
-    state = learner.state()
-    with phase(comm, f"save the state of layer {problem.name}"):
-        if comm.rank == 0:
-            monitor.save(_STATE, {**state, "step": torch.tensor(step)})
-
-
 def _resume(learner: Learner, problem: LayerProblem, comm: Comm, monitor: Monitor) -> int:
     """The step to begin with, and on all ranks the state that goes with it."""
-    saved = None
     with phase(comm, f"load the state of layer {problem.name}"):
-        if comm.rank == 0:
-            saved = monitor.load(_STATE)
+        saved = monitor.load(_STATE) if comm.rank == 0 else None
     step = int(comm.broadcast_object(0 if saved is None else int(saved["step"])))
     if step:
         state = learner.state()

@@ -42,11 +42,6 @@ class ChannelSolution:
     unsettled: Tensor | float = 0.0
 
 
-def block_channels(device_type: str) -> int:
-    """Out channels of a block on one kind of device."""
-    return _BLOCK_CHANNELS.get(device_type, 1024)
-
-
 def channel_blocks(groups: int, channels: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Blocks of (conv groups, out channels of each group), of about `size` out channels."""
     parts = -(-channels // size)
@@ -78,41 +73,29 @@ def solve_by_channel(
     start: Tensor | None = None,
 ) -> tuple[Tensor, Grid, float]:
     """Codes `(G, R, J)`, the grid with the scales that were found, and the number of soft values that had not settled.
-
-    A collective.
+    A collective; raises PeerError where `work` raised on another rank.
 
     Args:
-        problem: of the layer, with its quadratic.
-        comm: of all ranks.
-        grid: to begin with.
+        problem: with its quadratic.
+        comm, grid: all ranks; the grid to begin with.
         work: solves one block.
-        monitor: keeps finished blocks of a long stage.
-        stage: name of the work.
+        monitor, stage: keeps finished blocks of a long stage, under its name.
         start: codes `(G, R, J)` of `grid` to begin from, or None.
-
-    Raises:
-        PeerError: `work` raised on another rank.
     """
     whole, device, shape = problem.quadratic, problem.device, problem.weight.shape
     assert whole is not None, "the layer's quadratic is taken before"
     levels = None if start is None else grid.levels(start)
     # Filled by one rank each, zeros elsewhere: the sums are exact.
-    few = grid.qmax - grid.qmin < 256
-    codes = torch.zeros(shape, dtype=torch.uint8 if few else torch.int32, device=device)
+    codes = torch.zeros(shape, dtype=torch.uint8 if grid.qmax - grid.qmin < 256 else torch.int32, device=device)
     scale = torch.zeros_like(grid.scale) if grid.per_channel else None
     unsettled = torch.zeros(1, dtype=torch.float64, device=device)
     with phase(comm, f"round layer {problem.name}"):
-        blocks = list(enumerate(channel_blocks(shape[0], shape[1], block_channels(device.type))))
+        blocks = list(enumerate(channel_blocks(shape[0], shape[1], _BLOCK_CHANNELS.get(device.type, 1024))))
         own = blocks[comm.rank :: comm.world_size]
         for number, (index, place) in enumerate(own):
-            part = ChannelProblem(
-                whole.part(place),
-                grid.part(place),
-                None if levels is None else levels[place],
-                place,
-                done=number / len(own),
-                size=1 / len(own),
-            )
+            before = None if levels is None else levels[place]
+            done, size = number / len(own), 1 / len(own)
+            part = ChannelProblem(whole.part(place), grid.part(place), before, place, done, size)
             found = _kept(monitor, f"{stage}-{index}", partial(work, part), device)
             codes[place] = (found.codes - grid.qmin).to(codes.dtype)
             unsettled += found.unsettled

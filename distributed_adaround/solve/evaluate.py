@@ -19,9 +19,7 @@ def output_errors(
 
     Each microbatch's sums fill a place of their own, so the reduction only ever adds zeros to them and the total does
     not depend on the number of ranks. shift: `(O,)`, added to the outputs of the first candidate (a corrected bias).
-
-    Raises:
-        InputError: the layer's inputs or outputs are not finite, or no row counts.
+    Raises InputError when the layer's inputs or outputs are not finite, or no row counts.
     """
     shifts = [shift, *[None] * (len(candidates) - 1)]
     sums, dim = error_sums(problem, len(candidates)), problem.geometry.channel_dim
@@ -64,9 +62,8 @@ def reduced(sums: Tensor, problem: LayerProblem, comm: Comm) -> OutputErrors:
     if not bool(torch.isfinite(total).all()):
         raise non_finite_error(problem, comm)
     if not total[-1, 0]:
-        raise agreed(
-            InputError(f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask")
-        )
+        message = f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask"
+        raise agreed(InputError(message))
     return OutputErrors(error=total[:-3], energy=total[-3], asymmetric=total[-2], num_rows=int(total[-1, 0]))
 
 
@@ -74,8 +71,7 @@ def num_rows(batch: Batch, keep: Tensor | None, channel_dim: int) -> Tensor:
     """How many rows of a microbatch count: a number, float64, on the device of its outputs."""
     if keep is not None:
         return keep.sum(dtype=torch.float64)
-    count = batch.y.numel() / batch.y.shape[channel_dim]
-    return torch.full((), count, dtype=torch.float64, device=batch.y.device)
+    return torch.full((), batch.y.numel() / batch.y.shape[channel_dim], dtype=torch.float64, device=batch.y.device)
 
 
 def channel_sums(values: Tensor, keep: Tensor | None, channel_dim: int) -> Tensor:
@@ -102,11 +98,8 @@ def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
         microbatch, sample, what, value = min(places, key=lambda place: place[:3])
         problem_is = problem_is if math.isfinite(value) else "not finite"
         where = f": {value:.3g} in its {what}, sample {sample} of microbatch {microbatch}"
-    return agreed(
-        InputError(
-            f"layer {problem.name}: its activations are {problem_is}{where}; check the weights and the calibration data"
-        )
-    )
+    advice = "check the weights and the calibration data"
+    return agreed(InputError(f"layer {problem.name}: its activations are {problem_is}{where}; {advice}"))
 
 
 def _first_place(problem: LayerProblem) -> tuple[int, int, str, float] | None:

@@ -51,9 +51,5 @@ def layer_factors(problem: LayerProblem, damping: float) -> GptqFactors:
         return GptqFactors.of(problem.quadratic.second, damping)
     except LinAlgError as error:
         # All ranks hold the same matrix.
-        raise agreed(
-            InputError(
-                f"layer {problem.name}: the second moment of its inputs is singular at rounding.damping {damping}; "
-                "raise it, 0.01 is usual"
-            )
-        ) from error
+        singular = f"the second moment of its inputs is singular at rounding.damping {damping}"
+        raise agreed(InputError(f"layer {problem.name}: {singular}; raise it, 0.01 is usual")) from error

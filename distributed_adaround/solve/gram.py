@@ -48,9 +48,7 @@ def regularizer_weight(sweep: int, num_sweeps: int) -> float:
 
 class GramSolver:
     """settings.sweeps: passes over all inputs, each about the cost of one and a half products `(O, I) x (I, I)` for
-    each start. damping: of GPTQ. starts: how many scales each channel starts from, where channels have scales of their
-    own.
-    """
+    each start. damping: of GPTQ. starts: how many scales each channel starts from, where channels have their own."""
 
     needs_moments = True
 
@@ -59,17 +57,24 @@ class GramSolver:
         self._damping, self._starts = settings.damping, settings.starts
 
     def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
-        """Round one layer; scales that belong to channels are refitted on the way.
-
-        Raises:
-            InputError: the second moment of the inputs is singular at this damping.
-        """
+        """Round one layer; scales that belong to channels are refitted on the way. Raises InputError when the second
+        moment of the inputs is singular at this damping."""
         factors = layer_factors(problem, self._damping)
 
         def work(part: ChannelProblem) -> ChannelSolution:
             shares = _shares(part.grid, self._starts)
+            # Copies of the block's channels, one for each start.
             quadratic, grid = part.quadratic.repeated(len(shares)), part.grid.at_shares(shares)
-            descent = self._descend(quadratic, grid, part, monitor, len(shares))
+            descent = Descent(quadratic, grid, block=_BLOCK, steps=_STEPS)
+            for sweep in range(self.num_steps):
+                # Ranks meet after the last channel; all of them then learn that this one stopped.
+                if monitor.stop_requested:
+                    raise StoppedError
+                weight = regularizer_weight(sweep, self.num_steps)
+                descent.sweep(weight, refit=weight >= _REFIT_FROM)
+                if (sweep + 1) % _READ_EVERY == 0 or sweep + 1 == self.num_steps:
+                    done = part.done * self.num_steps + part.size * (sweep + 1)
+                    monitor.step(round(done), float(descent.losses().sum()) / len(shares))
             unsettled = descent.unsettled(SETTLED) / len(shares)
             descent.settle()
             found = _better_channels(quadratic, grid, descent, factors.groups(part.place[0]))
@@ -77,22 +82,6 @@ class GramSolver:
 
         codes, grid, unsettled = solve_by_channel(problem, comm, problem.grid, work, monitor, "gram")
         return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())
-
-    def _descend(
-        self, quadratic: Quadratic, grid: Grid, part: ChannelProblem, monitor: Monitor, num_starts: int
-    ) -> Descent:
-        """All sweeps of one block. quadratic, grid: of all copies of its channels, one for each start."""
-        descent = Descent(quadratic, grid, block=_BLOCK, steps=_STEPS)
-        for sweep in range(self.num_steps):
-            # Ranks meet after the last channel; all of them then learn that this one stopped.
-            if monitor.stop_requested:
-                raise StoppedError
-            weight = regularizer_weight(sweep, self.num_steps)
-            descent.sweep(weight, refit=weight >= _REFIT_FROM)
-            if (sweep + 1) % _READ_EVERY == 0 or sweep + 1 == self.num_steps:
-                done = part.done * self.num_steps + part.size * (sweep + 1)
-                monitor.step(round(done), float(descent.losses().sum()) / num_starts)
-        return descent
 
 
 def _shares(grid: Grid, starts: int) -> list[float]:
@@ -105,8 +94,7 @@ def _shares(grid: Grid, starts: int) -> list[float]:
 def _better_channels(
     quadratic: Quadratic, grid: Grid, descent: Descent, factors: GptqFactors
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each channel the codes with the smaller loss, of the descent or of GPTQ; with scales, and that loss `(G,
-    R)`."""
+    """Of each channel the codes with the smaller loss, of the descent or of GPTQ; scales; and that loss `(G, R)`."""
     other, ours = gptq_codes(quadratic, grid, factors), descent.losses()
     loss = quadratic.loss(grid.dequantize(other))
     theirs = loss < ours

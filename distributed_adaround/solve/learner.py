@@ -9,7 +9,8 @@ s is the clamped sigmoid of alpha, in which the soft weights are linear. Its der
 ranks and comes after the sum. Two requests travel after the bucket: to stop, and to save.
 """
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,75 +32,69 @@ from distributed_adaround.spec.rounding import RoundingSpec
 # Adam divides by the gradient's size, so where a layer starts without error it would take full steps along rounding
 # noise, another one for each number of ranks. With the normalization `nearest` gradients that matter are about 1 per
 # weight and can be told from noise; the other two have no known scale and keep torch's eps.
-ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
+_ADAM_EPS = {"nearest": 1e-2, "sum": 1e-8, "mean": 1e-8}
 
 
-def schedule_of(settings: RoundingSpec) -> RoundingSchedule:
-    """beta and the regularizer's weight as a job asks for them."""
-    return RoundingSchedule(settings.max_iter, settings.warm_start, *settings.beta, settings.regularization)
+@dataclass
+class Learner(ABC):
+    """The soft rounding of one layer while it is learned, from its float weights on, and how ranks share the work of a
+    step. rows: of this rank. plan: which rows each step takes. channel_weight: `(O,)`, of each channel's squared error.
+    """
 
+    problem: LayerProblem
+    rows: CalibrationRows
+    plan: BatchPlan
+    channel_weight: Tensor
+    comm: Comm
+    settings: RoundingSpec
 
-class Learner(Protocol):
-    """The soft rounding of one layer while it is learned, and how ranks share the work of a step."""
+    def __post_init__(self) -> None:
+        spec = self.settings
+        self._schedule = RoundingSchedule(spec.max_iter, spec.warm_start, *spec.beta, spec.regularization)
+        self._bad = torch.zeros((), dtype=self.problem.dtype, device=self.problem.device)
 
-    def step(self, step: int) -> None:
-        """One step of Adam."""
+    def _descend(self, soft: SoftRounding, bucket: Tensor) -> None:
+        soft.descend(bucket[:-3].view_as(soft.alpha), self.settings.lr, _ADAM_EPS[self.settings.normalization])
+        self._bad += bucket[-1]
 
+    @abstractmethod
+    def step(self, step: int, with_value: bool = False) -> None:
+        """One step of Adam. with_value: take the regularizer's value too."""
+
+    @abstractmethod
     def step_and_report(self, step: int, requests: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
         """One step, and over all ranks: the loss, whether it was ever not finite, and whether any rank requests it."""
 
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Everything the next steps depend on, the same on all ranks. A collective."""
 
+    @abstractmethod
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Go on after `step` steps."""
 
+    @abstractmethod
     def solution(self) -> Solution:
         """A collective."""
 
 
-class SampleLearner:
+class SampleLearner(Learner):
     """Each rank takes the samples that it holds; gradients are summed over ranks in every step."""
 
-    def __init__(
-        self,
-        problem: LayerProblem,
-        rows: CalibrationRows,
-        plan: BatchPlan,
-        channel_weight: Tensor,
-        comm: Comm,
-        settings: RoundingSpec,
-    ) -> None:
-        """Start at the float weights.
-
-        Args:
-            problem: of the layer.
-            rows: of this rank.
-            plan: which rows each step takes.
-            channel_weight: `(O,)`, of each channel's squared error.
-            comm: of all ranks.
-            settings: of the job.
-        """
-        self._problem, self._rows, self._plan, self._comm = problem, rows, plan, comm
-        self._schedule, self._lr, self._eps = schedule_of(settings), settings.lr, ADAM_EPS[settings.normalization]
-        self._channel_weight = channel_weight
-        self._soft = SoftRounding(*soft_start(problem))
-        num_weights = self._soft.alpha.numel()
-        self._flat = torch.zeros(num_weights + 5, dtype=problem.dtype, device=problem.device)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._soft = SoftRounding(*soft_start(self.problem))
+        self._flat = self._bad.new_zeros(self._soft.alpha.numel() + 5)
         self._bucket, self._requests = self._flat[:-2], self._flat[-2:]
-        self._bad = torch.zeros((), dtype=problem.dtype, device=problem.device)
 
     def step(self, step: int, with_value: bool = False) -> None:
-        schedule, comm, bucket = self._schedule, self._comm, self._bucket
-        local, batch_rows = self._plan.batch(step)
-        weights = self._channel_weight / max(1, batch_rows)
-        fill_bucket(bucket, self._soft, *self._rows.gather(local), self._rows.transform, weights)
-        share = (comm.rank, comm.world_size)
-        add_regularizer(bucket, self._soft, schedule.weight(step), schedule.beta(step), *share, with_value=with_value)
+        comm, bucket, weight, beta = self.comm, self._bucket, self._schedule.weight(step), self._schedule.beta(step)
+        local, batch_rows = self.plan.batch(step)
+        weights = self.channel_weight / max(1, batch_rows)
+        fill_bucket(bucket, self._soft, *self.rows.gather(local), self.rows.transform, weights)
+        add_regularizer(bucket, self._soft, weight, beta, comm.rank, comm.world_size, with_value)
         comm.all_reduce(self._flat)
-        gradient = bucket[:-3].view_as(self._soft.alpha)
-        self._soft.descend(gradient, self._lr, self._eps)
-        self._bad += bucket[-1]
+        self._descend(self._soft, bucket)
 
     def step_and_report(self, step: int, requests: tuple[bool, bool]) -> tuple[float, bool, bool, bool]:
         self._requests.copy_(torch.tensor(requests))
@@ -116,14 +111,14 @@ class SampleLearner:
 
     def solution(self) -> Solution:
         soft = self._soft
-        return rounded(self._problem, soft.rounds_up, soft.refresh(), int(soft.unsettled.sum()))
+        return rounded(self.problem, soft.rounds_up, soft.refresh(), int(soft.unsettled.sum()))
 
 
 def soft_start(problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
     """The weight and its two neighbours on the grid, `(G, R, J)` in the layout of patches."""
     neighbours = (problem.grid.dequantize(codes) for codes in problem.grid.neighbours(problem.weight))
-    weight, lo, hi = (patches.to_patch_layout(w, problem.geometry) for w in (problem.weight, *neighbours))
-    return weight, lo, hi
+    weight, low, high = (patches.to_patch_layout(w, problem.geometry) for w in (problem.weight, *neighbours))
+    return weight, low, high
 
 
 def rounded(problem: LayerProblem, rounds_up: Tensor, difference: Tensor, num_unsettled: int) -> Solution:
@@ -146,23 +141,15 @@ def fill_bucket(
     channel_weight: Tensor,
 ) -> None:
     """Write this rank's data term into the bucket: gradient by s, loss, non-finite flag. No rows give zeros.
-
-    Args:
-        bucket: see the top of this file.
-        soft: rounding of the layer.
-        inputs: `(G, N, J)`, as CalibrationRows gathers them; N rows.
-        base: `(N, O)` or None, likewise.
-        targets: `(N, O)`, likewise.
-        transform: of base and difference.
-        channel_weight: `(O,)`, divided by the rows of the global batch already.
+    inputs `(G, N, J)`, base `(N, O)` or None, targets `(N, O)`: N rows as CalibrationRows gathers them. channel_weight:
+    `(O,)`, divided by the rows of the global batch already.
     """
     difference = soft.difference
-    rows = inputs.shape[1]
     outputs = torch.bmm(inputs, difference.transpose(1, 2)).permute(1, 0, 2).reshape(targets.shape)
     if base is not None:
         outputs.add_(base)
     loss, gradient = transform.forward_backward(outputs, targets, channel_weight)
-    by_group = gradient.view(rows, *difference.shape[:2]).permute(1, 2, 0)
+    by_group = gradient.view(-1, *difference.shape[:2]).permute(1, 2, 0)
     torch.bmm(by_group, inputs, out=bucket[:-3].view_as(difference)).mul_(soft.slope)
     bucket[-3] = loss
     bucket[-2] = 0
@@ -171,32 +158,16 @@ def fill_bucket(
 
 
 def add_regularizer(
-    bucket: Tensor,
-    soft: SoftRounding,
-    reg_param: float,
-    beta: float,
-    rank: int,
-    world_size: int,
-    *,
-    with_value: bool = True,
+    bucket: Tensor, soft: SoftRounding, weight: float, beta: float, rank: int, world_size: int, with_value: bool = True
 ) -> None:
-    """Add the regularizer of this rank's share of the weights to the bucket.
-
-    Args:
-        bucket: see the top of this file.
-        soft: rounding of the layer.
-        reg_param: weight of the regularizer.
-        beta: its exponent.
-        rank: of this process.
-        world_size: number of ranks.
-        with_value: add its value too, not only its gradient.
-    """
-    if reg_param == 0:
+    """Add the regularizer of this rank's share of the weights to the bucket. beta: its exponent. with_value: add its
+    value too, not only its gradient."""
+    if weight == 0:
         return
     size = soft.sigmoid.numel()
     share = slice(size * rank // world_size, size * (rank + 1) // world_size)
     sigmoid, gradient = soft.sigmoid.view(-1)[share], bucket[:-3][share]
     for piece, derivative in zip(pieces(sigmoid), pieces(gradient), strict=True):
-        add_regularizer_gradient(derivative, piece, beta, reg_param)
+        add_regularizer_gradient(derivative, piece, beta, weight)
     if with_value:
-        bucket[-2] = reg_param * regularizer(sigmoid, beta)
+        bucket[-2] = weight * regularizer(sigmoid, beta)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.capture.sites import Batch
-from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.moments import ExactSum, Moments, SymmetricSum
 from distributed_adaround.numerics.patches import unfolded_pieces, weight_order
 from distributed_adaround.runtime.comm import Comm
@@ -30,56 +29,54 @@ class SharedMoments:
 
     def measure(self, problem: LayerProblem, comm: Comm) -> Moments:
         """As the function `measure`; a collective unless the last problem had the same input, on all ranks alike."""
-        key = (problem.source or problem.name, _shape_of_rows(problem.geometry), problem.dtype)
+        # What makes rows of an input, apart from the tensor itself.
+        of = problem.geometry
+        reading = (of.kernel_size, of.stride, of.padding, of.dilation, of.output_padding, of.transposed)
+        key = (problem.source or problem.name, of.in_channels, of.groups, reading, problem.dtype)
         if self._moments is None or key != self._key:
             self._moments = None  # frees the old ones first
             self._key, self._moments = key, measure(problem, comm)
         return self._moments
 
 
-def _shape_of_rows(geometry: LayerGeometry) -> tuple[object, ...]:
-    """What makes rows of an input, apart from the tensor itself."""
-    reading = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding)
-    return (geometry.in_channels, geometry.groups, geometry.transposed, *reading)
-
-
 def measure(problem: LayerProblem, comm: Comm) -> Moments:
-    """Moments of a layer's inputs, the same bits on any number of ranks. A collective.
-
-    Raises:
-        InputError: the inputs are not finite.
-    """
-    all_squares, all_changes, all_longest, all_counts = zip(*comm.all_gather_object(_own_sizes(problem)), strict=True)
-    squares, change, longest = max(all_squares), max(all_changes), max(all_longest)
+    """Moments of a layer's inputs, the same bits on any number of ranks. A collective. Raises InputError when the
+    inputs are not finite."""
+    sizes = comm.all_gather_object(_own_sizes(problem))
+    squares, change, longest = (max(values) for values in zip(*(size[:3] for size in sizes), strict=True))
     if not (math.isfinite(squares) and math.isfinite(change)):
         raise non_finite_error(problem, comm)
     groups, inputs = problem.geometry.groups, problem.geometry.inputs_per_output
     total, device = problem.total_microbatches, problem.device
     # By Cauchy and Schwarz, per microbatch; a little room for the rounding of float32.
-    both = math.sqrt(squares * change)
-    differs = change > 0
     second = SymmetricSum(groups, inputs, 1.01 * total * squares, device)
     mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(squares * longest), device)
-    cross = ExactSum((groups, inputs, inputs), 1.01 * total * both, device) if differs else None
-    cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(change * longest), device)
+    differs, cross, cross_mean = change > 0, None, None
+    if differs:
+        cross = ExactSum((groups, inputs, inputs), 1.01 * total * math.sqrt(squares * change), device)
+        cross_mean = ExactSum((groups, inputs), 1.01 * total * math.sqrt(change * longest), device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    step = _row_step(problem, sum(all_counts))
+    step = 1
+    if problem.rows_per_input is not None:
+        # Of so many rows moments take one.
+        step = max(1, sum(size[3] for size in sizes) // (problem.rows_per_input * inputs))
     for x_hat, difference in _pieces(problem, differs, step):
         second.add(x_hat)
         mean.add(x_hat.sum(dim=1))
         count += x_hat.shape[1]
-        if cross is not None:
-            assert difference is not None
+        if cross is not None and cross_mean is not None and difference is not None:
             cross.add(difference.transpose(1, 2) @ x_hat)
             cross_mean.add(difference.sum(dim=1))
-    sums = [mean, *([] if cross is None else [cross, cross_mean])]
-    _reduce([*second.totals, *(one.total for one in sums), count], comm)
+    totals = [*second.totals, *(one.total for one in (mean, cross, cross_mean) if one is not None), count]
+    flat = comm.all_reduce(torch.cat([total.reshape(-1) for total in totals]))
+    for whole, part in zip(totals, torch.split(flat, [total.numel() for total in totals]), strict=True):
+        whole.copy_(part.view_as(whole))
     rows = max(1, int(count))
     moments = Moments(
         second=second.mean(rows),
         mean=mean.mean(rows),
         cross=None if cross is None else cross.mean(rows),
-        cross_mean=None if cross is None else cross_mean.mean(rows),
+        cross_mean=None if cross_mean is None else cross_mean.mean(rows),
         num_rows=rows,
         every_row=step == 1,
     )
@@ -87,19 +84,10 @@ def measure(problem: LayerProblem, comm: Comm) -> Moments:
     return moments.reordered(weight_order(problem.geometry).to(device)) if spatial else moments
 
 
-def _reduce(sums: list[Tensor], comm: Comm) -> None:
-    """Sum over ranks, all tensors in one collective."""
-    flat = torch.cat([total.reshape(-1) for total in sums])
-    comm.all_reduce(flat)
-    for total, part in zip(sums, torch.split(flat, [total.numel() for total in sums]), strict=True):
-        total.copy_(part.view_as(total))
-
-
 def _own_sizes(problem: LayerProblem) -> tuple[float, float, int, int]:
     """How large sums over the rows of one of this rank's microbatches can get, since no unfolded input channel has
     larger squares than the channel itself: of squares of x̂, and of x - x̂; the most rows of one; rows of all, without
-    padding.
-    """
+    padding."""
     inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
     for batch in problem.batches:
         keep = _keep(batch, problem)
@@ -131,37 +119,22 @@ def _largest_square_sum(x: Tensor, problem: LayerProblem) -> float:
     return float(sums.max()) if bool(torch.isfinite(sums).all()) else math.inf
 
 
-def _row_step(problem: LayerProblem, num_rows: int) -> int:
-    """Of how many rows moments take one."""
-    if problem.rows_per_input is None:
-        return 1
-    return max(1, num_rows // (problem.rows_per_input * problem.geometry.inputs_per_output))
-
-
-def _spread_evenly(step: int, num_positions: int, index: int) -> tuple[int, int]:
-    """First row and step in one microbatch, near `step`. num_positions: of a sample; index: of the microbatch.
-
-    A step that shares a factor with the positions of a sample would meet the same ones in every sample.
-    """
-    step = next(n for n in range(step, 0, -1) if math.gcd(n, num_positions) == 1)
-    # Multiples of the golden ratio fall evenly on the first rows.
-    return int(index * 0.6180339887498949 % 1 * step), step
-
-
 def _pieces(problem: LayerProblem, differs: bool, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """x̂ and x - x̂ `(G, rows, J)`, a piece of a microbatch at a time: one row of `step`, and none that is padding."""
     geometry = problem.geometry
     for batch in problem.batches:
         per_sample = max(1, batch.y.numel() // geometry.out_channels // max(1, batch.y.shape[0]))
-        first, every = _spread_evenly(step, per_sample, batch.index)
+        # A step that shares a factor with the positions of a sample would meet the same ones in every sample.
+        every = next(n for n in range(step, 0, -1) if math.gcd(n, per_sample) == 1)
+        # Multiples of the golden ratio fall evenly on the first rows.
+        first = int(batch.index * 0.6180339887498949 % 1 * every)
         keep = _keep(batch, problem)
-        keep = None if keep is None else keep[first::every]
         near = problem.on_device(batch.x_hat)
         streams = [near, problem.on_device(batch.x) - near] if differs else [near]
         start = 0
         for parts in zip(*(unfolded_pieces(stream, geometry, first, every) for stream in streams), strict=True):
             stop = start + parts[0].shape[1]
             if keep is not None:
-                parts = tuple(part[:, keep[start:stop]] for part in parts)
+                parts = tuple(part[:, keep[first::every][start:stop]] for part in parts)
             yield parts[0], (parts[1] if differs else None)
             start = stop

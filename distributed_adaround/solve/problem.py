@@ -151,9 +151,5 @@ class Solver(Protocol):
     def num_steps(self) -> int: ...
 
     def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
-        """Round one layer, on all ranks together.
-
-        Raises:
-            InputError: activations or loss are not finite.
-            StoppedError: a rank was asked to stop.
-        """
+        """Round one layer, on all ranks together. Raises InputError when activations or loss are not finite,
+        StoppedError when a rank was asked to stop."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,8 +135,7 @@ class LayerRecord:
         )
 
     def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
+        if problem := self._problem():
             raise AdaRoundError(f"layer {self.name}: {problem}; this is a defect of distributed_adaround, report it")
 
     def _problem(self) -> str | None:
@@ -153,8 +151,7 @@ class LayerRecord:
         shift, shape = self.shift, (self.geometry.out_channels,)
         if shift is not None and (shift.dtype != torch.float32 or shift.shape != shape):
             return f"shift is {shift.dtype} of shape {tuple(shift.shape)}, not one float32 for each output"
-        check_codes = self._integer_problem if element is None else partial(self._float_problem, element)
-        return self._scale_problem(scales) or check_codes()
+        return self._scale_problem(scales) or self._codes_problem(element)
 
     def _scale_problem(self, scales: ScaleFormat) -> str | None:
         dtype = getattr(torch, scales.storage)
@@ -177,7 +174,13 @@ class LayerRecord:
             return f"a scale is not of the format {scales.name}"
         return None
 
-    def _integer_problem(self) -> str | None:
+    def _codes_problem(self, element: FloatFormat | None) -> str | None:
+        if element is not None:
+            try:
+                decode(self.codes, element)
+            except ValueError as error:
+                return str(error)
+            return "a float format has a zero point" if bool(self.zero_point.any()) else None
         if self.codes.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32):
             return f"codes are {self.codes.dtype}, not whole numbers"
         low, high = (int(code) for code in self.codes.aminmax())
@@ -185,15 +188,6 @@ class LayerRecord:
         if least <= low and high <= most:
             return None
         return f"codes reach from {low} to {high}, allowed are {least} to {most}"
-
-    def _float_problem(self, element: FloatFormat) -> str | None:
-        if bool(self.zero_point.any()):
-            return "a float format has a zero point"
-        try:
-            decode(self.codes, element)
-        except ValueError as error:
-            return str(error)
-        return None
 
     @property
     def geometry(self) -> LayerGeometry:

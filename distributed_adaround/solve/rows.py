@@ -7,8 +7,7 @@ gathers the rows it holds. Shape legend as in numerics/patches.py.
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from distributed_adaround.numerics import patches
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.evaluate import error_sums, reduced
 from distributed_adaround.solve.problem import LayerProblem, OutputErrors
-
-BatchUnit = Literal["rows", "samples"]
 
 # Rows are drawn for as many steps at once as make this many: one draw of many rows costs little more than one of few.
 _ROWS_AT_ONCE = 1 << 14
@@ -37,19 +34,17 @@ class CalibrationRows:
     def __init__(self, problem: LayerProblem) -> None:
         geometry = problem.geometry
         self._problem, self._geometry, self._device = problem, geometry, problem.device
-        self.sample_rows: list[list[int]] = []
-        self._selected: list[Tensor] = []
-        for batch in problem.batches:
-            counts, select = _counting_rows(batch, geometry.channel_dim)
-            self.sample_rows.append(counts)
-            self._selected.append(select)
+        counting = [_counting_rows(batch, geometry.channel_dim) for batch in problem.batches]
+        self.sample_rows = [counts for counts, _ in counting]
+        self._selected = [select for _, select in counting]
         # The sizes are known before any row is copied: only one microbatch at a time lies outside the budget.
-        shape = (sum(map(len, self._selected)), geometry.out_channels)
+        self.num_rows = sum(map(len, self._selected))
+        shape = (self.num_rows, geometry.out_channels)
         self._targets = problem.store.empty(shape, problem.dtype)
-        affine = problem.transform.is_affine
-        self._base = None if affine else problem.store.empty(shape, problem.dtype)
+        self.has_base = not problem.transform.is_affine
+        self._base = problem.store.empty(shape, problem.dtype) if self.has_base else None
         # What a solver applies to the base and what the difference adds to it.
-        self.transform = problem.transform.linear_part() if affine else problem.transform
+        self.transform = problem.transform if self.has_base else problem.transform.linear_part()
         self._energy: list[Tensor] = []
         self._fill_outputs()
         self._starts: Tensor | None = None
@@ -63,15 +58,11 @@ class CalibrationRows:
             num_positions = self.num_rows
             parts = (_take(x, select) for x, select in zip(inputs, self._selected, strict=True))
         self._features = problem.store.empty((num_positions, geometry.in_channels), problem.dtype)
-        _fill(self._features, parts)
-
-    @property
-    def num_rows(self) -> int:
-        return self._targets.shape[0]
-
-    @property
-    def has_base(self) -> bool:
-        return self._base is not None
+        start = 0
+        for part in parts:
+            self._features[start : start + part.shape[0]] = part
+            start += part.shape[0]
+        assert start == num_positions, (start, num_positions)
 
     def _fill_outputs(self) -> None:
         """Targets, and the base where it is needed, one microbatch after the other; and their energy."""
@@ -80,13 +71,10 @@ class CalibrationRows:
             outputs = problem.base(batch, problem.on_device(batch.x_hat))
             wanted = problem.target(batch, outputs)
             base, target = (_take(values.movedim(dim, -1), select) for values in (outputs, wanted))
-            rows = slice(start, start + len(select))
-            expected = problem.transform(target)
-            if self._base is None:
-                self._targets[rows] = self.transform(target - base)
-            else:
+            rows, expected = slice(start, start + len(select)), problem.transform(target)
+            self._targets[rows] = self.transform(target - base) if self._base is None else expected
+            if self._base is not None:
                 self._base[rows] = base
-                self._targets[rows] = expected
             self._energy.append(expected.square().sum(dim=0).double())
             start += len(select)
 
@@ -111,10 +99,7 @@ class CalibrationRows:
         return position
 
     def errors(self, candidates: Sequence[Tensor], comm: Comm) -> OutputErrors:
-        """As `evaluate.output_errors`, from the targets that are here already: one product for each candidate.
-
-        A collective. candidates: weights `(G, R, J)`. Raises InputError likewise.
-        """
+        """As `evaluate.output_errors`, from the targets that are here already: one product for each candidate."""
         problem, dim, start = self._problem, self._geometry.channel_dim, 0
         sums = error_sums(problem, len(candidates))
         for batch, select, energy in zip(problem.batches, self._selected, self._energy, strict=True):
@@ -167,44 +152,27 @@ def _take(values: Tensor, select: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])[select.to(values.device)]
 
 
-def _fill(whole: Tensor, parts: Iterable[Tensor]) -> None:
-    """Copy parts `(rows, width)` into one tensor, one after the other."""
-    start = 0
-    for part in parts:
-        whole[start : start + part.shape[0]] = part
-        start += part.shape[0]
-    assert start == whole.shape[0], (start, whole.shape)
-
-
 class BatchPlan:
     """Which rows each step uses: a pure function of (seed, layer name, step), never of the world size."""
 
     def __init__(
-        self, problem: LayerProblem, local_counts: Sequence[Sequence[int]], comm: Comm, batch_size: int, unit: BatchUnit
+        self, problem: LayerProblem, local_counts: Sequence[Sequence[int]], comm: Comm, batch_size: int, unit: str
     ) -> None:
-        """A collective.
-
-        Args:
-            problem: of the layer.
-            local_counts: rows of each sample of each microbatch of this rank.
-            comm: of all ranks.
-            batch_size: of a step, over all ranks together.
-            unit: what batch_size counts.
-        """
-        owned = [batch.index for batch in problem.batches]
-        counts = _all_sample_counts(owned, local_counts, problem.total_microbatches, comm)
-        flat = torch.tensor([count for microbatch in counts for count in microbatch], dtype=torch.int64)
-        self._ends = flat.cumsum(0)
-        self.num_rows = int(flat.sum())
-        here = set(owned)
-        mine = torch.tensor([index in here for index, microbatch in enumerate(counts) for _ in microbatch])
-        local = torch.where(mine, flat, 0)
+        """A collective. local_counts: rows of each sample of each microbatch of this rank. batch_size: of a step, over
+        all ranks together; unit: what it counts."""
+        here = dict(zip((batch.index for batch in problem.batches), local_counts, strict=True))
+        everywhere: dict[int, Sequence[int]] = {}
+        for part in comm.all_gather_object(here):
+            everywhere.update(part)
+        samples = [(index in here, count) for index in sorted(everywhere) for count in everywhere[index]]
+        self._mine = torch.tensor([mine for mine, _ in samples], dtype=torch.bool)
+        self._counts = torch.tensor([count for _, count in samples], dtype=torch.int64)
+        self._ends = self._counts.cumsum(0)
+        self.num_rows = int(self._counts.sum())
+        local = torch.where(self._mine, self._counts, 0)
         # Global row id + shift = local row id, for samples this rank holds.
-        self._shift = (local.cumsum(0) - local) - (self._ends - flat)
-        self._mine = mine
-        self._counts = flat
-        self._unit = unit
-        self._batch_size = batch_size
+        self._shift = (local.cumsum(0) - local) - (self._ends - self._counts)
+        self._unit, self._batch_size = unit, batch_size
         self._key = f"{problem.seed}/{problem.name}".encode()
         self._steps_at_once = max(1, _ROWS_AT_ONCE // batch_size)
         self._block = -1
@@ -242,8 +210,7 @@ class BatchPlan:
         return list(zip(local, torch.split(held.nonzero()[:, 1], counts), strict=True))
 
     def _sample_batch(self, step: int) -> tuple[Tensor, Tensor, int]:
-        order = torch.randperm(self._counts.numel(), generator=self._generator(step))
-        drawn = order[: self._batch_size]
+        drawn = torch.randperm(self._counts.numel(), generator=self._generator(step))[: self._batch_size]
         counts = self._counts[drawn]
         sample = torch.repeat_interleave(drawn, counts)
         # Rows of one sample follow each other, in the batch and in the calibration set.
@@ -252,14 +219,3 @@ class BatchPlan:
         sample, within = sample[places], within[places]
         local = self._ends[sample] - self._counts[sample] + within + self._shift[sample]
         return local, places, int(counts.sum())
-
-
-def _all_sample_counts(
-    owned: Sequence[int], local_counts: Sequence[Sequence[int]], total: int, comm: Comm
-) -> list[list[int]]:
-    """Rows of every sample, by microbatch, over all ranks."""
-    counts: list[list[int]] = [[] for _ in range(total)]
-    for part in comm.all_gather_object(dict(zip(owned, local_counts, strict=True))):
-        for index, microbatch in part.items():
-            counts[index] = list(microbatch)
-    return counts

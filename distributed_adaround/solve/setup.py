@@ -21,8 +21,7 @@ from distributed_adaround.spec.rounding import SOLVERS, RoundingSpec
 
 
 def solver_name(rounding: RoundingSpec, site: Site) -> str:
-    """The solver of a layer. Moments know nothing of an activation: with one inside the loss gram leaves the layer to
-    steps on samples."""
+    """Moments know nothing of an activation: with one inside the loss gram leaves a layer to steps on samples."""
     needs_samples = rounding.solver == "gram" and rounding.sees_activation and site.activation != "identity"
     return "minibatch" if needs_samples else rounding.solver
 
@@ -42,30 +41,19 @@ def make_problem(
     total_microbatches: int,
     store: ActivationStore,
 ) -> LayerProblem:
-    """Everything the solver sees of one layer; its quadratic comes later, by `with_moments`.
-
-    Args:
-        spec: of the job.
-        walker: that has reached the layer.
-        site: of the layer.
-        layer_format: of its weight.
-        batches: of this rank.
-        total_microbatches: of all ranks.
-        store: for what the solver keeps.
-    """
+    """Everything the solver sees of one layer; its quadratic comes later, by `with_moments`. walker: has reached the
+    layer. batches: of this rank; total_microbatches: of all. store: for what the solver keeps."""
     rounding, device = spec.rounding, store.device
     dtype: torch.dtype = getattr(torch, rounding.compute_dtype)
     weight = site.geometry.to_channels(walker.tensor(site.weight_name))
-    # On the host, so that it is the same on every rank and device.
-    grid = choose_grid(weight.float().cpu(), layer_format)
-    _check_scales(grid, site.name)
+    own = weight.to(device, dtype, copy=True)
     return LayerProblem(
         name=site.name,
         geometry=site.geometry,
-        weight=weight.to(device, dtype, copy=True),
-        bias=None if site.bias_name is None else walker.tensor(site.bias_name).to(device, dtype),
-        grid=grid.to(dtype, device),
-        transform=_output_transform(walker, site, rounding.sees_activation, dtype, device),
+        weight=own,
+        bias=None if site.bias_name is None else walker.tensor(site.bias_name).to(own),
+        grid=_grid(weight, layer_format, site.name).to(dtype, device),
+        transform=_output_transform(walker, site, rounding, own),
         batches=batches,
         total_microbatches=total_microbatches,
         store=store,
@@ -82,10 +70,8 @@ def with_moments(problem: LayerProblem, moments: Moments, layer_format: LayerFor
     """The problem with its quadratic; with the observer output_mse also with scales that minimize the output error, not
     the weight error: the error of each weight counts as much as its input is large, A_jj."""
     if layer_format.observer == "output_mse":
-        power = moments.second.diagonal(dim1=1, dim2=2)
-        importance = power[:, None, :].expand_as(problem.weight).float().cpu()
-        grid = choose_grid(problem.weight.float().cpu(), layer_format, importance)
-        _check_scales(grid, problem.name)
+        importance = moments.second.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(problem.weight).float().cpu()
+        grid = _grid(problem.weight, layer_format, problem.name, importance)
         problem = replace(problem, grid=grid.to(problem.dtype, problem.device))
     if not problem.transform.is_affine:
         return problem
@@ -93,30 +79,28 @@ def with_moments(problem: LayerProblem, moments: Moments, layer_format: LayerFor
     return replace(problem, quadratic=quadratic)
 
 
-def _check_scales(grid: Grid, name: str) -> None:
-    """Raises: InputError when a scale is not a positive finite number, on every rank alike."""
+def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tensor | None = None) -> Grid:
+    """Chosen on the host, so that it is the same on every rank and device. Raises InputError when a scale is not a
+    positive finite number, on every rank alike."""
+    grid = choose_grid(weight.float().cpu(), layer_format, importance)
     bad = ~(torch.isfinite(grid.scale) & (grid.scale > 0)).flatten(0, 1)
     if bool(bad.any()):
         channel, run = bad.nonzero()[0].tolist()
         value = float(grid.scale.flatten(0, 1)[channel, run])
-        raise agreed(
-            InputError(
-                f"layer {name}: the scale of output channel {channel} is {value}, which must be positive and finite; "
-                "the weights are too large for float32: leave the layer in float by quantize.ignore"
-            )
-        )
+        wrong = f"the scale of output channel {channel} is {value}, which must be positive and finite"
+        advice = "the weights are too large for float32: leave the layer in float by quantize.ignore"
+        raise agreed(InputError(f"layer {name}: {wrong}; {advice}"))
+    return grid
 
 
-def _output_transform(
-    walker: Walker, site: Site, activation_in_loss: bool, dtype: torch.dtype, device: torch.device
-) -> OutputTransform:
-    activation = site.activation if activation_in_loss else "identity"
+def _output_transform(walker: Walker, site: Site, rounding: RoundingSpec, like: Tensor) -> OutputTransform:
+    activation = site.activation if rounding.sees_activation else "identity"
     norm = site.batch_norm
     if norm is None:
         return OutputTransform(activation=activation)
 
     def tensor(name: str) -> Tensor:
-        return walker.tensor(name).to(device, dtype)
+        return walker.tensor(name).to(like)
 
     mean, var = tensor(norm.running_mean), tensor(norm.running_var)
     gamma = torch.ones_like(mean) if norm.weight is None else tensor(norm.weight)

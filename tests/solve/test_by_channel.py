@@ -19,7 +19,6 @@ from distributed_adaround.solve import by_channel
 from distributed_adaround.solve.by_channel import (
     ChannelProblem,
     ChannelSolution,
-    block_channels,
     channel_blocks,
     solve_by_channel,
 )
@@ -33,7 +32,7 @@ SIZES = [(1, 1), (1, 255), (1, 256), (1, 257), (1, 1000), (3, 100), (7, 256), (2
 @pytest.mark.parametrize(("groups", "channels"), SIZES)
 def test_blocks_cover_every_channel_once_and_are_of_one_size(groups: int, channels: int, device_type: str) -> None:
     size = {"cpu": 256}.get(device_type, 1024)
-    blocks = list(channel_blocks(groups, channels, block_channels(device_type)))
+    blocks = list(channel_blocks(groups, channels, by_channel._BLOCK_CHANNELS.get(device_type, 1024)))
     count = torch.zeros(groups, channels)
     for some, cut in blocks:
         count[some, cut] += 1
@@ -119,7 +118,7 @@ def test_codes_and_scales_are_gathered_into_their_places(
         return solve_by_channel(mine, comm, problem.grid, work, Monitor(), "test", start)
 
     results = run_ranks(world_size, on_rank)
-    blocks = list(channel_blocks(*problem.weight.shape[:2], block_channels("cpu")))
+    blocks = list(channel_blocks(*problem.weight.shape[:2], by_channel._BLOCK_CHANNELS["cpu"]))
     num_blocks = len(blocks)
     assert len(solved) == num_blocks
     assert all(block in solved for block in blocks)

@@ -15,7 +15,7 @@ from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve import by_channel
-from distributed_adaround.solve import polish as polish_file
+from distributed_adaround.solve import layer as polish_file
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 

@@ -12,9 +12,8 @@ from toy_solving import Fixed, rounded, solver_of
 
 from distributed_adaround.formats import SCALE_FORMATS
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.solve.layer import LayerResult
+from distributed_adaround.solve.layer import LayerResult, restore_outputs
 from distributed_adaround.solve.problem import LayerProblem, Solution
-from distributed_adaround.solve.restore import restore_outputs
 
 GRAM = solver_of("gram", sweeps=10)
 NEAREST = solver_of("nearest")
