@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 from torch import Tensor, nn
+from toy_formats import layer_format
 
 import distributed_adaround
 from distributed_adaround import InputError, MethodSpec, SpecError, quantize
@@ -92,13 +93,10 @@ def test_the_callers_model_stays_and_the_copy_is_on_the_grid() -> None:
     assert isinstance(table, LayerTable)
     assert [layer["name"] for layer in table.to_dicts()] == ["first", "second", "head"]
     for name, weight in weights(model).items():
-        grid = choose_grid(
-            weight, qmin=-4, qmax=3, symmetric=True, zero_point=0, strategy="channel", group_size=None, observer="mse",
-            percentile=99.9,
-        )  # fmt: skip
+        grid = choose_grid(weight[None], layer_format("int3", observer="mse"))
         changed = weights(quantized)[name]
-        codes = grid.quantize(changed)
-        torch.testing.assert_close(grid.dequantize(codes), changed, rtol=0, atol=1e-6)
+        codes = grid.quantize(changed[None])
+        torch.testing.assert_close(grid.dequantize(codes)[0], changed, rtol=0, atol=1e-6)
         assert not torch.equal(changed, weight)
         assert (changed - weight).abs().max() <= 1.01 * grid.scale.max() or (codes == -4).any() or (codes == 3).any()
     after = state_of(quantized)

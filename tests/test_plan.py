@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,8 @@ from distributed_adaround import plan
 from distributed_adaround.files.job_file import load_spec
 from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.plan import JobPlan, plan_job
+from distributed_adaround.solve.setup import make_solver
+from distributed_adaround.spec.rounding import RoundingSpec
 
 
 def plan_of(path: Path, world_size: int = 1) -> JobPlan:
@@ -85,6 +87,20 @@ def test_weights_stay_as_they_are(network: str, tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def slow_solvers(now: list[float], work: Callable[[RoundingSpec, Any], float]) -> Callable[[str, RoundingSpec], Any]:
+    """Solvers of a job that only move a clock. work: seconds, from the settings and the problem."""
+
+    def make(name: str, rounding: RoundingSpec) -> Any:
+        solver = make_solver(name, rounding)
+
+        def solve(problem: Any, *_: Any) -> None:
+            now[0] += work(rounding, problem)
+
+        return SimpleNamespace(needs_moments=solver.needs_moments, num_steps=solver.num_steps, solve=solve)
+
+    return make
+
+
 @pytest.mark.parametrize(("solver", "learning"), [("minibatch", 250), ("nearest", 0)])
 def test_seconds_are_those_of_the_steps_and_the_comparisons(
     solver: str, learning: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,15 +113,12 @@ def test_seconds_are_those_of_the_steps_and_the_comparisons(
         now[0] += 2
         return compare(*args)
 
-    def slow_solver(rounding: Any) -> Any:
-        def solve(*_: Any) -> None:
-            now[0] += 5 + rounding.max_iter / 4
-
-        return solve
+    def work(rounding: RoundingSpec, _: Any) -> float:
+        return 5 + rounding.max_iter / 4
 
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(plan, "output_errors", compare_slowly)
-    monkeypatch.setattr(plan, "make_solver", slow_solver)
+    monkeypatch.setattr(plan, "make_solver", slow_solvers(now, work))
     found = plan_of(write_job(tmp_path / "job", "mlp", rounding={"solver": solver, "max_iter": 1000}), world_size=2)
     share = max(found.samples_per_rank) / 2
     for layer in found.layers:
@@ -140,14 +153,11 @@ def test_steps_are_those_of_the_solver_that_each_layer_gets(tmp_path: Path, monk
     """A clock that only a solver moves: a second a sweep of gram, a quarter of a second a step of minibatch."""
     now = [0.0]
 
-    def slow_solver(rounding: Any) -> Any:
-        def solve(problem: Any, *_: Any) -> None:
-            now[0] += rounding.sweeps if problem.transform.is_affine else rounding.max_iter / 4
-
-        return solve
+    def work(rounding: RoundingSpec, problem: Any) -> float:
+        return rounding.sweeps if problem.transform.is_affine else rounding.max_iter / 4
 
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(plan, "make_solver", slow_solver)
+    monkeypatch.setattr(plan, "make_solver", slow_solvers(now, work))
     rounding = {"solver": "gram", "activation_in_loss": True, "sweeps": 50, "max_iter": 1000}
     found = plan_of(write_job(tmp_path / "job", "cnn", rounding=rounding))
     assert [layer.seconds for layer in found.layers] == pytest.approx([250, 250, 250, 50])

@@ -10,8 +10,6 @@ Rank 0 builds the manifest, every rank gets the same one. Sample ids are global 
 Nothing but the rank depends on W. No torch here: a login node can build and check all of it but the file contents.
 """
 
-from __future__ import annotations
-
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -112,7 +110,7 @@ class Manifest:
         return jsontext.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
+    def from_json(cls, text: str) -> "Manifest":
         """Inverse of `to_json`."""
         return TypeAdapter(cls).validate_json(text)
 

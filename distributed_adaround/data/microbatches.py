@@ -1,7 +1,5 @@
 """Calibration data as the model takes it: the microbatches of one rank, from files or from a caller's list."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +50,7 @@ class Microbatches:
         return self.read()
 
     @classmethod
-    def of_files(cls, loader: SampleLoader, convert: Callable[[Mapping[str, Tensor]], ModelInputs]) -> Microbatches:
+    def of_files(cls, loader: SampleLoader, convert: Callable[[Mapping[str, Tensor]], ModelInputs]) -> "Microbatches":
         """Those of a manifest. convert: from the fields of a microbatch to the model's arguments."""
 
         def load(index: int) -> ModelInputs:
@@ -64,7 +62,7 @@ class Microbatches:
         return cls(loader.total, loader.owned, load, read, (load(0), load(loader.total - 1)), loader.varying)
 
     @classmethod
-    def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> Microbatches:
+    def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> "Microbatches":
         """Those of a caller. A collective. sharded: every rank gives its own batches; else all give the same ones.
 
         Raises: InputError when a batch cannot be used, there is none, or ranks give different numbers of them.
@@ -87,7 +85,7 @@ class Microbatches:
         examples = _of_two_kinds([inputs for rank in offered for inputs in rank])
         return cls(total, tuple(held), held.__getitem__, lambda: iter(held.items()), examples, len(examples) > 1)
 
-    def first(self) -> Microbatches:
+    def first(self) -> "Microbatches":
         """The first one alone, as if it were all."""
         inputs = self.load(0)
         return Microbatches(1, (0,), lambda index: inputs, lambda: iter([(0, inputs)]), (inputs,), self.varying)

@@ -6,8 +6,6 @@ with the inputs in the order of falling A_jj (activation order). Scales stay as 
 Shape legend: G conv groups, J inputs of one output, R out channels of a group.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +30,7 @@ class GptqFactors:
     spread: Tensor
 
     @classmethod
-    def of(cls, second: Tensor, damping: float) -> GptqFactors:
+    def of(cls, second: Tensor, damping: float) -> "GptqFactors":
         """Factors of A `(G, J, J)`. damping: share of the mean of A's diagonal that is added to it.
 
         Raises torch.linalg.LinAlgError when A is singular all the same.
@@ -49,7 +47,7 @@ class GptqFactors:
         spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
         return cls(order, lower, spread.to(dtype))
 
-    def groups(self, index: slice) -> GptqFactors:
+    def groups(self, index: slice) -> "GptqFactors":
         """The factors of some conv groups."""
         return GptqFactors(self.order[index], self.lower[index], self.spread[index])
 

@@ -17,8 +17,6 @@ the point that minimizes (v - c)² + m (hi - lo)² f_v (1 - f_v) over v: the reg
 weight m. S_0 leaves c as it is, S_1 is rounding to the nearest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,13 +50,13 @@ class Grid:
     tensor_scale: Tensor | None = None
     per_channel: bool = True
 
-    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Grid:
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Grid":
         """The same grid in another floating dtype or on another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
-    def part(self, place: tuple[slice, slice]) -> Grid:
+    def part(self, place: tuple[slice, slice]) -> "Grid":
         """The part of some conv groups and of some out channels in each of them."""
         if not self.per_channel:
             return self
@@ -111,30 +109,30 @@ class Grid:
         rounded = round_scale(torch.where(usable, narrow, 1.0), self.scale_format, self.tensor_scale)
         return torch.where(usable, rounded.to(scale.dtype), torch.nan)
 
-    def with_scale(self, scale: Tensor) -> Grid:
+    def with_scale(self, scale: Tensor) -> "Grid":
         """The grid with another scale of the same shape, as the format can hold it; where it can not, its own."""
         assert scale.shape == self.scale.shape, (scale.shape, self.scale.shape)
         held = self.representable(scale).to(self.scale.dtype)
         return replace(self, scale=torch.where(held.isnan(), self.scale, held))
 
-    def at_shares(self, shares: Sequence[float]) -> Grid:
+    def at_shares(self, shares: Sequence[float]) -> "Grid":
         """The channels of each group so often, all of them after the other, each time with one share of the scales."""
         copies = [self.with_scale(self.scale * share).scale for share in shares]
         return replace(self, scale=torch.cat(copies, dim=1), zero_point=self.zero_point.repeat(1, len(shares), 1))
 
-    def runs(self) -> list[GridRun]:
+    def runs(self) -> list["GridRun"]:
         """What each run of inputs that share scales has in common; copies."""
         parts = (part[:, None].movedim(3, 0).contiguous() for part in (self.scale, self.zero_point))
         return [self._run_of(scale.clone(), zero_point) for scale, zero_point in zip(*parts, strict=True)]
 
-    def of_inputs(self, index: Tensor) -> GridRun:
+    def of_inputs(self, index: Tensor) -> "GridRun":
         """The same for one input of each conv group. index: int64 `(G, 1)`, the run that the input is in."""
         if self.scale.shape[2] == 1:
             return self.runs()[0]
         place = index[:, :, None].expand(-1, self.scale.shape[1], -1)
         return self._run_of(*(part.gather(2, place).transpose(1, 2) for part in (self.scale, self.zero_point)))
 
-    def _run_of(self, scale: Tensor, zero_point: Tensor) -> GridRun:
+    def _run_of(self, scale: Tensor, zero_point: Tensor) -> "GridRun":
         if self.values is not None:
             return GridRun(scale, self.values[0], self.values[-1], self.values)
         return GridRun(scale, self.qmin - zero_point, self.qmax - zero_point, None)

@@ -16,8 +16,6 @@ Sums are exact: every microbatch's part is rounded once to a fixed point and add
 bits for every order and every number of ranks.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -100,7 +98,7 @@ class Moments:
     num_rows: int
     every_row: bool = True
 
-    def reordered(self, index: Tensor) -> Moments:
+    def reordered(self, index: Tensor) -> "Moments":
         """The same with the inputs in another order. index: int64 `(J,)`."""
         pairs = (slice(None), index[:, None], index)
         moved = replace(self, second=self.second[pairs], mean=self.mean[:, index])
@@ -117,7 +115,7 @@ class Moments:
             by_weight -= 2 * asymmetry * torch.bmm(weight.double(), self.cross)
         return (by_weight * difference).sum(dim=2) * self.num_rows
 
-    def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> Quadratic:
+    def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> "Quadratic":
         """The quadratic of a layer. weight: `(G, R, J)`, whose dtype the result has. centred: the bias is corrected."""
         second, cross = self.second, self.cross
         if centred:
@@ -146,12 +144,12 @@ class Quadratic:
     weight: Tensor
     linear: Tensor | None
 
-    def part(self, place: tuple[slice, slice]) -> Quadratic:
+    def part(self, place: tuple[slice, slice]) -> "Quadratic":
         """The part of some conv groups and of some out channels in each of them."""
         linear = None if self.linear is None else self.linear[place]
         return Quadratic(self.second[place[0]], self.weight[place], linear)
 
-    def repeated(self, times: int) -> Quadratic:
+    def repeated(self, times: int) -> "Quadratic":
         """The channels of each group so often, one copy of all of them after the other."""
         linear = None if self.linear is None else self.linear.repeat(1, times, 1)
         return Quadratic(self.second, self.weight.repeat(1, times, 1), linear)

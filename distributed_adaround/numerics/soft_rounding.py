@@ -10,8 +10,6 @@ Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization
 Gradients are written out instead of recorded by autograd: two matrix products and a few passes over alpha per step.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +102,7 @@ class OutputTransform:
         """No activation: only differences of outputs matter."""
         return self.activation == "identity"
 
-    def linear_part(self) -> OutputTransform:
+    def linear_part(self) -> "OutputTransform":
         """The same transform of differences of outputs: without shift and activation."""
         return OutputTransform(self.scale)
 

@@ -1,7 +1,5 @@
 """Facts of this process (rank, world size, device), read from the environment once, and the process group."""
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections.abc import Iterator
@@ -30,7 +28,7 @@ class RankContext:
     backend: str
 
     @classmethod
-    def from_environment(cls, device: str = "auto", backend: str = "auto") -> RankContext:
+    def from_environment(cls, device: str = "auto", backend: str = "auto") -> "RankContext":
         """Read torchrun's variables; without them this is one rank alone. Raises SpecError."""
         rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))

@@ -4,8 +4,6 @@ The unfolded input of a convolution is never held whole: it passes by in pieces.
 same way (query, key and value; gate and up) share one set of moments.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

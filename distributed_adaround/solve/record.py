@@ -1,7 +1,5 @@
 """The result of one layer as it is committed, exported and shown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -62,7 +60,7 @@ class LayerFigures:
         return {key: jsontext.json_safe(value) for key, value in {**asdict(self), "sqnr_db": self.sqnr_db}.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> LayerFigures:
+    def from_dict(cls, values: Mapping[str, object]) -> "LayerFigures":
         """Inverse of `to_dict`; None becomes NaN. Raises InputError when fields are missing or unknown."""
         names = {field.name for field in fields(cls)}
         given = {key: value for key, value in values.items() if key != "sqnr_db"}
@@ -106,7 +104,7 @@ class LayerRecord:
         codes: Tensor,
         grid: Grid,
         shift: Tensor | None,
-    ) -> LayerRecord:
+    ) -> "LayerRecord":
         """The record of a solved layer, on the host. codes: `(G, R, J)` of the grid; shift: `(O,)` or None."""
         number, scales = layer_format.number, layer_format.scale
         grid = grid.to(torch.float32, torch.device("cpu"))
