@@ -9,7 +9,7 @@ from toy_formats import layer_format
 from distributed_adaround.formats import Strategy
 from distributed_adaround.numerics.descent import Descent
 from distributed_adaround.numerics.grid import Grid
-from distributed_adaround.numerics.moments import Quadratic
+from distributed_adaround.numerics.moments import Quadratic, outputs_first
 from distributed_adaround.numerics.ranges import choose_grid
 
 
@@ -35,4 +35,4 @@ def make_grid(quadratic: Quadratic, strategy: Strategy = "channel", *, runs: int
 
 def weights_of(descent: Descent) -> Tensor:
     """Weights `(G, R, J)` of the present levels, also of soft ones, in the weight's order."""
-    return descent._outputs_first(descent._weights())
+    return outputs_first(descent._weights(), descent._order)
