@@ -163,17 +163,14 @@ def capture(module: GraphModule) -> CapturedGraph:
     constant = _constant_nodes(nodes)
     reasons = _reasons(module, nodes, constant)
     first_calls, repeat_calls = _find_sites(module, nodes, {name for name, reason in reasons.items() if not reason})
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     return CapturedGraph(
         module=module,
         nodes=nodes,
         sites=tuple(first_calls.values()),
         first_calls=first_calls,
         repeat_calls=repeat_calls,
-        float_parameters=tuple(
-            FloatParameter(name, tuple(attribute(module, name).shape), reason)
-            for name, reason in reasons.items()
-            if reason
-        ),
+        float_parameters=tuple(FloatParameter(name, shapes[name], why) for name, why in reasons.items() if why),
         constant=constant,
         common=_common_nodes(nodes, constant, {**first_calls, **repeat_calls}),
         placeholders=tuple(node for node in nodes if node.op == "placeholder"),
@@ -204,13 +201,11 @@ def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: dict[
 
 def _reasons(module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node]) -> dict[str, str | None]:
     """For every parameter, why it stays in float; None: it is the weight of a site."""
-    users: dict[str, list[Node]] = {}
+    users: dict[str, list[Node]] = {name: [] for name, _ in module.named_parameters()}
     for node in nodes:
-        if node.op == "get_attr":
-            users.setdefault(str(node.target), []).extend(node.users)
-    return {
-        name: _reason(name, parameter, users.get(name, []), constant) for name, parameter in module.named_parameters()
-    }
+        if node.op == "get_attr" and str(node.target) in users:
+            users[str(node.target)].extend(node.users)
+    return {name: _reason(name, attribute(module, name), mine, constant) for name, mine in users.items()}
 
 
 def _reason(name: str, parameter: Tensor, users: Sequence[Node], constant: frozenset[Node]) -> str | None:

@@ -12,20 +12,12 @@ from distributed_adaround.capture.sites import Activation, BatchNormAfter
 from distributed_adaround.numerics.layers import LayerGeometry, padding_pairs
 
 _aten = torch.ops.aten
-_LAYERS = (
-    _aten.linear.default,
-    _aten.conv1d.default,
-    _aten.conv1d.padding,
-    _aten.conv2d.default,
-    _aten.conv2d.padding,
-    _aten.conv3d.default,
-    _aten.conv3d.padding,
-    _aten.conv_transpose1d.default,
-    _aten.conv_transpose2d.input,
-    _aten.conv_transpose3d.input,
-    _aten.convolution.default,
-)
+_CONVOLUTIONS = (_aten.conv1d, _aten.conv2d, _aten.conv3d)
 _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+_LAYERS = (
+    *(_aten.linear.default, _aten.convolution.default, *_TRANSPOSED),
+    *(overload for packet in _CONVOLUTIONS for overload in (packet.default, packet.padding)),
+)
 _BATCH_NORM = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
 _RELU = (_aten.relu.default, _aten.clamp_min.default, _aten.clamp.default, _aten.hardtanh.default, _aten.relu6.default)
 
@@ -53,16 +45,12 @@ def unusable(node: Node, constant: Container[Node]) -> str | None:
     if any(other not in (source, node.args[1], bias) for other in node.all_input_nodes):
         return "the padding of its layer depends on the size of the input"
     output = node.meta.get("val")
-    if node.target != _aten.linear.default and isinstance(output, Tensor) and output.dim() != _num_dims(node):
-        return "its layer runs on samples without a batch dimension"
+    if node.target != _aten.linear.default and isinstance(output, Tensor):
+        weight: Any = node.args[1]
+        # A convolution's output with its batch has as many dimensions as the weight.
+        if output.dim() != weight.meta["val"].dim():
+            return "its layer runs on samples without a batch dimension"
     return None
-
-
-def _num_dims(node: Node) -> int:
-    """Dimensions of a weight, and of a convolution's input and output with their batch."""
-    weight = node.args[1]
-    assert isinstance(weight, Node)
-    return int(weight.meta["val"].dim())
 
 
 def module_class(node: Node) -> str:
@@ -74,7 +62,7 @@ def module_class(node: Node) -> str:
 
 
 def operation_name(node: Node) -> str:
-    """Name of a node's operation for messages: "embedding"."""
+    """For messages: "embedding"."""
     target = node.target
     return target.__name__.split(".")[0].removeprefix("_") if callable(target) else str(node.op)
 
