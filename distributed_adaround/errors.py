@@ -1,7 +1,6 @@
 """Every error this program raises on purpose, and the exit code each one ends a job with.
 
-A message is one line: the value, the rule it breaks, the remedy; the layer and rank where they are known. `redact`
-keeps credentials out of it.
+A message is one line without credentials: the value, the rule it breaks, the remedy; layer and rank where known.
 """
 
 import re

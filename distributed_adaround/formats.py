@@ -175,7 +175,6 @@ class LayerFormat:
             sizes = range(min(self.group_size, inputs_per_output), 0, -1)
             fitting = next(size for size in sizes if inputs_per_output % size == 0)
             given, way_out = f"group_size: {self.group_size}", f"group_size: {fitting} fits"
-        raise SpecError(
-            f"quantize.{given} must divide the {inputs_per_output} inputs of each output of layer "
-            f"{shorten(layer_name, 80)!r}; add an override for this layer ({way_out}) or ignore it"
-        )
+        layer = f"the {inputs_per_output} inputs of each output of layer {shorten(layer_name, 80)!r}"
+        remedy = f"add an override for this layer ({way_out}) or ignore it"
+        raise SpecError(f"quantize.{given} must divide {layer}; {remedy}")

@@ -162,10 +162,9 @@ def _converter(
 def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
     size, sizes = opened.batch_size, {len(microbatch.samples) for microbatch in manifest.microbatches}
     if size is not None and sizes != {size}:
-        raise InputError(
-            f"model.program takes batches of exactly {size} samples, the data is cut into {sorted(sizes)}: set "
-            f"data.microbatch_size={size} and data.num_samples to a multiple of it, or export with a dynamic batch"
-        )
+        remedy = f"set data.microbatch_size={size} and data.num_samples to a multiple of it"
+        what = f"model.program takes batches of exactly {size} samples, the data is cut into {sorted(sizes)}"
+        raise InputError(f"{what}: {remedy}, or export with a dynamic batch")
 
 
 def _open_log(job: PreparedJob, layers_done: int) -> JobLog:

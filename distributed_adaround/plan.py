@@ -1,7 +1,6 @@
 """What a job would do: layers, data per rank, memory and time, with nothing solved.
 
-One microbatch runs through the model to see real shapes, and a few solver steps are timed on each distinct kind of
-layer.
+One microbatch runs through the model to see real shapes, and a few solver steps are timed on each kind of layer.
 """
 
 import time

@@ -138,8 +138,7 @@ class NetworkRounder:
 
 @dataclass
 class LayerMonitor(Monitor):
-    """What the solver of one layer tells and asks in a job: progress, signals, and its state saved every save_seconds.
-    clock: seconds that only grow."""
+    """What the solver of one layer tells and asks: progress, signals, and its state saved every save_seconds."""
 
     layer: str
     log: JobLog

@@ -60,22 +60,14 @@ def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) 
     Raises InputError when the graph holds the example's batch size as a constant, and whatever torch.export raises.
     """
     example = _odd_batch(example)
-    # As in inference: autograd would refuse in-place operations that the model may use there.
-    with torch.no_grad(), without_cache(model), _without_warnings():
+    # As in inference: autograd would refuse in-place operations. torch 2.13 warns about a call of its own.
+    with torch.no_grad(), without_cache(model), warnings.catch_warnings(action="ignore", category=FutureWarning):
         program = torch.export.export(
             model, example.args, example.kwargs, dynamic_shapes=_dynamic_shapes(model, example, varying), strict=False
         )
     if (size := fixed_batch_size(program)) is not None:
         raise InputError(f"its graph only takes batches of {size} samples")
     return program
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torch 2.13 warns about a call of its own.
-        warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
-        yield
 
 
 @contextmanager
@@ -139,7 +131,7 @@ def straight_line(program: ExportedProgram) -> GraphModule:
 
     Raises InputError when the graph holds control flow or other calls of submodules.
     """
-    with _without_warnings():
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         module = program.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, GraphModule)
     for node in module.graph.nodes:

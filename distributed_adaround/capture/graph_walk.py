@@ -6,8 +6,7 @@
 
 Between two sites a microbatch runs through the whole segment before the next one starts, so that only tensors which a
 later segment reads (the frontier) are ever held for all microbatches. Each node runs once per microbatch and stream;
-nodes that depend on no site run once for both. Weights stay where the model has them and visit the device for the
-segment that reads them.
+nodes that depend on no site run once for both. Weights visit the device for the segment that reads them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,7 +160,11 @@ class GraphWalker:
             else:
                 for stream in streams:
                     self._run_node(batch, node, stream, loaded)
-            self._drop(batch, loaded, node, streams)
+            # A common value goes when the quantized stream has read it.
+            for source in self._last_reads.get(node, ()):
+                for stream in (*streams, COMMON) if QUANTIZED in streams else streams:
+                    batch.values[stream].pop(source, None)
+                    loaded[stream].pop(source, None)
         for values in batch.values.values():
             for node in nodes:
                 if node in values:
@@ -212,13 +215,6 @@ class GraphWalker:
             self._constants[node] = node.target(*args, **kwargs)
         return self._constants[node]
 
-    def _drop(self, batch: _Microbatch, loaded: dict[str, Values], node: Node, streams: Sequence[str]) -> None:
-        """Forget values that `node` was the last to read. A common value goes when the quantized stream has read it."""
-        for source in self._last_reads.get(node, ()):
-            for stream in (*streams, COMMON) if QUANTIZED in streams else streams:
-                batch.values[stream].pop(source, None)
-                loaded[stream].pop(source, None)
-
     def _on_device(self, value: Any) -> Any:
         """Operations like split return tuples of tensors."""
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self._device, non_blocking=True), value)
@@ -259,14 +255,8 @@ def _check_fit(placeholder: Node, value: Any, index: int) -> None:
                 f"microbatch {index}: the model's graph takes {placeholder.target!r} with size {odd[1]} in dimension "
                 f"{odd[0]}, the data has shape {tuple(value.shape)}; pad or cut all samples to one size"
             )
-    elif not isinstance(captured, _SYMBOLIC) and (
-        isinstance(captured, Tensor) or isinstance(value, Tensor) or captured != value
-    ):
-        raise InputError(
-            f"microbatch {index}: the model's graph was captured for {placeholder.target!r} = {_shown(captured)}, the "
-            f"data has {_shown(value)}; every microbatch must give the same"
-        )
-
-
-def _shown(value: Any) -> str:
-    return "a tensor" if isinstance(value, Tensor) else repr(value)
+    elif not isinstance(captured, _SYMBOLIC):
+        before, now = ("a tensor" if isinstance(part, Tensor) else repr(part) for part in (captured, value))
+        if before != now:
+            what = f"the model's graph was captured for {placeholder.target!r} = {before}, the data has {now}"
+            raise InputError(f"microbatch {index}: {what}; every microbatch must give the same")

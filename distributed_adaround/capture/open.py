@@ -109,11 +109,8 @@ def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
     digests = comm.all_gather_object(digest)
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:
-        error = InputError(
-            f"the model on ranks {odd} has other weights than on rank 0; load the same weights on all ranks, with "
-            "model.weights in a job file, or seed the factory"
-        )
-        raise agreed(error)
+        remedy = "load the same weights on all ranks, with model.weights in a job file, or seed the factory"
+        raise agreed(InputError(f"the model on ranks {odd} has other weights than on rank 0; {remedy}"))
     return digest
 
 
@@ -180,14 +177,11 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
         if layer.format is not None:
             layer.format.check(layer.site.name, layer.site.geometry.inputs_per_output)
             if not bool(torch.isfinite(walker.tensor(layer.site.weight_name)).all()):
-                raise InputError(
-                    f"layer {layer.site.name}: its weight {layer.site.weight_name!r} is not finite; load other "
-                    "weights, or leave the layer in float by quantize.ignore"
-                )
+                what = f"layer {layer.site.name}: its weight {layer.site.weight_name!r} is not finite"
+                raise InputError(f"{what}; load other weights, or leave the layer in float by quantize.ignore")
     for pattern in quantize.unmatched([(layer.site.name, layer.site.module_class) for layer in planned]):
         logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
     if not any(layer.format for layer in planned):
-        raise InputError(
-            f"none of the model's {len(planned)} linear and convolution layers is to be quantized; see quantize.ignore"
-        )
+        what = f"none of the model's {len(planned)} linear and convolution layers is to be quantized"
+        raise InputError(f"{what}; see quantize.ignore")
     return planned

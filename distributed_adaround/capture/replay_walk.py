@@ -42,16 +42,14 @@ class ReplayWalker:
     """
 
     def __init__(self, module: nn.Module, example: ModelInputs, reason: str, store: ActivationStore) -> None:
-        """Find the layers in the order of their first calls, by one forward of `example`. reason: why the model is not
-        captured as a graph."""
+        """Find the layers in the order of their first calls, by a forward of `example`. reason: why no graph."""
         self._device, self._store = store.device, store
         self._module = module.to(self._device).eval()
         self._microbatches: Microbatches | None = None
         self._tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
             module.named_buffers(remove_duplicate=False)
         )
-        # Weight and corrected bias of every committed site that the module does not hold at the moment: float between
-        # the passes.
+        # Weights and corrected biases of committed sites that the module does not hold now: float between the passes.
         self._other_weights: dict[str, Tensor] = {}
         self.notes = [
             f"could not be exported: {reason}; layers are captured by hooks, which runs the model again for every layer"

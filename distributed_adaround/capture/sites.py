@@ -136,8 +136,7 @@ def unusable_values(weight: Tensor) -> str | None:
 def rows_that_count(mask: Tensor | None, leading: tuple[int, ...]) -> Tensor | None:
     """Which rows of an output count, bool of shape `leading` (the output's, less its channels); None: all.
 
-    mask: `(N, T)` of a microbatch. Rows are tokens when the shapes agree or the tokens were flattened; otherwise
-    (pooled outputs, say) all count.
+    mask: `(N, T)`. Rows are tokens when the shapes agree or the tokens were flattened; else (pooled, say) all count.
     """
     if mask is None or (leading != tuple(mask.shape) and leading != (mask.numel(),)):
         return None

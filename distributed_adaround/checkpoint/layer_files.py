@@ -57,8 +57,7 @@ class Checkpoint:
         """The commits under `<uri>/commits`, empty when there are none.
 
         fingerprint: digests of what the result depends on ("model", "data", "spec", "format"), not of the world size.
-        overwrite: remove commits that do not fit or are damaged; those that fit are still used, so that a job which
-        overwrites can be restarted.
+        overwrite: remove commits that do not fit or are damaged; a restart still uses those that fit.
 
         Raises InputError naming what differs, or the damaged file; OutputError when old commits cannot be removed.
         """

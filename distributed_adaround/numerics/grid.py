@@ -1,7 +1,6 @@
 """The grid that weights are rounded to: integers, or the values of a small float, times a scale.
 
-Shape legend: G conv groups, R out channels of a group, J inputs of one output, n runs of J/n inputs that share a scale,
-V values of a format.
+Shape legend: G conv groups, R out channels of a group, J inputs of an output, n runs that share a scale, V values.
 
     integers    code = round(w / scale) + zero_point, clamped to qmin..qmax    w = (code - zero_point) * scale
     floats      code = place of the value nearest to w / scale                 w = values[code] * scale
@@ -37,8 +36,7 @@ class Grid:
     scale, zero_point: floating point, `(G, R, n)`, or `(1, 1, 1)` for the whole tensor. qmin, qmax: ends of the codes.
     values: `(V,)`, ascending; codes are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None:
     integers. tensor_scale: `(1, 1, 1)`, the factor of the whole tensor where the scale format has one; `scale` holds it
-    already. per_channel: channels have scales of their own, which can be refitted; one channel's part of a grid looks
-    the same either way.
+    already. per_channel: channels have scales of their own, which can be refitted; the shape of one's part hides it.
     """
 
     scale: Tensor

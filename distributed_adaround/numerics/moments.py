@@ -9,8 +9,7 @@ With the difference D = Ŵ - W the mean squared output error of a layer without 
     A = mean x̂ x̂ᵀ      C = mean (x - x̂) x̂ᵀ      P = α W C
 
 where α is the asymmetry. C is 0 where both streams are the same, so nothing is lost in the difference of two large
-products; DESIGN's B is A + C. With the bias corrected afterwards only the spread around the means counts: both moments
-lose the product of their means.
+products; DESIGN's B is A + C. With a corrected bias both moments lose the product of their means.
 
 Sums are exact: every microbatch's part is rounded once to a fixed point and added as int64, so the total has the same
 bits for every order and every number of ranks.
@@ -33,8 +32,7 @@ class ExactSum:
     """Sum of tensors as int64 in units of a power of two.
 
     bound: largest absolute value that the total can reach. Parts are rounded to bound * 2^-61 or finer, so an entry of
-    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow. Bounds
-    below 2^-938 count as 2^-938.
+    the total is off by at most (number of parts) * bound * 2^-62. Totals up to twice the bound do not overflow.
     """
 
     def __init__(self, shape: tuple[int, ...], bound: float, device: torch.device) -> None:

@@ -59,8 +59,7 @@ def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch
 def process_group(context: RankContext, timeout_minutes: float, *, join_only: bool = False) -> Iterator[Comm]:
     """The Comm of this job: a new process group when torchrun started several ranks, else a SoloComm.
 
-    A process group that already exists (a notebook, a training script) is used as it is and left alone; join_only: use
-    such a group or none.
+    A group that already exists (a notebook, a training script) is used and left alone; join_only: that one or none.
     """
     if dist.is_initialized():
         yield GroupComm(context.device)

@@ -22,8 +22,7 @@ _BLOCK_CHANNELS = {"cpu": 256, "cuda": 1024}
 @dataclass(frozen=True)
 class ChannelProblem:
     """What one block of channels is solved from. levels: `(G, R, J)` to start from, or None.
-    place: its conv groups, and its out channels in each of them. done: share of this rank's blocks that came before;
-    size: its own share."""
+    place: its conv groups, and its channels of each. done: share of this rank's work before it; size: its own share."""
 
     quadratic: Quadratic
     grid: Grid

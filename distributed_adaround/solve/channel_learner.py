@@ -152,8 +152,7 @@ class _Batches:
 
 
 def _sum_disjoint(values: Tensor, comm: Comm) -> Tensor:
-    """Sum over ranks, in place, of tensors of which only one rank's is not 0 at each place. As whole numbers, so that
-    -0 survives."""
+    """Sum over ranks, in place, where only one rank's is not 0 at each place. As whole numbers, so that -0 survives."""
     as_bits = {1: torch.uint8, 4: torch.int32, 8: torch.int64}[values.element_size()]
     comm.all_reduce(values.view(as_bits))
     return values

@@ -103,8 +103,7 @@ def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
 
 
 def _first_place(problem: LayerProblem) -> tuple[int, int, str, float] | None:
-    """(microbatch, sample in it, what, value) of this rank. The float stream comes first: what it cannot compute, the
-    quantized one cannot either."""
+    """(microbatch, sample in it, what, value) of this rank, of the float stream first: the other one follows it."""
     for batch in sorted(problem.batches, key=lambda batch: batch.index):
         streams = {"float input": batch.x, "float output": batch.y, "quantized input": batch.x_hat}
         for what, values in streams.items():

@@ -27,8 +27,7 @@ _LARGE, _BLOCK, _STEPS = 4096, 32, 4
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Codes `(G, R, J)` of a layer on `grid`; shift: `(O,)`, what is added to its bias, or None; the rest as in
-    LayerFigures."""
+    """Codes `(G, R, J)` on `grid`; shift: `(O,)`, what is added to the bias, or None; the rest as in LayerFigures."""
 
     codes: Tensor
     grid: Grid
@@ -50,8 +49,7 @@ def round_layer(
     moments: Moments | None = None,
     polishes: bool = False,
 ) -> LayerResult:
-    """Solve one layer. The result is never worse on the calibration data than nearest rounding. A collective; raises
-    as Solver.solve does.
+    """Solve one layer, never worse on the calibration data than nearest rounding. A collective; raises as a solver.
 
     Args:
         problem: of the layer, with its quadratic where there are moments.
@@ -89,8 +87,7 @@ def round_layer(
 def _compare(
     problem: LayerProblem, solution: Solution, grid: Grid, shift: Tensor | None, moments: Moments | None, comm: Comm
 ) -> tuple[float, OutputErrors]:
-    """Squared error of nearest rounding, and the errors of the solution (hard, and soft where it has that), on all
-    data. A collective.
+    """Squared error of nearest rounding, and errors of the solution (hard, and soft if any), on all data. A collective.
 
     The data are passed once more at most, and nearest rounding is not among the candidates where its error is known or
     follows from moments of all rows. grid, shift: as restored.

@@ -1,8 +1,7 @@
 """Learners of `minibatch`: the soft rounding of a layer, and how ranks share a step. This one: by samples.
 
 Each rank computes the data term's gradient from the rows it holds and the regularizer's for its share of the weights;
-both, the two losses and some flags lie in one flat bucket that is summed over ranks in one collective. All ranks then
-take the same Adam step.
+both, the two losses and some flags lie in one flat bucket that one collective sums. Then all take the same Adam step.
 
 Layout of the bucket (W weights of the layer):  [ gradient by s: W | data loss | regularizer | non-finite ]
 s is the clamped sigmoid of alpha, in which the soft weights are linear. Its derivative by alpha is the same on all
@@ -160,8 +159,7 @@ def fill_bucket(
 def add_regularizer(
     bucket: Tensor, soft: SoftRounding, weight: float, beta: float, rank: int, world_size: int, with_value: bool = True
 ) -> None:
-    """Add the regularizer of this rank's share of the weights to the bucket. beta: its exponent. with_value: add its
-    value too, not only its gradient."""
+    """Add the regularizer of this rank's share of the weights to the bucket; with_value: not only its gradient."""
     if weight == 0:
         return
     size = soft.sigmoid.numel()

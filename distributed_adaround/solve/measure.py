@@ -38,8 +38,7 @@ class SharedMoments:
 
 
 def measure(problem: LayerProblem, comm: Comm) -> Moments:
-    """Moments of a layer's inputs, the same bits on any number of ranks. A collective. Raises InputError when the
-    inputs are not finite."""
+    """The same bits on any number of ranks. A collective. Raises InputError when the inputs are not finite."""
     sizes = comm.all_gather_object(_own_sizes(problem))
     squares, change, longest = (max(values) for values in zip(*(size[:3] for size in sizes), strict=True))
     if not (math.isfinite(squares) and math.isfinite(change)):
@@ -84,8 +83,7 @@ def measure(problem: LayerProblem, comm: Comm) -> Moments:
 
 def _own_sizes(problem: LayerProblem) -> tuple[float, float, int, int]:
     """How large sums over the rows of one of this rank's microbatches can get, since no unfolded input channel has
-    larger squares than the channel itself: of squares of x̂, and of x - x̂; the most rows of one; rows of all, without
-    padding."""
+    larger squares than the channel itself: of squares of x̂, and of x - x̂; the most rows of one; rows that count."""
     inputs, change, rows, all_rows = 0.0, 0.0, 0, 0
     for batch in problem.batches:
         keep = _keep(batch, problem)

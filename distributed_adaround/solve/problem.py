@@ -139,8 +139,7 @@ class Solution:
 class Solver(Protocol):
     """One way to round a layer; made from the section `rounding` of a job, as it is.
 
-    needs_moments: whether it works on the layer's quadratic. num_steps: steps or sweeps that a layer takes; 0: the
-    solver goes through it once.
+    needs_moments: whether it works on the layer's quadratic. num_steps: steps or sweeps of a layer; 0: it has none.
     """
 
     needs_moments: bool

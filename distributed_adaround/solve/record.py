@@ -25,8 +25,7 @@ class LayerFigures:
     kind: class of the module ("Conv2d"). shape: of the weight in torch. format: as in "int4 per_channel_symmetric".
     solver: the one that rounded it. nearest_error, soft_error, hard_error: sum of squared output errors over sum of
     squared outputs; NaN where there is none. flipped, unsettled: shares from 0 to 1. kept_nearest: learning did not
-    beat nearest rounding, so that is the result. seconds: wall time. resumed: taken from a commit of an earlier run.
-    note: anything else worth a line.
+    beat nearest rounding, so that is the result. seconds: wall time. resumed: from an earlier run. note: more to say.
     """
 
     name: str

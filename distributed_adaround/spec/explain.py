@@ -58,8 +58,7 @@ _RULES = {
 
 
 class ContradictionError(ValueError):
-    """A rule between fields is broken. loc: of the field to blame, seen from the section that raises. text: rule and
-    remedy."""
+    """A rule between fields is broken. loc: of the field to blame, in the section that raises. text: rule, remedy."""
 
     def __init__(self, loc: Sequence[str | int], value: object, text: str) -> None:
         super().__init__(text)

@@ -30,8 +30,7 @@ _MAX_INDEX_DIGITS = 4
 def parse_job(path: str, data: bytes, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The content of a job file as a mapping, with `section.field=value` overrides applied in order.
 
-    path: of the file; its suffix says what it is. Raises SpecError when the data are larger than 256 KiB, not valid, or
-    an override cannot be applied.
+    path: its suffix says what the data are. Raises SpecError for more than 256 KiB, and for what cannot be read.
     """
     parsed = _parse(_named(path), path.lower().rpartition(".")[2], data)
     if not isinstance(parsed, dict):

@@ -179,10 +179,8 @@ def _resolve(fields: Mapping[str, Any]) -> LayerFormat:
         text = f"does not fit {dtype}, whose values lie symmetric around zero; use per_{strategy}_symmetric"
         raise ContradictionError(("qscheme",), qscheme, text)
     if not symmetric and low == -high:
-        text = (
-            f"contradicts the range {low} to {high}, which is symmetric around zero; use per_{strategy}_symmetric, or "
-            "remove quant_min and quant_max"
-        )
+        remedy = f"use per_{strategy}_symmetric, or remove quant_min and quant_max"
+        text = f"contradicts the range {low} to {high}, which is symmetric around zero; {remedy}"
         raise ContradictionError(("qscheme",), qscheme, text)
     if number.scale != "float32" and fields["scale_dtype"] is not None:
         text = f"contradicts dtype {dtype}, whose scales are {number.scale}; remove it or use another dtype"
@@ -200,10 +198,8 @@ def _resolve(fields: Mapping[str, Any]) -> LayerFormat:
     )
     if symmetric and number.element is None and not low < found.zero_point < high:
         name, value = ("quant_max", high) if found.zero_point >= high else ("quant_min", low)
-        text = (
-            f"leaves no room around zero: with {qscheme} the zero point {found.zero_point} must lie strictly between "
-            f"quant_min {low} and quant_max {high}; widen the range or use per_{strategy}_affine"
-        )
+        rule = f"the zero point {found.zero_point} must lie strictly between quant_min {low} and quant_max {high}"
+        text = f"leaves no room around zero: with {qscheme} {rule}; widen the range or use per_{strategy}_affine"
         raise ContradictionError((name,), value, text)
     return found
 

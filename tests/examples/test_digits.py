@@ -41,7 +41,7 @@ def test_weights_are_those_that_training_writes(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(train, "NUM_EPOCHS", 1)
     torch.set_num_threads(1)
     for name in ("a", "b"):
-        train.write_weights(tmp_path / name)
+        save_file(train.train().state_dict(), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     written, shipped = load_file(tmp_path / "a"), load_file(train.WEIGHTS)
     assert {name: tensor.shape for name, tensor in written.items()} == {

@@ -4,8 +4,7 @@
 `sklearn.datasets.load_digits`. It was made by `python -m distributed_adaround.examples.digits.data`.
 
 Source: the test set of "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, 1998, UCI Machine
-Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0; taken from scikit-learn (BSD-3-Clause).
-Only the storage type was changed.
+Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0; from scikit-learn (BSD-3-Clause), as uint8.
 
 The first 1,257 images (70 %) are for training, the first 512 of these for calibration. The other 540 are held out.
 """

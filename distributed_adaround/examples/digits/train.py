@@ -3,8 +3,6 @@
 On a CPU, in less than a minute, with a fixed seed and one thread. The held-out images are not read here.
 """
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,10 +45,6 @@ def _distorted(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def write_weights(path: Path) -> None:
-    save_file(train().state_dict(), path)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write_weights(WEIGHTS)
+    save_file(train().state_dict(), WEIGHTS)
