@@ -66,7 +66,7 @@ class LayerFigures:
         if given.keys() != names:
             wrong = ", ".join(sorted(given.keys() ^ names))
             raise InputError(f"the report of layer {values.get('name')} lacks or has unknown fields: {wrong}; redo it")
-        floats = {field.name for field in fields(cls) if field.type == "float"}
+        floats = {field.name for field in fields(cls) if field.type is float}
         given |= {key: math.nan for key in floats if given[key] is None}
         given["shape"] = tuple(given["shape"])  # type: ignore[arg-type]
         return cls(**given)  # type: ignore[arg-type]
