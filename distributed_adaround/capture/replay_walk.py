@@ -51,9 +51,8 @@ class ReplayWalker:
         )
         # Weights and corrected biases of committed sites that the module does not hold now: float between the passes.
         self._other_weights: dict[str, Tensor] = {}
-        self.notes = [
-            f"could not be exported: {reason}; layers are captured by hooks, which runs the model again for every layer"
-        ]
+        instead = "layers are captured by hooks, which runs the model again for every layer"
+        self.notes = [f"could not be exported: {reason}; {instead}"]
         layers, refused = find_layers(self._module)
         num_calls, with_output_size = self._count_calls(layers, example)
         sites = _sites(self._module, layers, num_calls, refused, with_output_size)

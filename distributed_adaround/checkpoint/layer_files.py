@@ -175,9 +175,8 @@ def _read_manifest(folder: str, fingerprint: Mapping[str, str]) -> tuple[_Entry,
         keys = sorted(key for key in found.keys() | fingerprint.keys() if found.get(key) != fingerprint.get(key))
         parts = ", ".join(_PARTS.get(key, key) for key in keys)
         rule = "choose another output.uri, or set output.overwrite=true to replace them"
-        raise _UnusableError(
-            f"{redact(folder)}: the commits there were made with another {parts} than this job has; {rule}"
-        )
+        what = f"the commits there were made with another {parts} than this job has"
+        raise _UnusableError(f"{redact(folder)}: {what}; {rule}")
     for index, entry in enumerate(entries):
         if entry.file != _layer_file(index, entry.name):
             raise _damaged(uri, f"layer {entry.name} names the file {entry.file}, which no commit writes")

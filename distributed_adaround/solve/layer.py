@@ -66,7 +66,7 @@ def round_layer(
     if grid is not found or shift is not None:
         # What the solver has measured was before.
         solution = replace(solution, errors=None)
-    nearest, solved = _compare(problem, solution, grid, shift, moments, comm)
+    nearest, solved = _compare(problem, nearest_codes, solution, grid, shift, moments, comm)
     kept_nearest = bool(solved.error[0].sum() > nearest)
     codes = nearest_codes if kept_nearest else solution.codes
     energy = float(solved.energy.sum())
@@ -85,7 +85,13 @@ def round_layer(
 
 
 def _compare(
-    problem: LayerProblem, solution: Solution, grid: Grid, shift: Tensor | None, moments: Moments | None, comm: Comm
+    problem: LayerProblem,
+    nearest_codes: Tensor,
+    solution: Solution,
+    grid: Grid,
+    shift: Tensor | None,
+    moments: Moments | None,
+    comm: Comm,
 ) -> tuple[float, OutputErrors]:
     """Squared error of nearest rounding, and errors of the solution (hard, and soft if any), on all data. A collective.
 
@@ -96,7 +102,7 @@ def _compare(
     if measured is not None and solution.errors is not None:
         return measured, solution.errors
     hard = grid.dequantize(solution.codes)
-    nearest = problem.grid.dequantize(problem.grid.quantize(problem.weight))
+    nearest = problem.grid.dequantize(nearest_codes)
     candidates = [hard] if solution.soft_weight is None else [hard, solution.soft_weight]
     known = measured is not None or (shift is None and torch.equal(hard, nearest))
     if moments is not None and not (moments.every_row and problem.quadratic is not None and problem.asymmetry < 1):

@@ -136,9 +136,7 @@ class QuantizeSpec(Section):
     def unmatched(self, layers: Sequence[tuple[str, str]]) -> list[str]:
         """Patterns of `ignore` and `overrides` that match none of these (name, class name) pairs."""
         patterns = [*self.ignore, *(pattern for override in self.overrides for pattern in _as_list(override.match))]
-        return [
-            pattern for pattern in dict.fromkeys(patterns) if not any(_matches(pattern, *layer) for layer in layers)
-        ]
+        return [p for p in dict.fromkeys(patterns) if not any(_matches(p, *layer) for layer in layers)]
 
     def _base(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in Override.model_fields if name != "match"}

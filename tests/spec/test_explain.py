@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,24 +11,7 @@ from distributed_adaround.spec.job import JobSpec
 from distributed_adaround.spec.model import ModelSpec
 from distributed_adaround.spec.quantize import QuantizeSpec
 from distributed_adaround.spec.rounding import RoundingSpec
-
-JOB: dict[str, Any] = {
-    "model": {"factory": "my_models:resnet50"},
-    "data": {"uri": "data/*.npz"},
-    "output": {"uri": "out"},
-}
-
-
-def job_with(path: str, value: object) -> dict[str, Any]:
-    """JOB with one value set, for instance at "quantize.dtype"."""
-    job = copy.deepcopy(JOB)
-    *sections, name = path.split(".")
-    node = job
-    for section in sections:
-        node = node.setdefault(section, {})
-    node[name] = value
-    return job
-
+from tests.support.job_mapping import JOB, job_with
 
 # (path set, value, path blamed, what the line must also say: rule and remedy)
 BAD_VALUES = [

@@ -20,23 +20,7 @@ from distributed_adaround.spec.model import ModelSpec
 from distributed_adaround.spec.quantize import QuantizeSpec
 from distributed_adaround.spec.rounding import RoundingSpec
 from distributed_adaround.spec.runtime import RuntimeSpec, parse_bytes
-
-JOB: dict[str, Any] = {
-    "model": {"factory": "my_models:resnet50"},
-    "data": {"uri": "data/*.npz"},
-    "output": {"uri": "out"},
-}
-
-
-def job_with(path: str, value: object) -> dict[str, Any]:
-    """JOB with one value set, for instance at "quantize.dtype"."""
-    job = copy.deepcopy(JOB)
-    *sections, name = path.split(".")
-    node = job
-    for section in sections:
-        node = node.setdefault(section, {})
-    node[name] = value
-    return job
+from tests.support.job_mapping import JOB, job_with
 
 
 def test_specs_are_frozen_and_can_be_sent_to_other_processes() -> None:
