@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from walks import commit, reach, sites_of
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import capture, export_model, straight_line
+from distributed_adaround.capture.exported import export_model, straight_line
+from distributed_adaround.capture.graph import capture
 from distributed_adaround.capture.graph_walk import COMMON, FLOAT, QUANTIZED, GraphWalker
 from distributed_adaround.capture.sites import Site
 from distributed_adaround.data.microbatches import ModelInputs

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, plenty, reach, sites_of
+from walks import commit, plenty, reach, replayed, sites_of
 
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site
@@ -42,9 +42,7 @@ class Batches:
 
 
 def walker_for(module: nn.Module, tensors: Sequence[Tensor]) -> ReplayWalker:
-    walker = ReplayWalker(module, Batches(tensors).load(0), "a test", plenty())
-    walker.start(Batches(tensors))
-    return walker
+    return replayed(module, Batches(tensors))
 
 
 def randomized(module: nn.Module) -> nn.Module:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.calls import count_calls
+from distributed_adaround.capture.layer_modules import find_layers
+from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site, Unit, Walker
 
 
@@ -43,3 +47,12 @@ def commit(walker: Walker, site: Site, weight: Tensor | None, shift: Tensor | No
         assert site.shift_name is not None
         tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), shift)
     walker.commit(Unit((site,)), tensors)
+
+
+def replayed(module: nn.Module, microbatches: Any) -> ReplayWalker:
+    """The walker by hooks, started."""
+    module.eval()
+    calls = count_calls(module, find_layers(module)[0], microbatches, torch.device("cpu"))
+    walker = ReplayWalker(module, calls, "a test", plenty())
+    walker.start(microbatches)
+    return walker
