@@ -40,7 +40,7 @@ class Calls:
 
     def of(self, index: int, names: Iterable[str]) -> int:
         """Calls of these layers together in one microbatch."""
-        counts = self.per_microbatch.get(index, {})
+        counts = self.per_microbatch[index]
         return sum(counts.get(name, 0) for name in names)
 
 

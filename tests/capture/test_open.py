@@ -113,7 +113,7 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
     reference, model = Calling(plain), Calling(forward)
     model.load_state_dict(reference.state_dict())
     data = [torch.randn(3, 6), torch.randn(2, 6)]
-    walkers = walker_of(reference, data[0]), walker_of(model, data[0])
+    walkers = walker_of(reference, *data), walker_of(model, *data)
     assert [type(walker) for walker in walkers] == [GraphWalker, ReplayWalker]
     for walker in walkers:
         walker.start(Batches(data))
@@ -121,10 +121,12 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
         assert sites[0].weight_name == sites[1].weight_name
         found = [reach(walker, site) for walker, site in zip(walkers, sites, strict=True)]
         if forward is one_by_one:
-            # Replay learns from the first call, which sees one sample.
+            # Replay brings one batch for each call, which sees one sample.
+            assert found[1].indices == [0, 1, 2, 3, 4]
             for name in ("inputs", "float_inputs", "float_outputs"):
-                for whole, row in zip(*(getattr(each, name) for each in found), strict=True):
-                    torch.testing.assert_close(whole[0], row)
+                rows = [row for whole in getattr(found[0], name) for row in whole]
+                for row, call in zip(rows, getattr(found[1], name), strict=True):
+                    torch.testing.assert_close(row, call)
         else:
             for name in ("inputs", "float_inputs", "float_outputs"):
                 for one, other in zip(*(getattr(each, name) for each in found), strict=True):

@@ -49,10 +49,10 @@ def commit(walker: Walker, site: Site, weight: Tensor | None, shift: Tensor | No
     walker.commit(Unit((site,)), tensors)
 
 
-def replayed(module: nn.Module, microbatches: Any) -> ReplayWalker:
+def replayed(module: nn.Module, microbatches: Any, store: ActivationStore | None = None) -> ReplayWalker:
     """The walker by hooks, started."""
     module.eval()
     calls = count_calls(module, find_layers(module)[0], microbatches, torch.device("cpu"))
-    walker = ReplayWalker(module, calls, "a test", plenty())
+    walker = ReplayWalker(module, calls, "a test", store or plenty())
     walker.start(microbatches)
     return walker
