@@ -114,7 +114,9 @@ class NetworkRounder:
         """Learn one layer and check that all ranks found the same. total: microbatches of all ranks."""
         site, rounding = planned.site, self.spec.rounding
         batches = captured.walker.reach(planned.unit)
-        problem = make_problem(self.spec, captured.walker, site, layer_format, batches, total, captured.store)
+        problem = make_problem(
+            self.spec, captured.walker, site, layer_format, batches, total * site.num_calls, captured.store
+        )
         moments = None
         if solver.needs_moments or rounding.polishes or layer_format.observer == "output_mse":
             moments = self.moments.measure(problem, self.comm)

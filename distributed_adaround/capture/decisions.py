@@ -13,11 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 # Where these give real numbers too, those stay the stream's own, apart from the winners of a top-k.
-_DECIDING = frozenset(
-    ("argmax", "argmin", "argsort", "argwhere", "bincount", "bucketize", "histc", "max", "min", "mode", "multinomial")
-    + ("nonzero", "searchsorted", "sort", "topk", "unique", "unique_consecutive", "where")
-    + ("__bool__", "__float__", "__index__", "__int__", "equal", "is_nonzero", "item", "tolist")
-)
+# fmt: off
+_DECIDING = frozenset((
+    "argmax", "argmin", "argsort", "argwhere", "bincount", "bucketize", "equal", "histc", "is_nonzero", "item",
+    "max", "min", "mode", "multinomial", "nonzero", "searchsorted", "sort", "tolist", "topk", "unique",
+    "unique_consecutive", "where", "__bool__", "__float__", "__index__", "__int__",
+))
+# fmt: on
 _INDEXING = frozenset(("__getitem__", "__setitem__", "masked_select", "masked_scatter", "index_put", "index_put_"))
 
 Tape = list[tuple[str, Any]]
@@ -35,7 +37,8 @@ class Decisions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _INDEXING:
-            picks = pytree.tree_map_only(Tensor, lambda t: self._decide(name, t) if t.dtype == torch.bool else t, args[1:])
+            masks = (torch.bool, torch.uint8)
+            picks = pytree.tree_map_only(Tensor, lambda t: self._decide(name, t) if t.dtype in masks else t, args[1:])
             return func(args[0], *picks, **kwargs)
         result = func(*args, **kwargs)
         # With three arguments `where` is no index, but a choice between two values.
@@ -49,10 +52,11 @@ class Decisions(TorchFunctionMode):
         if not self._replay:
             self._tape.append((name, self._keep(value.clone()) if isinstance(value, Tensor) else value))
             return value
-        known, before = self._tape[self._place] if self._place < len(self._tape) else ("", None)
+        before: Any
+        known, before = self._tape[self._place] if self._place < len(self._tape) else ("", ...)
         if known != name or type(before) is not type(value):
             # Another path after all: from here on the stream decides by itself.
             self._place = len(self._tape)
             return value
         self._place += 1
-        return before.to(value.device) if isinstance(before, Tensor) else before
+        return before.to(value.device) if isinstance(value, Tensor) else before

@@ -4,13 +4,15 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from torch.export import ExportedProgram
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker
 from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
-from distributed_adaround.errors import InputError
+from distributed_adaround.errors import InputError, shorten
 from distributed_adaround.formats import LayerFormat
+from distributed_adaround.model.parametrizations import fold_parametrizations
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 from distributed_adaround.runtime.context import RankContext
@@ -72,9 +74,12 @@ def capture_model(
         SpecError: the formats do not fit the layers.
         InputError: ranks hold other weights, or the model cannot be used.
     """
+    folded = [] if isinstance(opened.model, ExportedProgram) else fold_parametrizations(opened.model)
     digest = _agree_on_weights(opened, comm)
     store = activation_store(runtime, context)
     walker = make_walker(opened.model, microbatches, store, comm)
+    if folded:
+        walker.notes.append(f"computed weights were folded into plain ones: {shorten(', '.join(folded), 200)}")
     with phase(comm, "plan the layers"):
         planned = tuple(plan_layers(walker, quantize))
     for note in walker.notes if comm.rank == 0 else ():

@@ -121,7 +121,7 @@ class ReplayWalker:
         self, site: Site, tapes: dict[int, Tape], *, is_float: bool
     ) -> list[tuple[int, ModelInputs, list[Tensor]]]:
         """Each owned microbatch, with what all calls of the site take (in the float stream: and give) in it."""
-        own_bias = self._module.get_submodule(site.name).bias
+        own_bias: Any = self._module.get_submodule(site.name).bias
         found: list[Tensor] = []
         ahead = 0
 
@@ -136,7 +136,7 @@ class ReplayWalker:
             if not ahead:
                 raise _ReachedError
 
-        def after(layer: nn.Module, _: object, output: Tensor) -> None:
+        def after(layer: Any, _: object, output: Tensor) -> None:
             nonlocal ahead
             keep(_with_bias(site, output, layer.bias, own_bias))
             ahead -= 1

@@ -84,7 +84,8 @@ def _example(first_of: dict[Kind, int], microbatches: Microbatches, comm: Comm) 
     index = first_of[min(first_of, key=rank)]
     with phase(comm, "read the calibration data"):
         mine = microbatches.load(index) if index in microbatches.owned else None
-    return next(inputs for inputs in comm.all_gather_object(mine) if inputs is not None)
+    found: ModelInputs = next(inputs for inputs in comm.all_gather_object(mine) if inputs is not None)
+    return found
 
 
 def _varying(kinds: dict[Kind, int]) -> bool:

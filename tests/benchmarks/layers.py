@@ -18,6 +18,7 @@ import torch
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.open import activation_store
 from distributed_adaround.capture.sites import Batch, Site, Walker
+from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import SpecError
 from distributed_adaround.formats import LayerFormat
