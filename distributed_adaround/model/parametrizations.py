@@ -22,7 +22,10 @@ def fold_parametrizations(model: nn.Module) -> list[str]:
     old = [(path, module, name, _computed(module, name, hook)) for path, module, name, hook in _hooked(model)]
     values = {id(value): value.detach().clone() for *_, value in (*new, *old)}
     for _, module, name, value in new:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        if parametrize.is_parametrized(module):
+            # Not by torch's own function: it changes the class, which copies of the module share.
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
         _store(module, name, values[id(value)])
     for _, module, name, value in old:
         for key in [key for key, hook in module._forward_pre_hooks.items() if _target(hook) == name]:
@@ -44,7 +47,7 @@ def _parametrized(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         (path, module, name)
         for path, module in model.named_modules()
         if parametrize.is_parametrized(module)
-        for name in list(module.parametrizations)  # type: ignore[arg-type]
+        for name in list(module.parametrizations)
     ]
 
 
