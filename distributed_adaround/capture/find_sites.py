@@ -4,6 +4,7 @@ A parameter is followed through all operations that only look at it to the nodes
 layers, each part of the parameter that a layer reads is a site; calls that read the same part are calls of one layer.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,7 @@ class _Finder:
             reason, parts = self._parts(name, parameter)
             if reason is not None:
                 left.append(FloatParameter(name, tuple(parameter.shape), reason))
-            for view, calls in parts.items():
-                label = view.label(tuple(parameter.shape)) if len(parts) > 1 else ""
+            for (view, calls), label in zip(parts.items(), _labels(parameter, list(parts)), strict=True):
                 why = self._unusable_part(calls)
                 if why is None:
                     groups.append((label, calls))
@@ -114,7 +114,6 @@ class _Finder:
 
     def _site(self, label: str, calls: tuple[LayerCall, ...], spans: list[tuple[int, int]]) -> Site:
         first = calls[0]
-        parameter = self._parameters[first.weight.name]
         path, _, leaf = first.weight.name.rpartition(".")
         follows = {what_follows(call.node) for call in calls}
         batch_norm, activation = follows.pop() if len(follows) == 1 else (None, "identity")
@@ -133,8 +132,8 @@ class _Finder:
             num_calls=len(calls),
             shift_name=self._shift_name(calls, bias, batch_norm),
             source=self._source(calls, spans),
-            view=None if first.weight.view.is_whole(parameter) else first.weight.view,
-            bias_view=None if bias is None or bias.view == WeightView(bias.view.shape, (1,)) else bias.view,
+            view=None if first.weight.whole else first.weight.view,
+            bias_view=None if bias is None or bias.whole else bias.view,
             part=label,
         )
 
@@ -160,6 +159,17 @@ class _Finder:
         produced, read = self._order[source], self._order[calls[0].node]
         again = sum(first < last < read and first <= produced for first, last in spans)
         return f"{source.name}/{again}" if again else source.name
+
+
+def _labels(parameter: Tensor, views: Sequence[WeightView]) -> list[str]:
+    """What tells the parts of a parameter apart; nothing where one weight is all of it."""
+    if len(views) == 1 and math.prod(views[0].shape) == parameter.numel():
+        return [""]
+    labels: list[str] = []
+    for view in views:
+        label = view.label(tuple(parameter.shape))
+        labels.append(label if label and label not in labels else f"{label}[#{len(labels)}]")
+    return labels
 
 
 def _geometry(call: LayerCall) -> LayerGeometry:

@@ -26,10 +26,15 @@ _PRODUCTS = (_aten.mm.default, _aten.matmul.default)
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the model, by name, as a node reads it."""
+    """A tensor of the model, by name, as a node reads it. whole: as it is, so that the view says nothing."""
 
     name: str
     view: WeightView
+    whole: bool
+
+    def transposed(self) -> "Operand":
+        """`(I, O)` to `(O, I)`."""
+        return Operand(self.name, self.view.transposed(), self.view.shape == (1, 1) and self.whole)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,10 @@ class Operands:
         if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
             return None  # expanded: one number in several places
         name, dtype = self._owners[node]
-        return Operand(name, WeightView.like(value, None if dtype == value.dtype else dtype))
+        dtype = None if dtype == value.dtype else dtype
+        base = value if value._base is None else value._base
+        whole = dtype is None and (value.shape, value.stride()) == (base.shape, base.stride())
+        return Operand(name, WeightView.like(value, dtype), whole)
 
     def owner(self, node: Node) -> str:
         """Name of the tensor that a node is, or is a part of."""
@@ -136,7 +144,7 @@ def read_layer(node: Node, operands: Operands) -> LayerCall | None:
     if transposed:
         if len(operand.view.shape) != 2:
             return None
-        operand = Operand(operand.name, operand.view.transposed())
+        operand = operand.transposed()
     bias_node = bias if isinstance(bias, Node) else None
     return LayerCall(node, source, weight, operand, bias_node, operands.get(bias_node))
 
@@ -158,7 +166,6 @@ def unusable(call: LayerCall, constant: Container[Node], parameters: Mapping[str
     # A convolution's output with its batch has as many dimensions as the weight.
     if not call.is_linear and isinstance(output, Tensor) and output.dim() != len(call.weight.view.shape):
         return "its layer runs on samples without a batch dimension"
-    parameter = parameters[call.weight.name]
-    if not parameter.is_contiguous() and not call.weight.view.is_whole(parameter):
+    if not (call.weight.whole or parameters[call.weight.name].is_contiguous()):
         return "it is read in parts and its memory is not contiguous"
     return None

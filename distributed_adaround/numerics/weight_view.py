@@ -43,11 +43,6 @@ class WeightView:
         """`(I, O)` to `(O, I)`."""
         return WeightView(self.shape[::-1], self.strides[::-1], self.offset, self.dtype)
 
-    def is_whole(self, parameter: Tensor) -> bool:
-        """Whether it is the parameter itself."""
-        whole = WeightView.like(torch.empty(parameter.shape, device="meta"))
-        return self == whole
-
     @property
     def last(self) -> int:
         """Place of its last number in the flat parameter."""

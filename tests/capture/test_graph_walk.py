@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, reach, sites_of
+from walks import PLENTY, Batches, clone, close, commit, inputs_of, reach, rounded, sites_of, store_of, walker_for
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import capture, export_model, straight_line
@@ -21,53 +21,6 @@ from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED
 from distributed_adaround.capture.sites import Site
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
-
-CPU = torch.device("cpu")
-PLENTY = 1 << 40
-
-
-class Batches:
-    """Microbatches in memory; owns all of them, under the global indices 10, 11, ..."""
-
-    def __init__(self, inputs: Sequence[ModelInputs]) -> None:
-        self._inputs = {10 + position: each for position, each in enumerate(inputs)}
-        self.total = 10 + len(inputs)
-        self.owned: Sequence[int] = tuple(self._inputs)
-
-    def load(self, index: int) -> ModelInputs:
-        return self._inputs[index]
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        yield from self._inputs.items()
-
-
-def store_of(host_budget: int = PLENTY, folder: Any = None) -> ActivationStore:
-    return ActivationStore(
-        CPU, device_budget=0, host_budget=host_budget, spill_dir=None if folder is None else str(folder)
-    )
-
-
-def inputs_of(*batches: Any) -> list[ModelInputs]:
-    """A batch is a tensor, a tuple of arguments or a dict of keywords."""
-    return [
-        ModelInputs((), batch, batch.get("attention_mask"))
-        if isinstance(batch, dict)
-        else ModelInputs(batch if isinstance(batch, tuple) else (batch,), {})
-        for batch in batches
-    ]
-
-
-def walker_for(
-    model: nn.Module, batches: Sequence[ModelInputs], *, varying: bool = False, store: ActivationStore | None = None
-) -> GraphWalker:
-    graph = capture(straight_line(export_model(model.eval(), batches[0], varying)))
-    walker = GraphWalker(graph, store or store_of())
-    walker.start(Batches(batches))
-    return walker
-
-
-def rounded(weight: Tensor) -> Tensor:
-    return torch.round(weight.detach() * 4) / 4
 
 
 def calls_of(model: nn.Module, name: str, inputs: ModelInputs) -> list[tuple[Tensor, Tensor]]:
@@ -88,17 +41,9 @@ def calls_of(model: nn.Module, name: str, inputs: ModelInputs) -> list[tuple[Ten
     return found
 
 
-def clone(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, tree)
-
-
 def real_outputs(output: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def check_walk(
