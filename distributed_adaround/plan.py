@@ -138,7 +138,7 @@ class _Trial:
         needs_moments = make_solver(name, rounding).needs_moments or rounding.polishes
         if needs_moments or layer_format.observer == "output_mse":
             total += self._timed(lambda: measure(problem, comm)) * self.rank_share
-            problem = with_moments(problem, measure(problem, comm), layer_format)
+            problem = with_moments(problem, measure(problem, comm), layer_format, comm)
         num_steps = make_solver(name, rounding).num_steps
         if not num_steps:
             return total + (self._solve(problem, name, rounding, 1) if needs_moments else 0.0)
