@@ -58,7 +58,8 @@ def _clean_state() -> Iterator[None]:
     _silence()
     errors._secrets.clear()
     errors._secrets.update(secrets_before)
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports for seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(num_threads)
     os.chdir(folder)
