@@ -6,6 +6,8 @@ import copy
 import logging
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -276,6 +278,80 @@ def test_a_model_that_cannot_be_copied() -> None:
     with pytest.raises(InputError, match=r"cannot be copied .* pass inplace=True"):
         quantize(model, data(1), **QUICK)
     assert quantize(model, data(1), **{**QUICK, "max_iter": 5}, inplace=True).model is model
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(3))
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(8, 4)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced: nn.Module = torch.jit.trace(nn.Linear(8, 4), torch.ones(1, 8))
+    return traced
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (lambda: "resnet18", "model is a str; name a model in a job file, or pass the torch.nn.Module itself"),
+        (lambda: nn.Linear, "model is a type; pass the torch.nn.Module itself"),
+        (lazy, "model has no shape yet for '0.weight'; run it once on a batch before"),
+        (on_meta, "model has 'weight' on the meta device, without values; load its weights before"),
+        (scripted, "whose layers are hidden; give the Python module before it"),
+    ],
+)
+def test_what_is_no_model_with_weights_is_refused(model: Callable[[], Any], line: str, inplace: bool) -> None:
+    with pytest.raises(InputError) as caught:
+        quantize(model(), data(1), **QUICK, inplace=inplace)
+    assert str(caught.value).endswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"bits": 4}, "int4"),
+        ({"bits": 3}, "int3"),
+        ({"dtype": torch.int8}, "int8"),
+        ({"dtype": torch.quint8}, "quint8"),
+        ({"dtype": torch.float8_e4m3fn}, "float8_e4m3fn"),
+    ],
+)
+def test_words_of_other_tools_are_understood(fields: dict[str, Any], name: str) -> None:
+    _, table = quantize(nn.Linear(8, 4), data(1), solver="nearest", progress=False, **fields)
+    assert table[0].format == f"{name} per_channel_symmetric"
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"bits": 4, "dtype": "int8"}, "bits: given beside dtype"),
+        ({"bits": 16}, "bits: 16 is not a whole number from 2 to 8"),
+        ({"bits": "4"}, "bits: '4' is not a whole number from 2 to 8"),
+        ({"dtype": torch.int32}, "quantize.dtype: 'int32' "),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        quantize(nn.Linear(8, 4), data(1), **fields)
+    assert str(caught.value).startswith(line)
+
+
+def test_the_table_says_what_stayed_in_float_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="distributed_adaround"):
+        _, table = quantize(net(), data(), dtype="int4", solver="nearest", ignore=["first"], progress=False)
+    left = {parameter.name: parameter.reason for parameter in table.float_parameters}
+    assert left["first.weight"] == "ignored by quantize.ignore"
+    assert "in float stay first.weight" in caplog.text
+    assert str(table).startswith(f"{100 * table.coverage.share:.1f} % of ")
+    assert 0 < table.output_error < 1
 
 
 def test_inside_a_group_of_one() -> None:

@@ -115,14 +115,24 @@ def load_factory(
             raise InputError(f"{named} failed: {first_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"{named} returned a {type(module).__name__}; it must return a torch.nn.Module")
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
-            raise InputError(f"{named} left {name!r} without values; run or materialize the model in it")
+    check_module(module, f"{named} returned a model that")
     if weights is not None:
         load_weights(module, weights)
     parameters = dict(module.named_parameters())
     refuse_non_finite((*parameters.items(), *module.named_buffers()), parameters, f"the model of {factory!r}")
     return module.eval().requires_grad_(False)
+
+
+def check_module(module: nn.Module, named: str) -> None:
+    """Raises InputError for a module whose layers or weights cannot be seen. named: it, in the message."""
+    if isinstance(module, torch.jit.ScriptModule):
+        what = "is a torch.jit.ScriptModule, whose layers are hidden"
+        raise InputError(f"{named} {what}; give the Python module before it")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(f"{named} has no shape yet for {name!r}; run it once on a batch before")
+        if tensor.is_meta:
+            raise InputError(f"{named} has {name!r} on the meta device, without values; load its weights before")
 
 
 def open_program(spec: ModelSpec, folder: Path | None) -> OpenedModel:
