@@ -63,6 +63,7 @@ def make_problem(
         correct_bias=rounding.corrects_bias and site.shift_name is not None,
         correct_scale=rounding.corrects_scale,
         rows_per_input=rounding.rows_per_input,
+        num_calls=site.num_calls,
     )
 
 
