@@ -219,9 +219,10 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
     """Write the checkpoints the job asks for, then report.json."""
     spec, uri = job.spec, job.spec.output.uri
     described = [asdict(parameter) for parameter in job.captured.float_parameters]
-    records = [(site.weight_name, record) for site, record in result.records]
+    records = [(site.stored_name, record) for site, record in result.records]
+    parts = {site.stored_name: (site.weight_name, site.view) for site, _ in result.records if site.view is not None}
     for exporter in job.exporters:
-        exporter.write(ExportResult(job.opened.weights, records, described, job.opened.files), uri)
+        exporter.write(ExportResult(job.opened.weights, records, described, job.opened.files, parts), uri)
     report = {
         "version": __version__,
         "spec": spec.model_dump(mode="json", include={"quantize", "preset"}) | {"rounding": spec.rounding.resolved()},

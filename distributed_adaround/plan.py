@@ -94,42 +94,44 @@ class _Trial:
         self._walker.start(self._job.microbatches.first())
         for planned in self._job.captured.planned:
             started = time.monotonic()
-            (batch,) = self._walker.reach(planned.unit)
+            batches = self._walker.reach(planned.unit)
             reached = time.monotonic()
-            yield self._layer(planned, batch)
+            yield self._layer(planned, batches)
             solved = time.monotonic()
             self._walker.commit(planned.unit, {})
             self.forward_seconds += reached - started + time.monotonic() - solved
         self.frontier_bytes = sum(self._job.captured.store.peak.values())
 
-    def _layer(self, planned: PlannedUnit, batch: Batch) -> LayerPlan:
+    def _layer(self, planned: PlannedUnit, batches: list[Batch]) -> LayerPlan:
         site, rounding = planned.site, self._job.spec.rounding
-        cached = batch.x_hat.nbytes + batch.y.nbytes if planned.format is not None else 0
+        cached = sum(batch.x_hat.nbytes + batch.y.nbytes for batch in batches) if planned.format is not None else 0
         return LayerPlan(
             name=site.name,
             kind=site.module_class,
             shape=site.geometry.weight_shape,
             format=None if planned.format is None else str(planned.format),
-            rows=round(batch.y.numel() // site.geometry.out_channels * self._scale),
+            rows=round(sum(batch.y.numel() for batch in batches) // site.geometry.out_channels * self._scale),
             cache_bytes=round(cached * self.rank_share),
-            seconds=self._seconds(planned, batch, rounding),
-            gram_seconds=self._seconds(planned, batch, rounding.with_solver("gram")),
+            seconds=self._seconds(planned, batches, rounding),
+            gram_seconds=self._seconds(planned, batches, rounding.with_solver("gram")),
         )
 
-    def _seconds(self, planned: PlannedUnit, batch: Batch, rounding: RoundingSpec) -> float:
+    def _seconds(self, planned: PlannedUnit, batches: list[Batch], rounding: RoundingSpec) -> float:
         """Seconds to solve a layer, measured once for each kind of layer and solver."""
         if planned.format is None:
             return 0.0
         key = (planned.site.geometry, planned.format, planned.site.activation, rounding.solver)
         if key not in self._seconds_of_kind:
-            self._seconds_of_kind[key] = self._measure(planned, planned.format, batch, rounding)
+            self._seconds_of_kind[key] = self._measure(planned, planned.format, batches, rounding)
         return self._seconds_of_kind[key]
 
-    def _measure(self, planned: PlannedUnit, layer_format: LayerFormat, batch: Batch, rounding: RoundingSpec) -> float:
+    def _measure(
+        self, planned: PlannedUnit, layer_format: LayerFormat, batches: list[Batch], rounding: RoundingSpec
+    ) -> float:
         """Steps of the job times the time of one, plus what is done once, plus three passes over the data."""
         site, comm = planned.site, SoloComm()
         spec = self._job.spec.model_copy(update={"rounding": rounding})
-        problem = make_problem(spec, self._walker, site, layer_format, [batch], 1, self._store)
+        problem = make_problem(spec, self._walker, site, layer_format, batches, site.num_calls, self._store)
         nearest = [problem.grid.dequantize(problem.grid.quantize(problem.weight))]
         total = 3 * self._timed(lambda: output_errors(problem, nearest, comm)) * self.rank_share
         name = solver_name(rounding, site)

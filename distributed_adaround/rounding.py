@@ -98,14 +98,16 @@ class NetworkRounder:
                 format=str(layer_format),
                 solver=name,
                 seconds=time.monotonic() - started,
-                note=f"runs {site.num_calls} times, learned at the first" if site.num_calls > 1 else "",
+                note=f"runs {site.num_calls} times" if site.num_calls > 1 else "",
                 **measured,
             )
             record = LayerRecord.of(figures, site.geometry, layer_format, result.codes, result.grid, result.shift)
             self.commits.commit(record)
         elif record.figures is not None:
             record = replace(record, figures=replace(record.figures, resumed=True))
-        tensors = {site.weight_name: record.dequantize(walker.tensor(site.weight_name).dtype)}
+        parameter = walker.tensor(site.weight_name)
+        weight = record.dequantize(site.weight_of(parameter).dtype)
+        tensors = {site.weight_name: site.stored(parameter, weight)}
         if record.shift is not None:
             assert site.shift_name is not None
             tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), record.shift)
@@ -120,7 +122,9 @@ class NetworkRounder:
         """Learn one layer and check that all ranks found the same. total: microbatches of all ranks."""
         site, rounding = planned.site, self.spec.rounding
         batches = captured.walker.reach(planned.unit)
-        problem = make_problem(self.spec, captured.walker, site, layer_format, batches, total, captured.store)
+        problem = make_problem(
+            self.spec, captured.walker, site, layer_format, batches, total * site.num_calls, captured.store
+        )
         moments = None
         if solver.needs_moments or rounding.polishes or layer_format.observer == "output_mse":
             moments = self.moments.measure(problem, self.comm)

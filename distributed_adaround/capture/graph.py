@@ -11,7 +11,7 @@ model does. This file finds the sites in it, says why every other parameter stay
 import inspect
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,16 +21,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
-from distributed_adaround.capture.operations import (
-    layer_bias,
-    layer_geometry,
-    layer_weight,
-    module_class,
-    operation_name,
-    unusable,
-    what_follows,
-)
-from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site, unusable_values
+from distributed_adaround.capture.find_sites import UnitCalls, find_sites
+from distributed_adaround.capture.sites import FloatParameter, Site
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.source import fixed_batch_size
@@ -38,20 +30,19 @@ from distributed_adaround.model.source import fixed_batch_size
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """A model as a list of nodes in execution order.
-
-    first_calls: site of each node where a site's layer runs for the first time. repeat_calls: site of the later ones.
-    """
+    """A model as a list of nodes in execution order. units: in the order of their last calls."""
 
     module: GraphModule
     nodes: tuple[Node, ...]
-    sites: tuple[Site, ...]
-    first_calls: dict[Node, Site]
-    repeat_calls: dict[Node, Site]
+    units: tuple[UnitCalls, ...]
     float_parameters: tuple[FloatParameter, ...]
     constant: frozenset[Node]
     common: frozenset[Node]
     placeholders: tuple[Node, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for unit in self.units for site in unit.unit.sites)
 
 
 def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) -> ExportedProgram:
@@ -153,18 +144,15 @@ def capture(module: GraphModule) -> CapturedGraph:
         if node.op == "get_attr":
             node.target = first_names.get(id(attribute(module, str(node.target))), node.target)
     constant = _constant_nodes(nodes)
-    reasons = _reasons(module, nodes, constant)
-    first_calls, repeat_calls = _find_sites(module, nodes, {name for name, reason in reasons.items() if not reason})
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    found = find_sites(module, nodes, constant)
+    calls = {call.node for unit in found.units for call in unit.calls}
     return CapturedGraph(
         module=module,
         nodes=nodes,
-        sites=tuple(first_calls.values()),
-        first_calls=first_calls,
-        repeat_calls=repeat_calls,
-        float_parameters=tuple(FloatParameter(name, shapes[name], why) for name, why in reasons.items() if why),
+        units=found.units,
+        float_parameters=found.float_parameters,
         constant=constant,
-        common=_common_nodes(nodes, constant, {**first_calls, **repeat_calls}),
+        common=_common_nodes(nodes, constant, calls),
         placeholders=tuple(node for node in nodes if node.op == "placeholder"),
     )
 
@@ -182,81 +170,10 @@ def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
     return frozenset(constant)
 
 
-def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: dict[Node, Site]) -> frozenset[Node]:
+def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: Container[Node]) -> frozenset[Node]:
     common: set[Node] = set()
     for node in nodes:
         of_data = node not in calls and node not in constant
         if of_data and all(source in constant or source in common for source in node.all_input_nodes):
             common.add(node)
     return frozenset(common)
-
-
-def _reasons(module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node]) -> dict[str, str | None]:
-    """For every parameter, why it stays in float; None: it is the weight of a site."""
-    users: dict[str, list[Node]] = {name: [] for name, _ in module.named_parameters()}
-    for node in nodes:
-        if node.op == "get_attr" and str(node.target) in users:
-            users[str(node.target)].extend(node.users)
-    return {name: _reason(name, attribute(module, name), mine, constant) for name, mine in users.items()}
-
-
-def _reason(name: str, parameter: Tensor, users: Sequence[Node], constant: frozenset[Node]) -> str | None:
-    if not users:
-        return "not used in the forward pass"
-
-    def is_parameter(node: Node | None) -> bool:
-        return node is not None and str(node.target) == name
-
-    layers = [user for user in users if is_parameter(layer_weight(user))]
-    others = sorted({operation_name(user) for user in users if user not in layers})
-    if not layers:
-        if all(is_parameter(layer_bias(user)) for user in users):
-            return "bias"
-        return f"used by {', '.join(others)}, not the weight of a layer"
-    if others:
-        return f"shared with {', '.join(others)}"
-    if len({layer.target for layer in layers}) > 1:
-        return "used by layers of different kinds"
-    found = (unusable_values(parameter), *(unusable(layer, constant) for layer in layers))
-    return next((reason for reason in found if reason is not None), None)
-
-
-def _find_sites(
-    module: GraphModule, nodes: Sequence[Node], weights: set[str]
-) -> tuple[dict[Node, Site], dict[Node, Site]]:
-    """Sites by the node of their first call, and by those of later calls."""
-    calls: dict[str, list[Node]] = {}
-    for node in nodes:
-        weight = layer_weight(node)
-        if weight is not None and str(weight.target) in weights:
-            calls.setdefault(str(weight.target), []).append(node)
-    first = {mine[0]: _site(module, mine[0], name, len(mine)) for name, mine in calls.items()}
-    return first, {node: first[mine[0]] for mine in calls.values() for node in mine[1:]}
-
-
-def _site(module: GraphModule, node: Node, weight_name: str, num_calls: int) -> Site:
-    bias, source = layer_bias(node), node.args[0]
-    assert isinstance(source, Node)
-    path, _, leaf = weight_name.rpartition(".")
-    batch_norm, activation = what_follows(node)
-    return Site(
-        name=path if leaf == "weight" else weight_name,
-        module_class=module_class(node),
-        weight_name=weight_name,
-        bias_name=None if bias is None else str(bias.target),
-        geometry=layer_geometry(node, tuple(attribute(module, weight_name).shape)),
-        batch_norm=batch_norm,
-        activation=activation,
-        num_calls=num_calls,
-        shift_name=_shift_name(module, bias, batch_norm, num_calls),
-        source=source.name,
-    )
-
-
-def _shift_name(
-    module: GraphModule, bias: Node | None, batch_norm: BatchNormAfter | None, num_calls: int
-) -> str | None:
-    """Tensor that shifts the outputs of a layer that runs once, if nothing else reads it."""
-    name = str(bias.target) if bias is not None else batch_norm.running_mean if batch_norm is not None else None
-    readers = sum(len(node.users) for node in module.graph.nodes if node.op == "get_attr" and str(node.target) == name)
-    return name if readers == 1 and num_calls == 1 else None

@@ -7,10 +7,14 @@
 Between two sites a microbatch runs through the whole segment before the next one starts, so that only tensors which a
 later segment reads (the frontier) are ever held for all microbatches. Each node runs once per microbatch and stream;
 nodes that depend on no site run once for both. Weights visit the device for the segment that reads them.
+
+A layer that runs several times is a unit where it runs last. Until then the quantized stream goes through it with its
+float weight, so layers in between are learned as if it were not quantized; then it runs again from the first call on.
+Its own later inputs hold the errors of all layers that are quantized by then, and none of its own earlier calls.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,12 +25,14 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.find_sites import UnitCalls
 from distributed_adaround.capture.graph import CapturedGraph, attribute
+from distributed_adaround.capture.layer_calls import LayerCall
+from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED, Lifetimes
 from distributed_adaround.capture.sites import Batch, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
 from distributed_adaround.errors import InputError, first_line
 
-FLOAT, QUANTIZED, COMMON = "float", "quantized", "common"
 Values = dict[Node, Any]
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -51,17 +57,19 @@ class GraphWalker:
     def __init__(self, graph: CapturedGraph, store: ActivationStore) -> None:
         self._graph = graph
         self._device, self._store = store.device, store
-        self.units = tuple(Unit((site,)) for site in graph.sites)
+        self.units = tuple(found.unit for found in graph.units)
         self.float_parameters = graph.float_parameters
         self.notes: list[str] = []
         self._order = {node: position for position, node in enumerate(graph.nodes)}
-        self._last_reads = _last_reads(graph.nodes)
-        self._site_nodes = {site.name: node for node, site in graph.first_calls.items()}
-        self._microbatches: list[_Microbatch] = []
+        self._lifetimes = Lifetimes(graph.nodes, graph.units, graph.constant | graph.common)
+        self._calls = {found.unit.name: found for found in graph.units}
+        self._committed = _committed_constants(graph)
+        self._held: list[_Microbatch] = []
         self._cursor = 0
         self._reached: Unit | None = None
         self._constants: Values = {}
-        self._weights: Values = {}
+        # Parameters on the device, and what depends on those that are committed to: by stream, for one segment.
+        self._weights: dict[tuple[str, Node], Any] = {}
         # Weights that the quantized stream has passed and the float stream has yet to read.
         self._float_weights: dict[str, Tensor] = {}
 
@@ -73,7 +81,7 @@ class GraphWalker:
     @torch.no_grad()
     def start(self, microbatches: Microbatches) -> None:
         self._cursor, self._reached = 0, None
-        self._microbatches = []
+        self._held = []
         self._float_weights.clear()
         for index, inputs in microbatches:
             batch = _Microbatch(index, inputs.mask, inputs.size)
@@ -81,46 +89,74 @@ class GraphWalker:
                 _check_fit(node, value, index)
                 if node.users:
                     batch.values[COMMON][node] = self._keep(self._on_device(value))
-            self._microbatches.append(batch)
+            self._held.append(batch)
 
     @torch.no_grad()
     def reach(self, unit: Unit) -> list[Batch]:
-        node = self._site_nodes[unit.site.name]
-        self._run(self._nodes_before(node), (FLOAT, QUANTIZED))
-        self._cursor = self._order[node]
-        source = node.args[0]
-        assert isinstance(source, Node)
-        inputs = [(held.get(QUANTIZED, source), held.get(FLOAT, source)) for held in self._microbatches]
-        self._run([node], (FLOAT,))
+        calls = self._calls[unit.name].calls
+        last = calls[-1].node
+        self._run(self._nodes_before(last), (FLOAT, QUANTIZED))
+        self._cursor = self._order[last]
+        # Held here: what nothing reads any more goes when the float stream passes the last call.
+        inputs = [[(held.get(QUANTIZED, c.source), held.get(FLOAT, c.source)) for c in calls] for held in self._held]
+        outputs = [[held.values[FLOAT][c.node] for c in calls[:-1]] for held in self._held]
+        self._run([last], (FLOAT,))
         self._reached = unit
-        return [
-            Batch(held.index, x_hat, x, held.values[FLOAT][node], held.mask, held.size)
-            for held, (x_hat, x) in zip(self._microbatches, inputs, strict=True)
-        ]
+        batches = []
+        for held, streams, ys in zip(self._held, inputs, outputs, strict=True):
+            for place, (call, (x_hat, x), y) in enumerate(
+                zip(calls, streams, [*ys, held.values[FLOAT][last]], strict=True)
+            ):
+                y = self._without_bias(call, y) if unit.site.bias_name is None else y
+                index = held.index * len(calls) + place
+                batches.append(_as_batch(call, Batch(index, x_hat, x, y, held.mask, held.size)))
+        return batches
+
+    def _without_bias(self, call: LayerCall, y: Tensor) -> Tensor:
+        """The output of a call whose bias is not that of the site: calls have different ones."""
+        if call.bias_node is None:
+            return y
+        bias: Tensor = self._constant(call.bias_node, FLOAT)
+        return y - (bias if call.is_linear else bias.view(-1, *[1] * (y.dim() - 2)))
 
     @torch.no_grad()
     def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         if self._reached != unit:
             self.reach(unit)
-        node = self._site_nodes[unit.site.name]
+        found = self._calls[unit.name]
+        last = found.calls[-1].node
         for name, value in tensors.items():
             tensor = self.tensor(name)
-            if self._read_after(node, name):
+            if name not in self._float_weights and self._read_after(last, name):
                 self._float_weights[name] = tensor.clone()
             tensor.copy_(value)
-        self._run([node], (QUANTIZED,))
-        self._cursor = self._order[node] + 1
+        # Without new weights all but the last call is as it was.
+        self._run(self._second_run(found) if tensors else [last], (QUANTIZED,))
+        self._cursor = self._order[last] + 1
 
-    def _read_after(self, node: Node, name: str) -> bool:
-        sources = (other for other in self._graph.nodes if other.op == "get_attr" and str(other.target) == name)
-        return any(self._order[user] > self._order[node] for source in sources for user in source.users)
+    def _second_run(self, found: UnitCalls) -> list[Node]:
+        """From the first call of a layer to its last, what has a value of its own in the quantized stream."""
+        first, last = self._order[found.calls[0].node], self._order[found.calls[-1].node]
+        shared = self._graph.constant | self._graph.common
+        return [node for node in self._graph.nodes[first : last + 1] if node not in shared]
+
+    def _read_after(self, last: Node, name: str) -> bool:
+        """Whether the float stream has yet to read a tensor of the model, as it is or through what is made of it."""
+        reading = {node for node in self._graph.nodes if node.op == "get_attr" and str(node.target) == name}
+        for node in self._graph.nodes:
+            if not reading.isdisjoint(node.all_input_nodes):
+                if node in self._graph.constant:
+                    reading.add(node)
+                elif self._order[node] > self._order[last]:
+                    return True
+        return False
 
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         output = self._graph.nodes[-1]
         rest = self._nodes_before(output)
         # One microbatch after the other to its end: outputs (logits, say) can be larger than all that came before.
-        for batch in self._microbatches:
+        for batch in self._held:
             self._run_batch(batch, rest, (FLOAT, QUANTIZED))
             float_leaves, quantized_leaves = (
                 pytree.tree_leaves(self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream))
@@ -131,7 +167,7 @@ class GraphWalker:
                     yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
             for values in batch.values.values():
                 values.clear()
-        self._microbatches = []
+        self._held = []
         for held in (self._constants, self._weights, self._float_weights):
             held.clear()
 
@@ -141,12 +177,12 @@ class GraphWalker:
 
     def _run(self, nodes: Sequence[Node], streams: Sequence[str]) -> None:
         """Run nodes for every microbatch; the weights they read are fetched once for all."""
-        for batch in self._microbatches:
+        for batch in self._held:
             self._run_batch(batch, nodes, streams)
         self._weights.clear()
         if QUANTIZED in streams:
             for node in nodes:
-                for source in self._last_reads.get(node, ()):
+                for source in self._lifetimes.ends(QUANTIZED, node):
                     self._constants.pop(source, None)
 
     def _run_batch(self, batch: _Microbatch, nodes: Sequence[Node], streams: Sequence[str]) -> None:
@@ -154,15 +190,16 @@ class GraphWalker:
         loaded: dict[str, Values] = {FLOAT: {}, QUANTIZED: {}, COMMON: {}}
         for node in nodes:
             if node in self._graph.constant:
-                self._constant(node)
+                if node not in self._committed:
+                    self._constant(node)
             elif node in self._graph.common:
                 self._run_node(batch, node, COMMON, loaded)
             else:
                 for stream in streams:
                     self._run_node(batch, node, stream, loaded)
             # A common value goes when the quantized stream has read it.
-            for source in self._last_reads.get(node, ()):
-                for stream in (*streams, COMMON) if QUANTIZED in streams else streams:
+            for stream in (*streams, COMMON) if QUANTIZED in streams else streams:
+                for source in self._lifetimes.ends(stream, node):
                     batch.values[stream].pop(source, None)
                     loaded[stream].pop(source, None)
         for values in batch.values.values():
@@ -206,14 +243,16 @@ class GraphWalker:
             name = str(node.target)
             if stream == FLOAT and name in self._float_weights:
                 return self._on_device(self._float_weights[name])
-            if node not in self._weights:
-                self._weights[node] = self._on_device(attribute(self._graph.module, name))
-            return self._weights[node]
-        if node not in self._constants:
+            if (QUANTIZED, node) not in self._weights:
+                self._weights[QUANTIZED, node] = self._on_device(attribute(self._graph.module, name))
+            return self._weights[QUANTIZED, node]
+        held: dict[Any, Any] = self._weights if node in self._committed else self._constants
+        key = (stream, node) if node in self._committed else node
+        if key not in held:
             args, kwargs = self._resolve((node.args, node.kwargs), {}, stream)
             assert callable(node.target)
-            self._constants[node] = node.target(*args, **kwargs)
-        return self._constants[node]
+            held[key] = node.target(*args, **kwargs)
+        return held[key]
 
     def _on_device(self, value: Any) -> Any:
         """Operations like split return tuples of tensors."""
@@ -224,13 +263,22 @@ class GraphWalker:
         return pytree.tree_map_only(Tensor, self._store.keep, value)
 
 
-def _last_reads(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
-    """For each node, the sources that no later node reads."""
-    last = {source: node for node in nodes for source in node.all_input_nodes}
-    reads: dict[Node, list[Node]] = {}
-    for source, node in last.items():
-        reads.setdefault(node, []).append(source)
-    return reads
+def _committed_constants(graph: CapturedGraph) -> frozenset[Node]:
+    """Constants that depend on a tensor that commits change: each stream has its own, until the next commit."""
+    names = {name for site in graph.sites for name in (site.weight_name, site.shift_name)}
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node in graph.constant and (str(node.target) in names or not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return frozenset(found)
+
+
+def _as_batch(call: LayerCall, batch: Batch) -> Batch:
+    """A layer on a single row is one on a batch of one."""
+    if not call.is_vector:
+        return batch
+    x_hat, x, y = (values.unsqueeze(0) for values in (batch.x_hat, batch.x, batch.y))
+    return replace(batch, x_hat=x if batch.x_hat is batch.x else x_hat, x=x, y=y, mask=None)
 
 
 def _bind(placeholders: Sequence[Node], inputs: ModelInputs) -> Values:

@@ -1,7 +1,6 @@
-"""What single nodes of a captured graph compute: layers with a weight, and what may follow them inside the loss."""
+"""What single nodes of a captured graph compute: shapes of layers, and what may follow them inside the loss."""
 
 import operator
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -14,43 +13,17 @@ from distributed_adaround.numerics.layers import LayerGeometry, padding_pairs
 _aten = torch.ops.aten
 _CONVOLUTIONS = (_aten.conv1d, _aten.conv2d, _aten.conv3d)
 _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
-_LAYERS = (
-    *(_aten.linear.default, _aten.convolution.default, *_TRANSPOSED),
+LINEAR = (_aten.linear.default,)
+_ALL_CONVOLUTIONS = (
+    *(_aten.convolution.default, *_TRANSPOSED),
     *(overload for packet in _CONVOLUTIONS for overload in (packet.default, packet.padding)),
 )
 _BATCH_NORM = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
 _RELU = (_aten.relu.default, _aten.clamp_min.default, _aten.clamp.default, _aten.hardtanh.default, _aten.relu6.default)
 
 
-def layer_weight(node: Node) -> Node | None:
-    """The node of a layer's weight, if `node` is a layer whose weight is read as it is."""
-    weight = node.args[1] if node.target in _LAYERS else None
-    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
-
-
-def layer_bias(node: Node) -> Node | None:
-    """The node of a layer's bias, if `node` is a layer that has one."""
-    bias = node.args[2] if node.target in _LAYERS and len(node.args) > 2 else None
-    return bias if isinstance(bias, Node) else None
-
-
-def unusable(node: Node, constant: Container[Node]) -> str | None:
-    """Why the weight of the layer `node` cannot be learned from its inputs and outputs; None: it can."""
-    source, bias = node.args[0], layer_bias(node)
-    assert isinstance(source, Node)
-    if source in constant:
-        return "the input of its layer does not depend on the data"
-    if bias is not None and bias.op != "get_attr":
-        return "the bias of its layer is computed from other tensors"
-    if any(other not in (source, node.args[1], bias) for other in node.all_input_nodes):
-        return "the padding of its layer depends on the size of the input"
-    output = node.meta.get("val")
-    if node.target != _aten.linear.default and isinstance(output, Tensor):
-        weight: Any = node.args[1]
-        # A convolution's output with its batch has as many dimensions as the weight.
-        if output.dim() != weight.meta["val"].dim():
-            return "its layer runs on samples without a batch dimension"
-    return None
+def is_convolution(node: Node) -> bool:
+    return node.target in _ALL_CONVOLUTIONS
 
 
 def module_class(node: Node) -> str:
@@ -58,7 +31,7 @@ def module_class(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     for _, owner in reversed(stack.values()):
         return str(owner if isinstance(owner, str) else owner.__name__).rpartition(".")[2]
-    return "Linear" if node.target == _aten.linear.default else "Conv"
+    return "Conv" if is_convolution(node) else "Linear"
 
 
 def operation_name(node: Node) -> str:
@@ -68,9 +41,9 @@ def operation_name(node: Node) -> str:
 
 
 def layer_geometry(node: Node, weight_shape: tuple[int, ...]) -> LayerGeometry:
-    dims = len(weight_shape) - 2
-    if dims == 0:
+    if not is_convolution(node):
         return LayerGeometry(weight_shape)
+    dims = len(weight_shape) - 2
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     values = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     values |= dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
@@ -115,7 +88,7 @@ def _only_user(node: Node) -> Node | None:
 def _channels_come_second(node: Node) -> bool:
     """Batch norm works on dimension 1. A linear layer has its channels there in `(N, O)`, but not in `(N, T, O)`."""
     output = node.meta.get("val")
-    return node.target != _aten.linear.default or (isinstance(output, Tensor) and output.dim() == 2)
+    return is_convolution(node) or (isinstance(output, Tensor) and output.dim() == 2)
 
 
 def _batch_norm(node: Node) -> BatchNormAfter | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.weight_view import WeightView
 
 Activation = Literal["identity", "relu", "relu6"]
 
@@ -33,9 +34,11 @@ class Site:
 
     name: path of the module, as in `named_modules`. module_class: its class name ("Conv2d"), for `ignore` and
     `overrides`. batch_norm, activation: what follows the layer's output, when nothing else reads that output.
-    num_calls: how often the layer runs in one forward; rounding is learned at the first call. shift_name: tensor that
+    num_calls: how often the layer runs in one forward; rounding is learned from all calls. shift_name: tensor that
     can shift the layer's outputs and nothing else, its bias or the mean of the batch norm after it, or None. source:
-    name of what its input is; sites with the same source have the same inputs. None: not known.
+    name of what its input is; sites with the same source have the same inputs. None: not known. view, bias_view: how
+    weight and bias lie in the tensors of these names, None: they are the whole tensors. part: which part of the
+    parameter, "[0:16]", where it holds several weights; the name ends in it.
     """
 
     name: str
@@ -48,11 +51,41 @@ class Site:
     num_calls: int = 1
     shift_name: str | None = None
     source: str | None = None
+    view: WeightView | None = None
+    bias_view: WeightView | None = None
+    part: str = ""
+
+    @property
+    def stored_name(self) -> str:
+        """Name of the weight in a checkpoint: of its parameter, with the part where it is not alone in it."""
+        return self.weight_name + self.part
+
+    def weight_of(self, parameter: Tensor) -> Tensor:
+        """The weight in the shape of the geometry, as the layer computes with it."""
+        return parameter if self.view is None else self.view.value(parameter)
+
+    def stored(self, parameter: Tensor, weight: Tensor) -> Tensor:
+        """The parameter with a weight, in the shape of the geometry, in its place."""
+        if self.view is None:
+            return weight
+        changed = parameter.clone()
+        self.view.of(changed).copy_(weight)
+        return changed
+
+    def bias_of(self, tensor: Tensor) -> Tensor:
+        """The layer's bias `(O,)` in the tensor named bias_name."""
+        return tensor if self.bias_view is None else self.bias_view.value(tensor)
 
     def shifted(self, tensor: Tensor, shift: Tensor) -> Tensor:
         """The tensor named shift_name, changed so that the layer's outputs grow by shift `(O,)`."""
         shift = shift.to(tensor.device, tensor.dtype)
-        return tensor + shift if self.shift_name == self.bias_name else tensor - shift
+        if self.shift_name != self.bias_name:
+            return tensor - shift
+        if self.bias_view is None:
+            return tensor + shift
+        changed = tensor.clone()
+        self.bias_view.of(changed).add_(shift)
+        return changed
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,10 @@ class Unit:
     """Sites that are learned together; today always one."""
 
     sites: tuple[Site, ...]
+
+    @property
+    def name(self) -> str:
+        return self.site.name
 
     @property
     def site(self) -> Site:
@@ -78,10 +115,11 @@ class FloatParameter:
 
 @dataclass(frozen=True)
 class Batch:
-    """What both streams hold at a unit for one microbatch.
+    """What both streams hold at one call of a unit for one microbatch.
 
-    index: the same on any number of ranks. x_hat: the input, from the quantized prefix. x: the float input. y: `W x +
-    b`, before batch norm and activation. mask: `(N, T)`, nonzero where a token counts, or None. size: samples.
+    index: a place of its own, the same on any number of ranks: (microbatch) * num_calls + (call). x_hat: the input,
+    from the quantized prefix. x: the float input. y: `W x + b`, before batch norm and activation. mask: `(N, T)`,
+    nonzero where a token counts, or None. size: samples.
     """
 
     index: int
@@ -100,8 +138,8 @@ class Batch:
 class Walker(Protocol):
     """Two streams through a model, float and quantized, unit by unit.
 
-    units: in the order in which they are reached. float_parameters: those that are not the weight of a site. notes:
-    what a user should know about this capture (for instance that export failed and why).
+    units: in the order in which they are reached, that of their last calls. float_parameters: those that are not the
+    weight of a site. notes: what a user should know about this capture (for instance that export failed and why).
     """
 
     units: tuple[Unit, ...]
@@ -115,7 +153,7 @@ class Walker(Protocol):
         """Read the data and set both streams before the first unit."""
 
     def reach(self, unit: Unit) -> list[Batch]:
-        """Advance both streams up to the unit's inputs, the float stream also through the unit."""
+        """Advance both streams up to the unit's last call, the float stream also through it; batches of all calls."""
 
     def commit(self, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors (weights, biases) into the model by name, and let the quantized stream pass the unit. `reach` may

@@ -1,7 +1,7 @@
 """What a job has found, the contract of all that write it down, and the plainest of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from distributed_adaround.capture.open import PlannedUnit
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage, uris
+from distributed_adaround.numerics.weight_view import WeightView
 from distributed_adaround.runtime.imports import implementation
 from distributed_adaround.solve.record import LayerRecord
 from distributed_adaround.spec.job import EXPORTERS
@@ -21,12 +22,14 @@ from distributed_adaround.spec.job import EXPORTERS
 class ExportResult:
     """A quantized model. weights: the model's tensors under its own names, dequantized. records: (name of the weight,
     its record), in the order of the walk. float_parameters: JSON values, each parameter left in float with its reason.
-    files: URIs of what belongs beside the weights."""
+    files: URIs of what belongs beside the weights. parts: of weights that are not a whole tensor of the model under
+    that name, the tensor's name and how they lie in it."""
 
     weights: Mapping[str, Tensor]
     records: Sequence[tuple[str, LayerRecord]]
     float_parameters: Sequence[Mapping[str, object]] = ()
     files: Sequence[str] = ()
+    parts: Mapping[str, tuple[str, WeightView]] = field(default_factory=dict)
 
 
 class Exporter(Protocol):

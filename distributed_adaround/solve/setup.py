@@ -42,16 +42,16 @@ def make_problem(
     store: ActivationStore,
 ) -> LayerProblem:
     """Everything the solver sees of one layer; its quadratic comes later, by `with_moments`. walker: has reached the
-    layer. batches: of this rank; total_microbatches: of all. store: for what the solver keeps."""
+    layer. batches: of this rank; total_microbatches: of all, times the calls of the layer. store: for what is kept."""
     rounding, device = spec.rounding, store.device
     dtype: torch.dtype = getattr(torch, rounding.compute_dtype)
-    weight = site.geometry.to_channels(walker.tensor(site.weight_name))
+    weight = site.geometry.to_channels(site.weight_of(walker.tensor(site.weight_name)))
     own = weight.to(device, dtype, copy=True)
     return LayerProblem(
         name=site.name,
         geometry=site.geometry,
         weight=own,
-        bias=None if site.bias_name is None else walker.tensor(site.bias_name).to(own),
+        bias=None if site.bias_name is None else site.bias_of(walker.tensor(site.bias_name)).to(own),
         grid=_grid(weight, layer_format, site.name).to(dtype, device),
         transform=_output_transform(walker, site, rounding, own),
         batches=batches,
@@ -63,6 +63,7 @@ def make_problem(
         correct_bias=rounding.corrects_bias and site.shift_name is not None,
         correct_scale=rounding.corrects_scale,
         rows_per_input=rounding.rows_per_input,
+        num_calls=site.num_calls,
     )
 
 

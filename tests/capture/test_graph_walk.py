@@ -5,95 +5,45 @@ from __future__ import annotations
 import copy
 import gc
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, reach, sites_of
+from walks import PLENTY, Batches, clone, close, commit, inputs_of, reach, rounded, sites_of, store_of, walker_for
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.graph import capture, export_model, straight_line
-from distributed_adaround.capture.graph_walk import COMMON, FLOAT, QUANTIZED, GraphWalker
+from distributed_adaround.capture.graph_walk import GraphWalker
+from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED
 from distributed_adaround.capture.sites import Site
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 
-CPU = torch.device("cpu")
-PLENTY = 1 << 40
 
-
-class Batches:
-    """Microbatches in memory; owns all of them, under the global indices 10, 11, ..."""
-
-    def __init__(self, inputs: Sequence[ModelInputs]) -> None:
-        self._inputs = {10 + position: each for position, each in enumerate(inputs)}
-        self.total = 10 + len(inputs)
-        self.owned: Sequence[int] = tuple(self._inputs)
-
-    def load(self, index: int) -> ModelInputs:
-        return self._inputs[index]
-
-    def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
-        yield from self._inputs.items()
-
-
-def store_of(host_budget: int = PLENTY, folder: Any = None) -> ActivationStore:
-    return ActivationStore(
-        CPU, device_budget=0, host_budget=host_budget, spill_dir=None if folder is None else str(folder)
-    )
-
-
-def inputs_of(*batches: Any) -> list[ModelInputs]:
-    """A batch is a tensor, a tuple of arguments or a dict of keywords."""
-    return [
-        ModelInputs((), batch, batch.get("attention_mask"))
-        if isinstance(batch, dict)
-        else ModelInputs(batch if isinstance(batch, tuple) else (batch,), {})
-        for batch in batches
-    ]
-
-
-def walker_for(
-    model: nn.Module, batches: Sequence[ModelInputs], *, varying: bool = False, store: ActivationStore | None = None
-) -> GraphWalker:
-    graph = capture(straight_line(export_model(model.eval(), batches[0], varying)))
-    walker = GraphWalker(graph, store or store_of())
-    walker.start(Batches(batches))
-    return walker
-
-
-def rounded(weight: Tensor) -> Tensor:
-    return torch.round(weight.detach() * 4) / 4
-
-
-def first_call(model: nn.Module, name: str, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-    """Input and output of a layer's first call in a whole forward of the model."""
+def calls_of(model: nn.Module, name: str, inputs: ModelInputs) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and outputs of all calls of a layer, under all names of its weight, in a whole forward of the model. The
+    outputs are without the bias where the weight has several."""
+    weight = model.get_submodule(name).weight
+    layers = [module for module in model.modules() if getattr(module, "weight", None) is weight]
     found: list[tuple[Tensor, Tensor]] = []
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append((args[0].clone(), output.clone()))
+    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append((args[0].clone(), output - module.bias if len(layers) > 1 else output.clone()))
 
-    handle = model.get_submodule(name).register_forward_hook(hook)
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     with torch.no_grad():
         model(*clone(inputs.args), **clone(inputs.kwargs))
-    handle.remove()
-    return found[0]
-
-
-def clone(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, tree)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def real_outputs(output: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def check_walk(
@@ -112,16 +62,17 @@ def check_walk(
         weight = None if site.name in ignored else rounded(before.get_parameter(site.weight_name))
         if site.name not in (*ignored, *resumed):
             found = reach(walker, site)
-            assert found.indices == [10 + position for position in range(len(batches))]
-            for inputs, x, quantized_x, y in zip(
-                batches, found.float_inputs, found.inputs, found.float_outputs, strict=True
-            ):
-                expected_x, expected_y = first_call(before, site.name, inputs)
-                close(x, expected_x)
-                close(y, expected_y)
-                close(quantized_x, first_call(after, site.name, inputs)[0])
+            expected, quantized = (
+                [call for inputs in batches for call in calls_of(whole, site.name, inputs)] for whole in (before, after)
+            )
+            assert found.indices == [10 * site.num_calls + place for place in range(len(expected))]
+            columns = (found.float_inputs, found.inputs, found.float_outputs)
+            for x, quantized_x, y, call, other in zip(*columns, expected, quantized, strict=True):
+                close(x, call[0])
+                close(y, call[1])
+                close(quantized_x, other[0])
             assert [None if m is None else m.shape for m in found.masks] == [
-                None if each.mask is None else each.mask.shape for each in batches
+                None if each.mask is None else each.mask.shape for each in batches for _ in range(site.num_calls)
             ]
         commit(walker, site, weight)
         if weight is not None:
@@ -192,6 +143,25 @@ class Repeated(nn.Module):
         return x
 
 
+class Distant(nn.Module):
+    """A shared layer with others between its calls, one of which is shared too and goes on after it; what the second
+    call reads beside them was made before the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(6, 6) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.d(x.cos())
+        scale = x.abs().mean(-1, keepdim=True)
+        y = self.a(early.relu())
+        y = self.b(y.tanh()) + early * scale
+        y = self.c(y.tanh()) + x
+        y = self.a(y.relu()) + early
+        y = y + self.e(y) * scale
+        return self.b(y.tanh()) + early
+
+
 class TwoInputs(nn.Module):
     """Several inputs of which one is not used, a dict of outputs with integers and an input among them."""
 
@@ -240,7 +210,8 @@ CASES: list[tuple[str, type[nn.Module], Any, bool, int]] = [
     ("remainder of one sample", Convolutions, lambda: images(4, 1), False, 500),
     ("in place", InPlace, lambda: rows(4, 4, 1), False, PLENTY),
     ("in place on disk", InPlace, lambda: rows(4, 4, 1), False, 500),
-    ("repeated", Repeated, lambda: rows(4, 2), False, 500),
+    ("repeated", Repeated, lambda: rows(4, 2), False, 1000),
+    ("shared over a distance", Distant, lambda: rows(4, 2), False, 1000),
     ("attention, as many samples as tokens", Attention, lambda: texts((5, 5), (5, 5), (2, 5)), False, PLENTY),
     ("attention, other lengths", Attention, lambda: texts((3, 7), (3, 4), (1, 9)), True, 500),
 ]
@@ -266,7 +237,7 @@ def test_several_inputs_and_outputs() -> None:
     ]
     check_walk(TwoInputs(), batches)
     walker = walker_for(TwoInputs(), batches)
-    assert {node.target for batch in walker._microbatches for node in batch.values[COMMON]} == {"x", "y"}
+    assert {node.target for batch in walker._held for node in batch.values[COMMON]} == {"x", "y"}
 
 
 def test_tiny_transformers() -> None:
@@ -330,21 +301,28 @@ def test_every_node_runs_once_per_microbatch_and_stream(kind: type[nn.Module], m
         reach(walker, site)
         commit(walker, site, rounded(walker.tensor(site.weight_name)))
     list(walker.finish())
-    expected = Counter()
+    expected: Counter[tuple[int, str, str]] = Counter()
     for node in graph.nodes:
         if node.op == "call_function" and node not in graph.constant:
             for stream in (COMMON,) if node in graph.common else (FLOAT, QUANTIZED):
                 expected.update((index, node.name, stream) for index in (10, 11, 12))
+    for found in graph.units:
+        # Once more for every layer that is called before and after it; the last call waits for the new weight.
+        inside = between(graph.nodes, found)[:-1] if found.repeats else []
+        expected.update((index, node.name, QUANTIZED) for node in inside for index in (10, 11, 12))
     assert ran == expected
     assert {stream for _, _, stream in ran} >= {FLOAT, QUANTIZED}
     # And the operations behind the nodes: constants once in all.
-    assert computed == Counter(
-        {
-            node.name: 1 if node in graph.constant else 3 if node in graph.common else 6
-            for node in graph.nodes
-            if node.op == "call_function"
-        }
-    )
+    runs = Counter({node.name: 1 for node in graph.constant if node.op == "call_function"})
+    for (_, name, _), number in expected.items():
+        runs[name] += number
+    assert computed == runs
+
+
+def between(nodes: Sequence[Any], found: Any) -> list[Any]:
+    """Operations from a layer's first call to its last. All of them depend on it in the models here."""
+    first, last = (nodes.index(found.calls[place].node) for place in (0, -1))
+    return [node for node in nodes[first : last + 1] if node.op == "call_function"]
 
 
 def counting(function: Any, calls: Counter[str], name: str) -> Any:
@@ -425,11 +403,10 @@ def test_one_copy_of_the_weights(monkeypatch: Any) -> None:
         commit(walker, site, rounded(weight))
         assert walker.tensor(site.weight_name).data_ptr() == model.get_parameter(site.weight_name).data_ptr()
     assert walker._float_weights == {}
+    # The float stream has passed the last call of a shared layer when it is committed.
     repeated = walker_for(Repeated(), rows(2))
     for site in sites_of(repeated):
         commit(repeated, site, rounded(repeated.tensor(site.weight_name)))
-    assert set(repeated._float_weights) == {"a.weight", "b.weight"}
-    list(repeated.finish())
     assert repeated._float_weights == {}
 
 

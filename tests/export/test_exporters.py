@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distributed_adaround.errors import AdaRoundError, InputError, OutputError
 from distributed_adaround.export.codes import CodesExporter, read_codes
 from distributed_adaround.export.result import DequantizedExporter, ExportResult
+from distributed_adaround.numerics.weight_view import WeightView
 from distributed_adaround.solve.record import LayerRecord
 
 
@@ -129,7 +130,7 @@ def test_the_description_stands_beside_and_inside_the_file(tmp_path: Path) -> No
     assert " " not in metadata["distributed_adaround"].partition('"dequantize"')[0]
     assert text["float_parameters"] == [{"name": "norm.weight", "shape": [4], "reason": "not the weight of a layer"}]
     assert text["tied"] == {"embedding.weight": "linear.weight"}
-    assert (text["format"], text["format_version"]) == ("distributed_adaround", 2)
+    assert (text["format"], text["format_version"]) == ("distributed_adaround", 3)
     assert text["layers"]["up.weight"] == {
         "layer": "up",
         "dtype": "uint4",
@@ -144,6 +145,7 @@ def test_the_description_stands_beside_and_inside_the_file(tmp_path: Path) -> No
         "transposed": True,
         "output_axis": 1,
         "weight_dtype": "float32",
+        "part_of": None,
     }
     assert text["layers"]["conv.weight"]["output_axis"] == 0
     assert text["layers"]["low.weight"]["weight_dtype"] == "bfloat16"
@@ -234,6 +236,64 @@ def test_a_record_that_fits_no_weight_is_our_defect(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Parts(nn.Module):
+    """A weight that is stored transposed and run in bfloat16, one that is two, and one of which half is left in float;
+    two names of the packed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transposed, self.packed, self.left = (nn.Parameter(torch.randn(6, 4)) for _ in range(3))
+        self.alias = self.packed
+
+
+PARTS: dict[str, tuple[str, WeightView]] = {
+    "transposed": ("transposed", WeightView((4, 6), (1, 4), 0, "bfloat16")),
+    "packed[0:2]": ("packed", WeightView((2, 4), (4, 1), 0)),
+    "packed[2:6]": ("packed", WeightView((4, 4), (4, 1), 8)),
+    "left[:,2:4]": ("left", WeightView((2, 6), (1, 4), 2)),
+}
+
+
+def test_weights_that_are_parts_of_tensors_come_back_in_their_places(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Parts()
+    # Where each weight lies, written out.
+    places = {
+        "transposed": (net.transposed.data.T, torch.bfloat16),
+        "packed[0:2]": (net.packed.data[:2], torch.float32),
+        "packed[2:6]": (net.packed.data[2:], torch.float32),
+        "left[:,2:4]": (net.left.data[:, 2:].T, torch.float32),
+    }
+    records = [(name, _record(name, place, "channel")) for name, (place, _) in places.items()]
+    for name, record in records:
+        place, dtype = places[name]
+        place.copy_(record.dequantize(dtype))
+    CodesExporter().write(ExportResult(net.state_dict(), records, parts=PARTS), str(tmp_path))
+    stored = safetensors.torch.load_file(tmp_path / "quantized.safetensors")
+    expected = {"left": net.left.data}
+    for name, record in records:
+        expected |= {name: record.codes, f"{name}_scale": record.scale, f"{name}_zero_point": record.zero_point}
+    _assert_equal(stored, expected)
+    _assert_equal(read_codes(str(tmp_path)), net.state_dict())
+    text = json.loads((tmp_path / "quantized.json").read_text())
+    assert text["layers"]["packed[2:6]"]["part_of"] == {
+        "name": "packed", "shape": [6, 4], "dtype": "float32", "strides": [4, 1], "offset": 8
+    }  # fmt: skip
+    assert text["layers"]["transposed"]["weight_dtype"] == "bfloat16"
+    assert text["tied"] == {"alias": "packed"}
+
+
+def test_a_part_that_lies_outside_its_tensor_is_refused(tmp_path: Path) -> None:
+    net = Parts()
+    name = "packed[2:6]"
+    record = _record(name, net.packed.data[2:], "channel")
+    CodesExporter().write(ExportResult(net.state_dict(), [(name, record)], parts=PARTS), str(tmp_path))
+    path = tmp_path / "quantized.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'\\"offset\\":8', b'\\"offset\\":9'))
+    with pytest.raises(InputError, match="not a whole file"):
+        read_codes(str(tmp_path))
+
+
 def test_other_and_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "quantized.safetensors"
     with pytest.raises(InputError, match=r"quantized\.safetensors"):
@@ -245,8 +305,8 @@ def test_other_and_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         path.write_bytes(bad)
         with pytest.raises(InputError, match="not a whole file"):
             read_codes(str(tmp_path))
-    path.write_bytes(good.replace(b'\\"format_version\\":2', b'\\"format_version\\":3'))
-    with pytest.raises(InputError, match="format version 3, this program reads 2"):
+    path.write_bytes(good.replace(b'\\"format_version\\":3', b'\\"format_version\\":4'))
+    with pytest.raises(InputError, match="format version 4, this program reads 3"):
         read_codes(str(tmp_path))
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(InputError, match="not a whole file"):
