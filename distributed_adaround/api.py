@@ -12,6 +12,7 @@ from distributed_adaround.capture.open import capture_model
 from distributed_adaround.data.microbatches import CallerBatch, Microbatches
 from distributed_adaround.errors import InputError, SpecError
 from distributed_adaround.job import layer_costs, tell_coverage
+from distributed_adaround.model.parametrizations import computed_tensors
 from distributed_adaround.model.source import OpenedModel, check_module
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.job_log import JobLog
@@ -86,7 +87,8 @@ def _check_model(model: object) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        # What is computed anew in every forward is copied by value: with its history it cannot be.
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)})
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"the model cannot be copied ({line}); pass inplace=True to change it directly") from error

@@ -88,7 +88,9 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
                 encoder=implementation(ENCODERS, spec.data.encoder)(spec.data.encoder_args),
             )
             stack.enter_context(loader)
-            microbatches = Microbatches.of_files(loader, _converter(spec.data, opened, folder))
+            microbatches = Microbatches.of_files(
+                loader, _converter(spec.data, opened, folder), transformed=spec.data.transform is not None
+            )
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         tell_coverage(captured, comm)
         chosen = exporters(spec.output.formats)

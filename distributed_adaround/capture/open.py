@@ -1,23 +1,18 @@
 """From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import capture, export_model, straight_line, without_cache
-from distributed_adaround.capture.graph_walk import GraphWalker
-from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker
-from distributed_adaround.data.microbatches import Microbatches, ModelInputs
-from distributed_adaround.errors import InputError, first_line
+from distributed_adaround.capture.walkers import make_walker
+from distributed_adaround.data.microbatches import Microbatches
+from distributed_adaround.errors import InputError, shorten
 from distributed_adaround.formats import LayerFormat
+from distributed_adaround.model.parametrizations import fold_parametrizations
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 from distributed_adaround.runtime.context import RankContext
@@ -79,10 +74,13 @@ def capture_model(
         SpecError: the formats do not fit the layers.
         InputError: ranks hold other weights, or the model cannot be used.
     """
+    folded = [] if isinstance(opened.model, ExportedProgram) else fold_parametrizations(opened.model)
     digest = _agree_on_weights(opened, comm)
     store = activation_store(runtime, context)
-    with phase(comm, "capture the model"):
-        walker = make_walker(opened.model, microbatches.examples, varying=microbatches.varying, store=store)
+    walker = make_walker(opened.model, microbatches, store, comm)
+    if folded:
+        walker.notes.append(f"computed weights were folded into plain ones: {shorten(', '.join(folded), 200)}")
+    with phase(comm, "plan the layers"):
         planned = tuple(plan_layers(walker, quantize))
     for note in walker.notes if comm.rank == 0 else ():
         logger.warning("%s", note)
@@ -112,57 +110,6 @@ def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
         remedy = "load the same weights on all ranks, with model.weights in a job file, or seed the factory"
         raise agreed(InputError(f"the model on ranks {odd} has other weights than on rank 0; {remedy}"))
     return digest
-
-
-def make_walker(
-    model: nn.Module | ExportedProgram, examples: Sequence[ModelInputs], *, varying: bool, store: ActivationStore
-) -> Walker:
-    """Walk through the exported graph; by hooks and replay where the model cannot be exported, with a note.
-
-    Args:
-        model: module or program.
-        examples: microbatches, of different shapes where the data has them; the graph must do for all.
-        varying: shapes differ between microbatches in more than the number of samples.
-        store: its device is that of the walk.
-
-    Raises InputError for a program that cannot be walked, or a model whose forward fails.
-    """
-    if isinstance(model, ExportedProgram):
-        return GraphWalker(capture(straight_line(model)), store)
-    try:
-        # Only what torch and the model do is tried here: an error of our own in reading the graph is not to be hidden.
-        graph = straight_line(export_model(model, _beside(model, examples[0]), varying))
-        for inputs in examples:
-            _check_same_output(model, graph, _beside(model, inputs))
-    except Exception as error:
-        # torch.export documents no closed set of errors; whatever stops it, hooks still work.
-        reason = first_line(error)
-        logger.debug("torch.export failed", exc_info=True)
-        return ReplayWalker(model, examples[0], reason[:200], store)
-    return GraphWalker(capture(graph), store)
-
-
-def _beside(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
-    """The inputs on the model's device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (inputs.args, inputs.kwargs))
-    return replace(inputs, args=args, kwargs=kwargs)
-
-
-def _check_same_output(model: nn.Module, graph: nn.Module, example: ModelInputs) -> None:
-    with torch.no_grad(), without_cache(model):
-        ours, theirs = (_real_tensors(module(*example.args, **example.kwargs)) for module in (graph, model))
-    # The tolerance covers another order of sums. Rows that are all padding may be NaN.
-    if len(ours) != len(theirs) or not all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
-        for a, b in zip(ours, theirs, strict=True)
-    ):
-        raise InputError("its exported graph does not compute what the model computes")
-
-
-def _real_tensors(output: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.open import activation_store, make_walker
+from distributed_adaround.capture.open import activation_store
 from distributed_adaround.capture.sites import Batch, Site, Walker
+from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import SpecError
 from distributed_adaround.formats import LayerFormat
@@ -129,7 +130,7 @@ def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]
     calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
     data = Microbatches.of_list([*calibration, *held_out], COMM, sharded=False)
     store = activation_store(MethodSpec().runtime, RankContext.from_environment(str(device)))
-    walker = make_walker(model, data.examples[:1], varying=False, store=store)
+    walker = make_walker(model, data, store, COMM)
     for note in walker.notes:
         print(f"{case.name}: {note}")
     sites = [unit.site for unit in walker.units]
