@@ -74,7 +74,9 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
+        logger.info("listing the calibration data")
         manifest = _deal_data(spec.data, comm)
+        logger.info("loading the model")
         with phase(comm, "load the model"):
             opened = open_model(spec.model, folder)
             _check_batch_size(opened, manifest)
@@ -189,9 +191,13 @@ def tell_coverage(captured: CapturedModel, comm: Comm) -> None:
 
 def layer_costs(captured: CapturedModel) -> list[LayerCost]:
     """Of the layers that are quantized, in the order of the walk."""
-    shapes = [planned.site.geometry for planned in captured.planned if planned.format is not None]
-    weights = [(float(shape.inputs_per_output), float(shape.out_channels)) for shape in shapes]
-    return [LayerCost(inputs * outputs, inputs**2 * outputs) for inputs, outputs in weights]
+    costs = []
+    for planned in captured.planned:
+        if planned.format is not None:
+            shape, rows = planned.site.geometry, captured.walker.rows.get(planned.unit.name, 1.0)
+            inputs, outputs = float(shape.inputs_per_output), float(shape.out_channels)
+            costs.append(LayerCost(rows * inputs * outputs, inputs**2 * outputs))
+    return costs
 
 
 def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:

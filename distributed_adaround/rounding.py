@@ -5,6 +5,7 @@
 Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ from distributed_adaround.solve.problem import Monitor, Solver
 from distributed_adaround.solve.record import LayerFigures, LayerRecord
 from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
 from distributed_adaround.spec.job import MethodSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class NetworkRounder:
         """Round all layers, apart from those that are committed already. A collective. Raises StoppedError when a
         signal asked one of the ranks to stop; finished layers are committed."""
         walker = captured.walker
+        logger.info("reading the calibration data")
         with phase(self.comm, "read the calibration data"):
             walker.start(microbatches)
         records: list[tuple[Site, LayerRecord]] = []

@@ -10,7 +10,7 @@ from distributed_adaround.capture.sites import FloatParameter
 from distributed_adaround.errors import shorten
 
 ENOUGH = 0.8
-_NUM_NAMED = 5
+_NUM_NAMED, _SMALL = 5, 0.02
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Coverage:
         """Where little is quantized: the largest parameters that stay in float, with their reasons; else empty."""
         if self.share >= ENOUGH or not self.left:
             return ""
+        shown = [parameter for parameter in self.left if math.prod(parameter.shape) >= _SMALL * self.total]
+        large = (shown or self.left)[:_NUM_NAMED]
         named = "; ".join(
-            f"{shorten(parameter.name, 80)} ({math.prod(parameter.shape):,}): {parameter.reason}"
-            for parameter in self.left[:_NUM_NAMED]
+            f"{shorten(parameter.name, 80)} ({math.prod(parameter.shape):,}): {parameter.reason}" for parameter in large
         )
-        more = len(self.left) - _NUM_NAMED
+        more = len(self.left) - len(large)
         rest = f"; and {more} smaller ones" if more > 0 else ""
         return f"less than {100 * ENOUGH:.0f} % of the parameters are quantized; in float stay {named}{rest}"
