@@ -94,7 +94,10 @@ class NetworkRounder:
         if record is None:
             started = time.monotonic()
             result = self._solve(captured, planned, layer_format, solver, total)
-            measured = {key: value for key, value in vars(result).items() if key not in ("codes", "grid", "shift")}
+            measured = {
+                key: value for key, value in vars(result).items() if key not in ("codes", "grid", "shift", "note")
+            }
+            notes = [f"runs {site.num_calls} times"] if site.num_calls > 1 else []
             figures = LayerFigures(
                 name=site.name,
                 kind=site.module_class,
@@ -102,7 +105,8 @@ class NetworkRounder:
                 format=str(layer_format),
                 solver=name,
                 seconds=time.monotonic() - started,
-                note=f"runs {site.num_calls} times" if site.num_calls > 1 else "",
+                note="; ".join([*notes, *([result.note] if result.note else [])]),
+                warning=result.warning,
                 **measured,
             )
             record = LayerRecord.of(figures, site.geometry, layer_format, result.codes, result.grid, result.shift)
@@ -132,9 +136,18 @@ class NetworkRounder:
         moments = None
         if solver.needs_moments or rounding.polishes or layer_format.observer == "output_mse":
             moments = self.moments.measure(problem, self.comm)
-            problem = with_moments(problem, moments, layer_format)
+            problem = with_moments(problem, moments, layer_format, self.comm)
         monitor = LayerMonitor(site.name, self.log, self.stop, self.commits, 60 * self.spec.runtime.save_minutes)
-        result = round_layer(problem, solver, self.comm, monitor, moments=moments, polishes=rounding.polishes)
+        trial_solver = make_solver(solver_name(rounding, site), rounding.for_trials) if solver.needs_moments else None
+        result = round_layer(
+            problem,
+            solver,
+            self.comm,
+            monitor,
+            moments=moments,
+            polishes=rounding.polishes,
+            trial_solver=trial_solver,
+        )
         found = [result.codes, result.grid.scale, *(() if result.shift is None else (result.shift,))]
         same_everywhere(self.comm, found, f"layer {site.name}: the rounding")
         return result

@@ -28,6 +28,7 @@ class LayerFigures:
     kept_nearest: learning did not beat nearest rounding, so that is the result. seconds: wall time. resumed: from an
     earlier run. note: more to say. held_out_error: hard_error on data that the solver did not see, NaN where there are
     none. rows: of calibration data, over all ranks; 0 where unknown. warning: what a user should look at.
+    effective_rows: how many independent rows they are worth; NaN where that is not known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LayerFigures:
     held_out_error: float = math.nan
     rows: int = 0
     warning: str = ""
+    effective_rows: float = math.nan
 
     @property
     def sqnr_db(self) -> float:
