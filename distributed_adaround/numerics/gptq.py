@@ -17,7 +17,7 @@ from distributed_adaround.numerics.moments import Quadratic, inputs_first, outpu
 
 _FRONT = 128
 # Beyond it A counts for nothing, and only numbers that are not finite make it singular.
-_MOST_DAMPING = 1e6
+_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GptqFactors:
                 break
             if damping > _MOST_DAMPING:
                 raise LinAlgError("the second moment is not finite")
-            damping *= 10
+            damping = max(10 * damping, _LEAST_DAMPING)  # 0 would stay 0
         spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
         return cls(order, lower, spread.to(dtype), damping)
 

@@ -55,7 +55,7 @@ def rounded(model: nn.Module, batches: list[Tensor], **fields: Any) -> Tensor:
     ("solver", "number"),
     [
         *((solver, "symmetric") for solver in SOLVERS),
-        *((solver, number) for solver in ("gram", "minibatch, polished") for number in FORMATS if number != "symmetric"),
+        *((solver, number) for solver in ("gram", "minibatch, polished") for number in list(FORMATS)[1:]),
         ("gptq", "affine groups"),
         ("gptq", "floats"),
     ],
