@@ -69,8 +69,9 @@ def quantize(
             _check_model(model)
             working = model if inplace else _copy(model)
             stack.enter_context(_eval_mode(working))
-        microbatches = Microbatches.of_list(batches, comm, sharded)
-        captured = capture_model(OpenedModel(working), microbatches, method.quantize, method.runtime, context, comm)
+        opened = OpenedModel(working)
+        microbatches = Microbatches.of_list(batches, comm, sharded, opened.dtype)
+        captured = capture_model(opened, microbatches, method.quantize, method.runtime, context, comm)
         tell_coverage(captured, comm)
         shown = Progress(captured.num_layers, costs=layer_costs(captured)) if progress and comm.rank == 0 else None
         with JobLog(shown) as log:

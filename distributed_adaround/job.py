@@ -155,13 +155,13 @@ def _converter(
     data: DataSpec, opened: OpenedModel, folder: Path | None
 ) -> Callable[[Mapping[str, Tensor]], ModelInputs]:
     """From a microbatch's fields to the model's arguments."""
-    name, parameters = data.transform, opened.parameters
+    name, parameters, dtype = data.transform, opened.parameters, opened.dtype
     transform = None if name is None else load_callable(name, folder)
 
     def convert(batch: Mapping[str, Tensor]) -> ModelInputs:
         if transform is not None and name is not None:
             batch = call_transform(transform, name, batch)
-        return bind_inputs(batch, parameters, data.mask_field)
+        return bind_inputs(batch, parameters, data.mask_field).narrowed(dtype)
 
     return convert
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from toy_formats import layer_format
 
 import distributed_adaround
@@ -352,6 +353,65 @@ def test_the_table_says_what_stayed_in_float_and_why(caplog: pytest.LogCaptureFi
     assert "in float stay first.weight" in caplog.text
     assert str(table).startswith(f"{100 * table.coverage.share:.1f} % of ")
     assert 0 < table.output_error < 1
+
+
+class Nested(nn.Module):
+    """One argument is a dict, one a list; it works in place on what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, named: dict[str, Tensor], listed: list[Tensor]) -> Tensor:
+        named["x"].mul_(2)
+        return self.head(self.first(named["x"] + listed[0]).relu() + listed[1])
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_tensors_in_dicts_and_lists_of_float64_stay_as_they_are(by_name: bool, hooks: bool) -> None:
+    class Branching(Nested):
+        def forward(self, named: dict[str, Tensor], listed: list[Tensor]) -> Tensor:
+            return super().forward(named, listed if named["x"].sum() > 0 else listed[::1])
+
+    torch.manual_seed(0)
+    model = (Branching if hooks else Nested)().eval()
+    given = [({"x": x.double()}, [x.double(), x.double() @ torch.ones(8, 16).double()]) for x in data(3)]
+    batches: list[Any] = [{"named": named, "listed": listed} for named, listed in given] if by_name else given
+    before = copy.deepcopy(batches)
+    _, table = quantize(model, batches, dtype="int4", solver="nearest", progress=False)
+    assert [row.name for row in table] == ["first", "head"]
+    assert 0 < table.output_error < 0.1
+    for found, expected in zip(tree_leaves(batches), tree_leaves(before), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_images_as_bytes_are_explained() -> None:
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"the data are uint8: make of them .* by data\.transform$"):
+        quantize(nn.Conv2d(3, 4, 3), [images], **QUICK)
+
+
+def test_a_pattern_for_a_module_that_stays_in_float_anyway_is_no_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with caplog.at_level(logging.WARNING, logger="distributed_adaround"):
+        quantize(model, data(1), dtype="int4", solver="nearest", ignore=["1", "Tanh", "other"], progress=False)
+    assert [line for line in caplog.messages if "pattern" in line] == [
+        "quantize: the pattern 'other' matches no layer of this model"
+    ]
+
+
+def test_a_model_without_layers_is_told_what_it_has() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    with pytest.raises(InputError, match=r"none of the model's 0 .* layers is to be quantized: scale 8: .*mul"):
+        quantize(Scaled(), data(1), **QUICK)
 
 
 def test_inside_a_group_of_one() -> None:

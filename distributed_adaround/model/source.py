@@ -39,6 +39,13 @@ class OpenedModel:
         return dict(self.model.state_dict if isinstance(self.model, ExportedProgram) else self.model.state_dict())
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of all its parameters of real numbers; None where they have several, or it has none."""
+        named = self.model.named_parameters()
+        found = {parameter.dtype for _, parameter in named if parameter.is_floating_point()}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def digest(self) -> str:
         return model_digest((name, tensor) for name, tensor in self.weights.items() if isinstance(tensor, Tensor))
 
