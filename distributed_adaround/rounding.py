@@ -5,6 +5,8 @@
 Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.capture.open import CapturedModel, PlannedUnit
-from distributed_adaround.capture.sites import Site, Walker
+from distributed_adaround.capture.sites import FloatParameter, Site, Walker
 from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import StoppedError, naming_layer
@@ -29,18 +31,24 @@ from distributed_adaround.solve.record import LayerFigures, LayerRecord
 from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
 from distributed_adaround.spec.job import MethodSpec
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class NetworkResult:
     """Records of all quantized layers in the order of the walk. output_error: squared error of the model's outputs over
-    their squared values, on the calibration data; NaN where the walk does not see the outputs."""
+    their squared values, on the calibration data; NaN where the walk does not see the outputs. held_out_output_error:
+    on other data, NaN without any. float_parameters: what stayed in float, and why."""
 
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
+    held_out_output_error: float = math.nan
+    float_parameters: tuple[FloatParameter, ...] = ()
 
     @property
     def table(self) -> LayerTable:
-        return LayerTable(record.figures for _, record in self.records if record.figures is not None)
+        rows = (record.figures for _, record in self.records if record.figures is not None)
+        return LayerTable(rows, self.float_parameters, self.output_error, self.held_out_output_error)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class NetworkRounder:
         """Round all layers, apart from those that are committed already. A collective. Raises StoppedError when a
         signal asked one of the ranks to stop; finished layers are committed."""
         walker = captured.walker
+        logger.info("reading the calibration data")
         with phase(self.comm, "read the calibration data"):
             walker.start(microbatches)
         records: list[tuple[Site, LayerRecord]] = []
@@ -68,7 +77,8 @@ class NetworkRounder:
             with naming_layer(planned.site.name):
                 record = self._finish(captured, planned, planned.format, microbatches.total)
             records.append((planned.site, record))
-        return NetworkResult(tuple(records), self._output_error(walker, microbatches.total))
+        error = self._output_error(walker, microbatches.total)
+        return NetworkResult(tuple(records), error, float_parameters=captured.float_parameters)
 
     def _finish(
         self, captured: CapturedModel, planned: PlannedUnit, layer_format: LayerFormat, total: int

@@ -31,6 +31,20 @@ class UnitCalls:
     def repeats(self) -> bool:
         return len(self.calls) > 1
 
+    @property
+    def rows(self) -> float:
+        """Of all calls together, in the microbatch of the export."""
+        elements = sum(_num_elements(call.node.meta.get("val")) for call in self.calls)
+        return elements / self.unit.site.geometry.out_channels
+
+
+def _num_elements(value: object) -> float:
+    """Of the tensor that a node made while it was exported; sizes that depend on data count as 1."""
+    if not isinstance(value, Tensor):
+        return 1.0
+    hints = (size if isinstance(size, int) else size.node.hint for size in value.shape)
+    return math.prod(float(hint) if isinstance(hint, int) else 1.0 for hint in hints)
+
 
 @dataclass(frozen=True)
 class Found:

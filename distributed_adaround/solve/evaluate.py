@@ -102,7 +102,7 @@ def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
     if places:
         microbatch, sample, what, value = min(places, key=lambda place: place[:3])
         problem_is = problem_is if math.isfinite(value) else "not finite"
-        where = f": {value:.3g} in its {what}, sample {sample} of microbatch {microbatch}"
+        where = f": {value:.3g} in its {what}, sample {sample} of microbatch {microbatch // problem.num_calls}"
     advice = "check the weights and the calibration data"
     return agreed(InputError(f"layer {problem.name}: its activations are {problem_is}{where}; {advice}"))
 
