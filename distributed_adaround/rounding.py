@@ -5,6 +5,7 @@
 Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.report.table import LayerTable
 from distributed_adaround.runtime.comm import Comm, agreed, phase, same_everywhere
 from distributed_adaround.runtime.signals import StopRequest
-from distributed_adaround.solve.layer import LayerResult, round_layer
+from distributed_adaround.solve.layer import LayerResult, round_layer, without_rows
 from distributed_adaround.solve.measure import SharedMoments
 from distributed_adaround.solve.problem import Monitor, Solver
 from distributed_adaround.solve.record import LayerFigures, LayerRecord
@@ -92,7 +93,7 @@ class NetworkRounder:
                 format=str(layer_format),
                 solver=name,
                 seconds=time.monotonic() - started,
-                note=f"runs {site.num_calls} times" if site.num_calls > 1 else "",
+                note=_note(site, result),
                 **measured,
             )
             record = LayerRecord.of(figures, site.geometry, layer_format, result.codes, result.grid, result.shift)
@@ -119,6 +120,8 @@ class NetworkRounder:
         problem = make_problem(
             self.spec, captured.walker, site, layer_format, batches, total * site.num_calls, captured.store
         )
+        if not sum(self.comm.all_gather_object(sum(batch.y.numel() for batch in batches))):
+            return without_rows(problem)
         moments = None
         if solver.needs_moments or rounding.polishes or layer_format.observer == "output_mse":
             moments = self.moments.measure(problem, self.comm)
@@ -138,6 +141,13 @@ class NetworkRounder:
             sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")
+
+
+def _note(site: Site, result: LayerResult) -> str:
+    notes = [f"runs {site.num_calls} times"] if site.num_calls > 1 else []
+    if result.kept_nearest and math.isnan(result.nearest_error):
+        notes.append("no calibration data reach it: rounded to nearest")
+    return "; ".join(notes)
 
 
 @dataclass

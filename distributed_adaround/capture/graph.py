@@ -4,14 +4,15 @@ The captured graph is functional (no in-place operations), holds the model's own
 model does. This file finds the sites in it, says why every other parameter stays in float, and sorts the nodes:
 
     constant   depends on parameters and constants only: computed once
-    common     depends on the data, but on no site: the same in both streams, computed once per microbatch
+    common     depends on the data, but on no site, or decides where rows go (see routing.py): the same in both
+               streams, computed once per microbatch
     streamed   depends on a site: computed once per microbatch and stream
 """
 
 import inspect
 import operator
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
 from distributed_adaround.capture.find_sites import UnitCalls, find_sites
+from distributed_adaround.capture.routing import shared_nodes
 from distributed_adaround.capture.sites import FloatParameter, Site
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
@@ -152,7 +154,7 @@ def capture(module: GraphModule) -> CapturedGraph:
         units=found.units,
         float_parameters=found.float_parameters,
         constant=constant,
-        common=_common_nodes(nodes, constant, calls),
+        common=shared_nodes(nodes, constant, calls),
         placeholders=tuple(node for node in nodes if node.op == "placeholder"),
     )
 
@@ -168,12 +170,3 @@ def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
         if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
     return frozenset(constant)
-
-
-def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: Container[Node]) -> frozenset[Node]:
-    common: set[Node] = set()
-    for node in nodes:
-        of_data = node not in calls and node not in constant
-        if of_data and all(source in constant or source in common for source in node.all_input_nodes):
-            common.add(node)
-    return frozenset(common)

@@ -109,6 +109,7 @@ class GraphWalker:
             ):
                 y = self._without_bias(call, y) if unit.site.bias_name is None else y
                 index = held.index * len(calls) + place
+                _check_rows(unit, held.index, x_hat, x)
                 batches.append(_as_batch(call, Batch(index, x_hat, x, y, held.mask, held.size)))
         return batches
 
@@ -210,13 +211,15 @@ class GraphWalker:
     def _run_node(self, batch: _Microbatch, node: Node, stream: str, loaded: dict[str, Values]) -> None:
         """One node for one microbatch in one stream. loaded: values brought back to the device in this segment."""
         values: Values = {}
+        # A decision for both streams is the float stream's.
+        reading = FLOAT if stream == COMMON else stream
         for source in node.all_input_nodes:
             if source not in self._graph.constant:
-                owner = COMMON if source in self._graph.common else stream
+                owner = COMMON if source in self._graph.common else reading
                 if source not in loaded[owner]:
                     loaded[owner][source] = self._on_device(batch.values[owner][source])
                 values[source] = loaded[owner][source]
-        args, kwargs = self._resolve((node.args, node.kwargs), values, stream)
+        args, kwargs = self._resolve((node.args, node.kwargs), values, reading)
         assert callable(node.target)
         try:
             result = node.target(*args, **kwargs)
@@ -271,6 +274,13 @@ def _committed_constants(graph: CapturedGraph) -> frozenset[Node]:
         if node in graph.constant and (str(node.target) in names or not found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return frozenset(found)
+
+
+def _check_rows(unit: Unit, microbatch: int, x_hat: Tensor, x: Tensor) -> None:
+    if x_hat.shape != x.shape:
+        what = f"has inputs of shape {tuple(x.shape)} in the float model and {tuple(x_hat.shape)} in the quantized one"
+        advice = "rows that depend on the data do not pair up; leave the layers before it in float by quantize.ignore"
+        raise InputError(f"layer {unit.name}: in microbatch {microbatch} it {what}; {advice}")
 
 
 def _as_batch(call: LayerCall, batch: Batch) -> Batch:

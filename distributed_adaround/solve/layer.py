@@ -3,6 +3,7 @@
 problem ─► moments ─► quadratic ─► solver ─► polish ─► restore ─► compare on all data ─► result
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +39,12 @@ class LayerResult:
     flipped: float
     unsettled: float
     kept_nearest: bool
+
+
+def without_rows(problem: LayerProblem) -> LayerResult:
+    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on."""
+    codes = problem.grid.quantize(problem.weight)
+    return LayerResult(codes, problem.grid, None, math.nan, math.nan, math.nan, 0.0, 0.0, kept_nearest=True)
 
 
 def round_layer(
