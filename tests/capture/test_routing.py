@@ -141,7 +141,7 @@ def test_inputs_that_do_not_pair_up_are_an_error(monkeypatch: Any) -> None:
     layers = iter(sites_of(walker))
     for site in (next(layers), next(layers)):
         reach(walker, site)
-        commit_weight(walker, site, rounded(walker.tensor(site.weight_name)))
+        commit_weight(walker, site, torch.randn_like(walker.tensor(site.weight_name)))
     what = r"^layer experts\.0: in microbatch 10 it has inputs of shape \(\d+, 8\) in the float model and \(\d+, 8\)"
     with pytest.raises(InputError, match=what):
         reach(walker, next(layers))
