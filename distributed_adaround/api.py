@@ -10,6 +10,7 @@ from torch import nn
 from distributed_adaround.capture.open import capture_model
 from distributed_adaround.data.microbatches import CallerBatch, Microbatches
 from distributed_adaround.errors import InputError, SpecError
+from distributed_adaround.model.parametrizations import computed_tensors
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.job_log import JobLog
@@ -70,7 +71,8 @@ def quantize(
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        # What is computed anew in every forward is copied by value: with its history it cannot be.
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)})
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"the model cannot be copied ({line}); pass inplace=True to change it directly") from error

@@ -86,7 +86,9 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
                 encoder=implementation(ENCODERS, spec.data.encoder)(spec.data.encoder_args),
             )
             stack.enter_context(loader)
-            microbatches = Microbatches.of_files(loader, _converter(spec.data, opened, folder))
+            microbatches = Microbatches.of_files(
+                loader, _converter(spec.data, opened, folder), transformed=spec.data.transform is not None
+            )
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         chosen = exporters(spec.output.formats)
         for exporter in chosen:
@@ -172,7 +174,7 @@ def _open_log(job: PreparedJob, layers_done: int) -> JobLog:
     spec, captured, rank = job.spec, job.captured, job.comm.rank
     progress = None
     if rank == 0:
-        shapes = [planned.site.geometry for planned in captured.planned if planned.format is not None]
+        shapes = [s.geometry for planned in captured.planned if planned.format is not None for s in planned.sites]
         costs = [float(shape.out_channels * shape.inputs_per_output) for shape in shapes]
         progress = Progress(len(costs), costs=costs)
     if layers_done:

@@ -12,7 +12,8 @@ from toy_batches import Batches
 from walks import commit, plenty, reach, sites_of
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import capture, export_model, straight_line
+from distributed_adaround.capture.exported import export_model, straight_line
+from distributed_adaround.capture.graph import capture
 from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Walker

@@ -20,21 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.binding import bind
 from distributed_adaround.capture.find_sites import UnitCalls
 from distributed_adaround.capture.graph import CapturedGraph, attribute
 from distributed_adaround.capture.layer_calls import LayerCall
 from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED, Lifetimes
 from distributed_adaround.capture.sites import Batch, Unit, counting_rows
-from distributed_adaround.data.microbatches import Microbatches, ModelInputs
+from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, first_line
 
 Values = dict[Node, Any]
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass
@@ -85,8 +84,7 @@ class GraphWalker:
         self._float_weights.clear()
         for index, inputs in microbatches:
             batch = _Microbatch(index, inputs.mask, inputs.size)
-            for node, value in _bind(self._graph.placeholders, inputs).items():
-                _check_fit(node, value, index)
+            for node, value in bind(self._graph.module, inputs, index).items():
                 if node.users:
                     batch.values[COMMON][node] = self._keep(self._on_device(value))
             self._held.append(batch)
@@ -299,32 +297,3 @@ def _check_rows(unit: Unit, microbatch: int, x_hat: Tensor, x: Tensor) -> None:
         what = f"has inputs of shape {tuple(x.shape)} in the float model and {tuple(x_hat.shape)} in the quantized one"
         advice = "rows that depend on the data do not pair up; leave the layers before it in float by quantize.ignore"
         raise InputError(f"layer {unit.name}: in microbatch {microbatch} it {what}; {advice}")
-
-
-def _bind(placeholders: Sequence[Node], inputs: ModelInputs) -> Values:
-    """Values of the graph's inputs: positional ones in order, the others by name."""
-    names = [str(node.target) for node in placeholders]
-    given = dict(zip(names, inputs.args, strict=False)) | inputs.kwargs
-    if len(inputs.args) > len(names) or set(given) != set(names):
-        raise InputError(f"the model takes the inputs {names}, the data has {sorted(given)}; map them with data.fields")
-    return {node: given[str(node.target)] for node in placeholders}
-
-
-def _check_fit(placeholder: Node, value: Any, index: int) -> None:
-    """Raises InputError when an input is not what the graph was captured for: it may hold sizes and plain values of
-    the example as constants, and would compute nonsense with others."""
-    captured = placeholder.meta.get("val")
-    if isinstance(captured, Tensor) and isinstance(value, Tensor):
-        # Rank and dtype need no check: an operation that depends on them fails by itself.
-        fixed = [(dim, int(size)) for dim, size in enumerate(captured.shape) if is_concrete_int(size)]
-        odd = next((pair for pair in fixed if pair[0] >= value.dim() or value.shape[pair[0]] != pair[1]), None)
-        if odd is not None:
-            raise InputError(
-                f"microbatch {index}: the model's graph takes {placeholder.target!r} with size {odd[1]} in dimension "
-                f"{odd[0]}, the data has shape {tuple(value.shape)}; pad or cut all samples to one size"
-            )
-    elif not isinstance(captured, _SYMBOLIC):
-        before, now = ("a tensor" if isinstance(part, Tensor) else repr(part) for part in (captured, value))
-        if before != now:
-            what = f"the model's graph was captured for {placeholder.target!r} = {before}, the data has {now}"
-            raise InputError(f"microbatch {index}: {what}; every microbatch must give the same")

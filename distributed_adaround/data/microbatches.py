@@ -1,9 +1,10 @@
 """Calibration data as the model takes it: the microbatches of one rank, from files or from a caller's list."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -13,6 +14,9 @@ from distributed_adaround.errors import InputError, first_line
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 
 CallerBatch = Tensor | Sequence[Any] | Mapping[str, Any]
+
+# Name, and shape or value, of everything in a microbatch: what a captured graph may depend on.
+Kind = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -29,29 +33,43 @@ class ModelInputs:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return next((leaf.shape[0] if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)), 0)
 
+    @property
+    def kind(self) -> Kind:
+        leaves, _ = pytree.tree_flatten_with_path((self.args, dict(sorted(self.kwargs.items()))))
+        shapes = ((path, tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)) for path, leaf in leaves)
+        return tuple((pytree.keystr(path), shape) for path, shape in shapes)
+
+    def to(self, device: torch.device) -> "ModelInputs":
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
 
 @dataclass(frozen=True)
 class Microbatches:
     """The calibration data of one rank. Indices are global: the same on any number of ranks.
 
     total: of the whole job. owned: those of this rank, ascending; may be empty. load: any of the owned. read: all
-    owned, in order. examples: one or two for the capture, of different kinds where the data has them, the same on all
-    ranks. varying: microbatches differ in more than the number of samples.
+    owned, in order. kinds: the kinds of the owned ones, each with the first of it.
     """
 
     total: int
     owned: Sequence[int]
     load: Callable[[int], ModelInputs]
     read: Callable[[], Iterator[tuple[int, ModelInputs]]]
-    examples: tuple[ModelInputs, ...]
-    varying: bool
+    kinds: Callable[[], dict[Kind, int]]
 
     def __iter__(self) -> Iterator[tuple[int, ModelInputs]]:
         return self.read()
 
     @classmethod
-    def of_files(cls, loader: SampleLoader, convert: Callable[[Mapping[str, Tensor]], ModelInputs]) -> "Microbatches":
-        """Those of a manifest. convert: from the fields of a microbatch to the model's arguments."""
+    def of_files(
+        cls,
+        loader: SampleLoader,
+        convert: Callable[[Mapping[str, Tensor]], ModelInputs],
+        transformed: bool = False,
+    ) -> "Microbatches":
+        """Those of a manifest. convert: from the fields of a microbatch to the model's arguments. transformed: it does
+        more than to rename."""
 
         def load(index: int) -> ModelInputs:
             return convert(loader.load(index))
@@ -59,7 +77,14 @@ class Microbatches:
         def read() -> Iterator[tuple[int, ModelInputs]]:
             return ((index, convert(fields)) for index, fields in loader)
 
-        return cls(loader.total, loader.owned, load, read, (load(0), load(loader.total - 1)), loader.varying)
+        def kinds() -> dict[Kind, int]:
+            if loader.varying or transformed:
+                return _first_of_kinds(read())
+            # All samples are of one size, and only the last microbatch may have fewer of them.
+            ends = dict.fromkeys((*loader.owned[:1], *loader.owned[-1:]))
+            return _first_of_kinds((index, load(index)) for index in ends)
+
+        return cls(loader.total, loader.owned, load, read, kinds)
 
     @classmethod
     def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> "Microbatches":
@@ -80,15 +105,14 @@ class Microbatches:
         if not sharded:
             held = {index: inputs for index, inputs in held.items() if owner(index, comm.world_size) == comm.rank}
         prove_coverage(total, comm.all_gather_object(tuple(held)))
-        # Every rank captures the same graph, from the same one or two batches.
-        offered = comm.all_gather_object(_of_two_kinds(given))
-        examples = _of_two_kinds([inputs for rank in offered for inputs in rank])
-        return cls(total, tuple(held), held.__getitem__, lambda: iter(held.items()), examples, len(examples) > 1)
+        return cls(
+            total, tuple(held), held.__getitem__, lambda: iter(held.items()), lambda: _first_of_kinds(held.items())
+        )
 
     def first(self) -> "Microbatches":
         """The first one alone, as if it were all."""
         inputs = self.load(0)
-        return Microbatches(1, (0,), lambda index: inputs, lambda: iter([(0, inputs)]), (inputs,), self.varying)
+        return Microbatches(1, (0,), lambda _: inputs, lambda: iter([(0, inputs)]), lambda: {inputs.kind: 0})
 
 
 def _read(batches: Iterable[CallerBatch]) -> list[ModelInputs]:
@@ -103,14 +127,11 @@ def _read(batches: Iterable[CallerBatch]) -> list[ModelInputs]:
     return given
 
 
-def _of_two_kinds(given: Sequence[ModelInputs]) -> tuple[ModelInputs, ...]:
-    """The first batch, and the first one of another kind: one graph may not do for other shapes without the batch."""
-    by_kind: dict[object, ModelInputs] = {}
-    for inputs in given:
-        values = (*enumerate(inputs.args), *sorted(inputs.kwargs.items()))
-        kind = tuple((key, value.shape[1:] if isinstance(value, Tensor) else repr(value)) for key, value in values)
-        by_kind.setdefault(kind, inputs)
-    return tuple(by_kind.values())[:2]
+def _first_of_kinds(microbatches: Iterable[tuple[int, ModelInputs]]) -> dict[Kind, int]:
+    first: dict[Kind, int] = {}
+    for index, inputs in microbatches:
+        first.setdefault(inputs.kind, index)
+    return first
 
 
 def _model_inputs(batch: CallerBatch) -> ModelInputs:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.open import activation_store, make_walker
+from distributed_adaround.capture.open import activation_store
 from distributed_adaround.capture.sites import Batch, Site, Walker
+from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import SpecError
 from distributed_adaround.formats import LayerFormat
@@ -101,9 +102,12 @@ def round_as_job(
     if solver.needs_moments or polishes or layer_format.observer == "output_mse":
         watch = Stopwatch(solver.device)
         moments = measure(problem, COMM)
-        problem = with_moments(problem, moments, layer_format)
+        problem = with_moments(problem, moments, layer_format, COMM)
         solver.moments_seconds = watch.seconds if solver.needs_moments else 0.0
-    return round_layer(problem, solver, COMM, monitor, moments=moments, polishes=polishes)
+    trial_solver = make_solver(spec.rounding.solver, spec.rounding.for_trials) if solver.needs_moments else None
+    return round_layer(
+        problem, solver, COMM, monitor, moments=moments, polishes=polishes, trial_solver=trial_solver
+    )
 
 
 def warm_up(spec: MethodSpec, problem: LayerProblem, layer_format: LayerFormat) -> None:
@@ -129,7 +133,7 @@ def _run_draw(case: Case, options: LayerOptions, draw: int, seeds: Sequence[int]
     calibration, held_out = batches(module, case, options.samples or (case.num_calibration, case.num_held_out), draw)
     data = Microbatches.of_list([*calibration, *held_out], COMM, sharded=False)
     store = activation_store(MethodSpec().runtime, RankContext.from_environment(str(device)))
-    walker = make_walker(model, data.examples[:1], varying=False, store=store)
+    walker = make_walker(model, data, store, COMM)
     for note in walker.notes:
         print(f"{case.name}: {note}")
     sites = [unit.site for unit in walker.units]

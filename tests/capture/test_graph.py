@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from distributed_adaround.capture.graph import CapturedGraph, capture, export_model, straight_line
+from distributed_adaround.capture.exported import export_model, straight_line
+from distributed_adaround.capture.graph import CapturedGraph, capture
 from distributed_adaround.capture.sites import BatchNormAfter
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError

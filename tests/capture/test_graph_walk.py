@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from walks import PLENTY, Batches, clone, close, commit, inputs_of, reach, rounded, sites_of, store_of, walker_for
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import capture, export_model, straight_line
+from distributed_adaround.capture.exported import export_model, straight_line
+from distributed_adaround.capture.graph import capture
 from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED
 from distributed_adaround.capture.sites import Site

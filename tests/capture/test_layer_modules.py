@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, plenty, sites_of
+from toy_batches import Batches
+from walks import commit, replayed, sites_of
 
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site
-from distributed_adaround.data.microbatches import ModelInputs
 
 
 def walker_for(module: nn.Module, x: Tensor) -> ReplayWalker:
-    return ReplayWalker(module, ModelInputs((x,), {}), "a test", plenty())
+    return replayed(module, Batches([x]))
 
 
 def names(sites: Sequence[Site]) -> list[str]:

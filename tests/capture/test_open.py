@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_batches import Batches
-from walks import commit, reach, sites_of
+from walks import commit, plenty, reach, sites_of
 
-from distributed_adaround.capture import open as capture_open
+from distributed_adaround.capture import walkers
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import export_model
+from distributed_adaround.capture.exported import export_model
 from distributed_adaround.capture.graph_walk import GraphWalker
-from distributed_adaround.capture.open import CapturedModel, make_walker, plan_layers
+from distributed_adaround.capture.open import CapturedModel, plan_layers
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Walker
-from distributed_adaround.data.microbatches import ModelInputs
+from distributed_adaround.capture.walkers import make_walker
+from distributed_adaround.data.microbatches import Microbatches, ModelInputs
 from distributed_adaround.errors import InputError, SpecError
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.spec.quantize import QuantizeSpec
 
 CPU = torch.device("cpu")
@@ -42,13 +44,10 @@ def plain(model: Any, x: Tensor) -> Tensor:
     return model.second(model.first(x).relu())
 
 
-def walker_of(model: Any, *tensors: Tensor, varying: bool = False) -> Walker:
-    return make_walker(
-        model.eval() if isinstance(model, nn.Module) else model,
-        [ModelInputs((tensor,), {}) for tensor in tensors],
-        varying=varying,
-        store=ActivationStore(CPU, device_budget=0, host_budget=1 << 40),
-    )
+def walker_of(model: Any, *batches: Any) -> Walker:
+    """batches: as a caller of `quantize` gives them."""
+    model = model.eval() if isinstance(model, nn.Module) else model
+    return make_walker(model, Microbatches.of_list(batches, SoloComm(), sharded=False), plenty(), SoloComm())
 
 
 def one_by_one(model: Any, x: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ def test_a_length_that_is_baked_in_is_found_with_the_other_microbatch() -> None:
     short, long = torch.randn(3, 4, 6), torch.randn(2, 5, 6)
     assert isinstance(walker_of(Calling(recurrent), short), GraphWalker)
     assert isinstance(walker_of(Calling(recurrent), short, torch.randn(1, 4, 6)), GraphWalker)
-    walker = walker_of(Calling(recurrent), short, long, varying=True)
+    walker = walker_of(Calling(recurrent), short, long)
     assert isinstance(walker, ReplayWalker)
 
 
@@ -114,7 +113,7 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
     reference, model = Calling(plain), Calling(forward)
     model.load_state_dict(reference.state_dict())
     data = [torch.randn(3, 6), torch.randn(2, 6)]
-    walkers = walker_of(reference, data[0]), walker_of(model, data[0])
+    walkers = walker_of(reference, *data), walker_of(model, *data)
     assert [type(walker) for walker in walkers] == [GraphWalker, ReplayWalker]
     for walker in walkers:
         walker.start(Batches(data))
@@ -122,10 +121,12 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
         assert sites[0].weight_name == sites[1].weight_name
         found = [reach(walker, site) for walker, site in zip(walkers, sites, strict=True)]
         if forward is one_by_one:
-            # Replay learns from the first call, which sees one sample.
+            # Replay brings one batch for each call, which sees one sample.
+            assert found[1].indices == [0, 1, 2, 3, 4]
             for name in ("inputs", "float_inputs", "float_outputs"):
-                for whole, row in zip(*(getattr(each, name) for each in found), strict=True):
-                    torch.testing.assert_close(whole[0], row)
+                rows = [row for whole in getattr(found[0], name) for row in whole]
+                for row, call in zip(rows, getattr(found[1], name), strict=True):
+                    torch.testing.assert_close(row, call)
         else:
             for name in ("inputs", "float_inputs", "float_outputs"):
                 for one, other in zip(*(getattr(each, name) for each in found), strict=True):
@@ -143,13 +144,13 @@ def test_errors_of_our_own_are_not_taken_for_a_failed_export(monkeypatch: pytest
     def broken(_: Any) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(capture_open, "capture", broken)
+    monkeypatch.setattr(walkers, "capture", broken)
     with pytest.raises(KeyError, match="a bug of ours"):
         walker_of(Calling(plain), torch.randn(3, 6))
 
 
 def test_a_forward_that_fails_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="forward failed on the example microbatch"):
+    with pytest.raises(InputError, match="forward failed on microbatch 0"):
         walker_of(Calling(plain), torch.randn(3, 7))
 
 
@@ -184,7 +185,7 @@ def test_a_transformer_with_a_cache_and_hidden_states_is_walked() -> None:
         vocab_size=20, output_hidden_states=True,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    walker = walker_of(model, torch.randint(20, (3, 6)), torch.randint(20, (1, 4)), varying=True)
+    walker = walker_of(model, torch.randint(20, (3, 6)), torch.randint(20, (1, 4)))
     assert isinstance(walker, GraphWalker), walker.notes
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from walks import commit, plenty, reach, sites_of
+from walks import commit, plenty, reach, replayed, sites_of
 
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site
@@ -42,9 +42,7 @@ class Batches:
 
 
 def walker_for(module: nn.Module, tensors: Sequence[Tensor]) -> ReplayWalker:
-    walker = ReplayWalker(module, Batches(tensors).load(0), "a test", plenty())
-    walker.start(Batches(tensors))
-    return walker
+    return replayed(module, Batches(tensors))
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -153,41 +151,48 @@ def test_a_site_can_be_committed_without_reaching_it() -> None:
 class Branching(nn.Module):
     """Data-dependent control flow, and a call in an order that differs from the one of registration."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen_by_torch: bool = True) -> None:
         super().__init__()
         self.late = nn.Linear(4, 2)
         self.large = nn.Linear(4, 4)
         self.small = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
         self.early = nn.Linear(4, 4)
+        self.seen_by_torch = seen_by_torch
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.early(x)
-        x = self.large(x) if x.abs().mean().item() > 1 else self.small(x)
+        size = x.abs().mean().item() if self.seen_by_torch else float(x.abs().numpy().mean())
+        x = self.large(x) if size > 1 else self.small(x)
         return self.late(x)
 
 
-def test_data_dependent_control_flow() -> None:
+def test_a_layer_that_only_a_later_microbatch_runs_is_a_site_in_its_place() -> None:
     model = randomized(Branching())
     data = [torch.randn(5, 4) * 10, torch.randn(5, 4) * 1e-3, torch.randn(5, 4) * 10]
     walker = walker_for(model, data)
-    assert names(sites_of(walker)) == ["early", "large", "late"]
-    assert reasons(walker)["small.weight"] == "the layer never runs as a module in the forward pass"
+    assert names(sites_of(walker)) == ["early", "small", "large", "late"]
+    assert reasons(walker)["unused.weight"] == "the layer never runs as a module in the forward pass"
     assert "could not be exported: a test" in walker.notes[0]
-    found = reach(walker, sites_of(walker)[1])
-    assert found.indices == [0, 2]
+    assert reach(walker, sites_of(walker)[2]).indices == [0, 2]
+    assert reach(walker, sites_of(walker)[1]).indices == [1]
     assert any("does not run in 1 of this rank's 3 microbatches" in note for note in walker.notes)
 
 
-def test_where_the_quantized_model_takes_another_path_the_float_input_is_used() -> None:
-    model = randomized(Branching())
+@pytest.mark.parametrize("seen_by_torch", [True, False])
+def test_the_float_stream_decides_for_both_where_torch_sees_it(seen_by_torch: bool) -> None:
+    model = randomized(Branching(seen_by_torch))
     x = torch.randn(5, 4) * 10
     walker = walker_for(model, [x])
     commit(walker, sites_of(walker)[0], torch.zeros(4, 4))
     with torch.no_grad():
-        model.early.bias.zero_()  # zero activations now go through `small`
+        model.early.bias.zero_()  # zero activations would now go through `small`
     found = reach(walker, sites_of(walker)[1])
-    assert torch.equal(found.inputs[0], found.float_inputs[0])
-    assert any("takes another path" in note for note in walker.notes)
+    if seen_by_torch:
+        assert torch.equal(found.inputs[0], torch.zeros(5, 4))
+    else:
+        assert torch.equal(found.inputs[0], found.float_inputs[0])
+    assert any("takes another path" in note for note in walker.notes) != seen_by_torch
 
 
 class Twice(nn.Module):
@@ -201,16 +206,69 @@ class Twice(nn.Module):
         return self.b(self.a(self.a(x)))
 
 
-def test_shared_and_repeated_layers_are_one_site_learned_at_the_first_call() -> None:
+def test_all_calls_of_shared_and_repeated_layers_are_seen() -> None:
     model = randomized(Twice())
-    x = torch.randn(3, 4)
-    walker = walker_for(model, [x])
+    first = copy.deepcopy(model)
+    data = [torch.randn(3, 4), torch.randn(2, 4)]
+    walker = walker_for(model, data)
     (site,) = sites_of(walker)
     assert (site.name, site.weight_name, site.num_calls) == ("a", "a.weight", 3)
     found = reach(walker, site)
-    assert torch.equal(found.inputs[0], x)
-    assert torch.equal(found.float_outputs[0], model.a(x))
+    assert found.indices == [0, 1, 2, 3, 4, 5]
+    for index, x in enumerate(data):
+        for call in range(3):
+            place = 3 * index + call
+            assert torch.equal(found.float_inputs[place], x)
+            assert torch.equal(found.inputs[place], x)
+            # With the bias of the first layer in all calls: it is that of the site.
+            torch.testing.assert_close(found.float_outputs[place], first.a(x))
+            x = first.a(x)
     assert reasons(walker) == {"a.bias": "bias", "b.bias": "bias"}
+
+
+class Routed(nn.Module):
+    """Two experts of which each token takes one, picked behind a layer that is rounded."""
+
+    def __init__(self, pick: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.last = nn.Linear(8, 3)
+        self.pick = pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        score = h[:, :2]
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            if self.pick == "argmax":
+                rows = torch.where(score.argmax(-1) == number)[0]
+            elif self.pick == "topk":
+                rows = (score.topk(1).indices[:, 0] == number).nonzero().flatten()
+            else:
+                rows = (score[:, 0] > score[:, 1]) == bool(number)
+            if len(h[rows]):
+                y[rows] = expert(h[rows])
+        return self.last(y)
+
+
+@pytest.mark.parametrize("pick", ["argmax", "topk", "mask"])
+def test_rows_are_routed_as_in_the_float_model(pick: str) -> None:
+    model = randomized(Routed(pick))
+    first = copy.deepcopy(model)
+    data = [torch.randn(16, 4), torch.randn(16, 4)]
+    walker = walker_for(model, data)
+    changed = -first.first.weight.detach()  # routes most tokens to the other expert
+    commit(walker, sites_of(walker)[0], changed)
+    for expert in (0, 1):
+        site = next(site for site in sites_of(walker) if site.name == f"experts.{expert}")
+        found = reach(walker, site)
+        for index, x_hat in zip(found.indices, found.inputs, strict=True):
+            score = first.first(data[index])[:, :2]
+            chosen = score.argmax(-1) if pick != "mask" else (score[:, 0] > score[:, 1]).long()
+            rows = (chosen == expert).nonzero().flatten()
+            assert torch.equal(x_hat, F.linear(data[index], changed, first.first.bias)[rows])
+    assert not any("another path" in note for note in walker.notes)
 
 
 def test_outputs_of_real_numbers_are_compared_where_the_shapes_agree() -> None:
@@ -221,7 +279,9 @@ def test_outputs_of_real_numbers_are_compared_where_the_shapes_agree() -> None:
 
         def forward(self, x: Tensor) -> dict[str, object]:
             y = self.layer(x)
-            return {"best": y.argmax(-1), "picked": y[y.sum(-1) > 0], "rest": (y, None)}
+            # Behind torch's back: its own decisions are those of the float model.
+            picked = [row for row, values in zip(y, y.detach().numpy(), strict=True) if values.sum() > 0]
+            return {"best": y.argmax(-1), "picked": torch.stack([*picked, y[0]]), "rest": (y, None)}
 
     model = randomized(Picking())
     layer = copy.deepcopy(model.layer)
@@ -301,8 +361,7 @@ def test_captured_tensors_are_own_copies_handed_to_the_store(monkeypatch: pytest
 
     monkeypatch.setattr(store, "keep", keep)
     mask = torch.ones(2, 1)
-    walker = ReplayWalker(model, ModelInputs((x,), {}), "a test", store)
-    walker.start(Batches([x], [mask]))
+    walker = replayed(model, Batches([x], [mask]), store)
     found = reach(walker, sites_of(walker)[0])
     assert len(kept) == 3
     assert found.masks == [mask]
@@ -334,9 +393,11 @@ def test_a_models_own_exception_handler_does_not_swallow_the_early_stop() -> Non
 def test_a_failing_forward_names_the_microbatch_and_restores_the_weights() -> None:
     model = randomized(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
     good, bad = torch.randn(2, 3), torch.randn(2, 4)
-    with pytest.raises(InputError, match=r"forward failed on the example microbatch: RuntimeError"):
+    with pytest.raises(InputError, match=r"forward failed on microbatch 0: RuntimeError"):
         walker_for(model, [bad])
-    walker = walker_for(model, [good, bad])
+    batches = Batches([good, good])
+    walker = replayed(model, batches)
+    batches.tensors[1] = bad
     weight = rounded(model[0].weight.detach())
     commit(walker, sites_of(walker)[0], weight)
     with pytest.raises(InputError, match=r"forward failed on microbatch 1: RuntimeError") as caught:

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.graph import capture, export_model, straight_line
+from distributed_adaround.capture.calls import count_calls
+from distributed_adaround.capture.exported import export_model, straight_line
+from distributed_adaround.capture.graph import capture
 from distributed_adaround.capture.graph_walk import GraphWalker
+from distributed_adaround.capture.layer_modules import find_layers
+from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Site, Unit, Walker
 from distributed_adaround.data.microbatches import ModelInputs
 
@@ -103,6 +107,15 @@ def commit(walker: Walker, site: Site, weight: Tensor | None, shift: Tensor | No
         assert site.shift_name is not None
         tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), shift)
     walker.commit(Unit((site,)), tensors)
+
+
+def replayed(module: nn.Module, microbatches: Any, store: ActivationStore | None = None) -> ReplayWalker:
+    """The walker by hooks, started."""
+    module.eval()
+    calls = count_calls(module, find_layers(module)[0], microbatches, torch.device("cpu"))
+    walker = ReplayWalker(module, calls, "a test", store or plenty())
+    walker.start(microbatches)
+    return walker
 
 
 def commit_weight(walker: Walker, site: Site, weight: Tensor) -> None:
