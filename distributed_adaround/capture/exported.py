@@ -15,8 +15,8 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from distributed_adaround.capture.forward import undisturbed
 from distributed_adaround.capture.contractions import einsum_table
+from distributed_adaround.capture.forward import undisturbed
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.source import fixed_batch_size

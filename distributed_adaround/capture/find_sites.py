@@ -7,7 +7,7 @@ layers, each part of the parameter that a layer reads is a site; calls that read
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class UnitCalls:
 
     unit: Unit
     calls: tuple[LayerCall, ...]
+
+    def as_router(self) -> "UnitCalls":
+        return replace(self, unit=Unit(tuple(replace(site, is_router=True) for site in self.unit.sites)))
 
     @property
     def repeats(self) -> bool:

@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit and the format of its weights; None: it stays in float because the job says so."""
+    """A unit and the format of its weights; None: it stays in float, for this reason."""
 
     unit: Unit
     format: LayerFormat | None
+    reason: str = "ignored by quantize.ignore"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -57,7 +58,7 @@ class CapturedModel:
     def float_parameters(self) -> tuple[FloatParameter, ...]:
         """Every parameter left in float, with its reason."""
         ignored = (
-            FloatParameter(site.stored_name, site.geometry.weight_shape, "ignored by quantize.ignore")
+            FloatParameter(site.stored_name, site.geometry.weight_shape, planned.reason)
             for planned in self.planned
             if planned.format is None
             for site in planned.sites
@@ -117,6 +118,13 @@ def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
     return digest
 
 
+def _plan(unit: Unit, quantize: QuantizeSpec) -> PlannedUnit:
+    found = quantize.for_layer(unit.name, unit.sites[0].module_class)
+    if found is not None and unit.sites[0].is_router and not quantize.routers:
+        return PlannedUnit(unit, None, "a router: it picks experts; quantize.routers=true rounds it")
+    return PlannedUnit(unit, found)
+
+
 def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
     """Format of every layer, checked before anything is solved.
 
@@ -126,7 +134,7 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
     """
     # Runtimes read the experts of a unit in one format.
     kinds = [(unit.name, unit.sites[0].module_class) for unit in walker.units]
-    planned = [PlannedUnit(unit, quantize.for_layer(*kind)) for unit, kind in zip(walker.units, kinds, strict=True)]
+    planned = [_plan(unit, quantize) for unit in walker.units]
     for layer in planned:
         if layer.format is not None:
             site = layer.sites[0]

@@ -94,6 +94,9 @@ class QuantizeSpec(Section):
     ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field([])
     """Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular expression that must
     match from the start of the layer name."""
+    routers: bool = False
+    """Whether layers whose output only picks experts are quantized too. They are small, and an error of theirs sends
+    tokens to other experts."""
     overrides: list[Override] = Field([])
     """Other formats for some layers, applied in order; where several match, the later one wins."""
 
