@@ -148,7 +148,8 @@ class QuantizeSpec(Section):
 def _matches(pattern: str, name: str, module_class: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
-    return pattern in (name, module_class)
+    # Parts of one parameter, "w[0:16]", also go by its name.
+    return pattern in (name, name.partition("[")[0], module_class)
 
 
 def _merged(fields: Mapping[str, Any], override: Override) -> dict[str, Any]:
