@@ -176,7 +176,8 @@ def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
 
 def coverage(captured: CapturedModel) -> Coverage:
     """Which share of the parameters the job quantizes."""
-    shapes = [planned.site.geometry.weight_shape for planned in captured.planned if planned.format is not None]
+    sites = [site for planned in captured.planned if planned.format is not None for site in planned.sites]
+    shapes = [site.geometry.weight_shape for site in sites]
     return Coverage.of(shapes, captured.float_parameters)
 
 
@@ -193,9 +194,9 @@ def layer_costs(captured: CapturedModel) -> list[LayerCost]:
     """Of the layers that are quantized, in the order of the walk."""
     costs = []
     for planned in captured.planned:
-        if planned.format is not None:
-            shape, rows = planned.site.geometry, captured.walker.rows.get(planned.unit.name, 1.0)
-            inputs, outputs = float(shape.inputs_per_output), float(shape.out_channels)
+        for site in planned.sites if planned.format is not None else ():
+            rows = captured.walker.rows.get(planned.unit.name, 1.0) / len(planned.sites)
+            inputs, outputs = float(site.geometry.inputs_per_output), float(site.geometry.out_channels)
             costs.append(LayerCost(rows * inputs * outputs, inputs**2 * outputs))
     return costs
 

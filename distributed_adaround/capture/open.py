@@ -29,10 +29,15 @@ _MOST_NAMED = 12
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit and the format of its weights; None: it stays in float because the job says so."""
+    """A unit and the format of its weights; None: it stays in float, for this reason."""
 
     unit: Unit
     format: LayerFormat | None
+    reason: str = "ignored by quantize.ignore"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.unit.sites
 
     @property
     def site(self) -> Site:
@@ -51,15 +56,16 @@ class CapturedModel:
     @property
     def num_layers(self) -> int:
         """Those that are quantized."""
-        return sum(planned.format is not None for planned in self.planned)
+        return sum(len(planned.sites) for planned in self.planned if planned.format is not None)
 
     @property
     def float_parameters(self) -> tuple[FloatParameter, ...]:
         """Every parameter left in float, with its reason."""
         ignored = (
-            FloatParameter(planned.site.weight_name, planned.site.geometry.weight_shape, "ignored by quantize.ignore")
+            FloatParameter(site.stored_name, site.geometry.weight_shape, planned.reason)
             for planned in self.planned
             if planned.format is None
+            for site in planned.sites
         )
         return (*self.walker.float_parameters, *ignored)
 
@@ -117,6 +123,13 @@ def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
     return digest
 
 
+def _plan(unit: Unit, quantize: QuantizeSpec) -> PlannedUnit:
+    found = quantize.for_layer(unit.name, unit.sites[0].module_class)
+    if found is not None and unit.sites[0].is_router and not quantize.routers:
+        return PlannedUnit(unit, None, "a router: it picks experts; quantize.routers=true rounds it")
+    return PlannedUnit(unit, found)
+
+
 def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, str]) -> list[PlannedUnit]:
     """Format of every layer, checked before anything is solved. modules: all of the model, with the names of their
     classes: a pattern may name one that stays in float anyway, as a head that is tied to an embedding.
@@ -125,12 +138,13 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, st
         SpecError: a group size does not divide, or overrides contradict each other.
         InputError: the model has no layer to quantize, or one whose weight is not finite.
     """
-    planned = [PlannedUnit(unit, quantize.for_layer(unit.site.name, unit.site.module_class)) for unit in walker.units]
+    planned = [_plan(unit, quantize) for unit in walker.units]
     for layer in planned:
         if layer.format is not None:
-            layer.format.check(layer.site.name, layer.site.geometry.inputs_per_output)
-            if not bool(torch.isfinite(walker.tensor(layer.site.weight_name)).all()):
-                what = f"layer {layer.site.name}: its weight {layer.site.weight_name!r} is not finite"
+            site = layer.sites[0]
+            layer.format.check(site.name, site.geometry.inputs_per_output)
+            if not bool(torch.isfinite(walker.tensor(site.weight_name)).all()):
+                what = f"layer {layer.unit.name}: its weight {site.weight_name!r} is not finite"
                 raise InputError(f"{what}; load other weights, or leave the layer in float by quantize.ignore")
     _tell_unmatched(quantize, planned, modules)
     if not any(layer.format for layer in planned):
@@ -142,7 +156,7 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, st
 
 
 def _tell_unmatched(quantize: QuantizeSpec, planned: Sequence[PlannedUnit], modules: Mapping[str, str]) -> None:
-    unmatched = quantize.unmatched([(layer.site.name, layer.site.module_class) for layer in planned])
+    unmatched = quantize.unmatched([(layer.unit.name, layer.unit.sites[0].module_class) for layer in planned])
     nowhere = quantize.unmatched(list(modules.items()))
     for pattern in unmatched:
         if pattern in nowhere:

@@ -3,6 +3,7 @@
 problem ─► moments ─► quadratic ─► solver ─► polish ─► restore ─► compare on all data ─► result
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,6 +66,25 @@ class LayerResult:
         if self.effective_rows < inputs:
             return f"its {self.rows} rows are worth {self.effective_rows:.0f} independent ones, fewer than its {inputs} inputs"
         return ""
+
+
+def without_rows(problem: LayerProblem) -> LayerResult:
+    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on."""
+    return LayerResult(
+        codes=problem.grid.quantize(problem.weight),
+        grid=problem.grid,
+        shift=None,
+        nearest_error=math.nan,
+        soft_error=math.nan,
+        hard_error=math.nan,
+        held_out_error=math.nan,
+        flipped=0.0,
+        unsettled=0.0,
+        kept_nearest=True,
+        rows=0,
+        effective_rows=0.0,
+        note="no calibration data reach it: rounded to nearest",
+    )
 
 
 def round_layer(

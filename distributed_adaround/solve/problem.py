@@ -54,7 +54,7 @@ class LayerProblem:
 
     weight: `(G, R, J)` in the compute dtype on the compute device; bias `(O,)` or None likewise. grid: of the weight,
     in the compute dtype. transform: what follows the layer inside the loss. batches: of this rank. total_microbatches:
-    of all ranks, times num_calls, how often the layer runs in each. source: see Site. asymmetry: share of the error in the inputs that the rounding is to make up for.
+    of all ranks. source: see Site. asymmetry: share of the error in the inputs that the rounding is to make up for.
     correct_bias: the bias will restore the mean of the float outputs; correct_scale: the scales will restore their
     spread. rows_per_input: how many rows moments are taken from, for each input of an output; None: from all.
     num_calls: batches of one microbatch, whose index is that of the microbatch times this, plus the call. quadratic: the

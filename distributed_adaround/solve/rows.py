@@ -143,7 +143,8 @@ def _counting_rows(batch: Batch, channel_dim: int) -> tuple[list[int], Tensor]:
     if keep is None:
         keep = torch.ones(batch.y.movedim(channel_dim, -1).shape[:-1], dtype=torch.bool)
     samples = batch.size if batch.size and keep.numel() % batch.size == 0 else keep.numel()
-    keep = keep.cpu().reshape(samples, -1)
+    # An expert may have no row in a microbatch.
+    keep = keep.cpu().reshape(samples, -1 if keep.numel() else 0)
     return keep.sum(dim=1).tolist(), keep.flatten().nonzero().squeeze(1)
 
 
