@@ -174,7 +174,7 @@ def _open_log(job: PreparedJob, layers_done: int) -> JobLog:
     spec, captured, rank = job.spec, job.captured, job.comm.rank
     progress = None
     if rank == 0:
-        shapes = [planned.site.geometry for planned in captured.planned if planned.format is not None]
+        shapes = [s.geometry for planned in captured.planned if planned.format is not None for s in planned.sites]
         costs = [float(shape.out_channels * shape.inputs_per_output) for shape in shapes]
         progress = Progress(len(costs), costs=costs)
     if layers_done:

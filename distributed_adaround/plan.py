@@ -12,11 +12,12 @@ import torch
 
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.open import PlannedUnit
-from distributed_adaround.capture.sites import Batch, FloatParameter
+from distributed_adaround.capture.sites import Batch, FloatParameter, Site
 from distributed_adaround.formats import LayerFormat
 from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.experts import ChosenRows, choose_rows
 from distributed_adaround.solve.measure import measure
 from distributed_adaround.solve.problem import LayerProblem, Monitor
 from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
@@ -96,40 +97,40 @@ class _Trial:
             started = time.monotonic()
             batches = self._walker.reach(planned.unit)
             reached = time.monotonic()
-            yield self._layer(planned, batches)
+            for site in planned.sites:
+                rows = choose_rows(planned.unit, site, batches, self._walker.tensor(site.weight_name), SoloComm())
+                yield self._layer(planned, site, rows)
             solved = time.monotonic()
             self._walker.commit(planned.unit, {})
             self.forward_seconds += reached - started + time.monotonic() - solved
         self.frontier_bytes = sum(self._job.captured.store.peak.values())
 
-    def _layer(self, planned: PlannedUnit, batches: list[Batch]) -> LayerPlan:
-        site, rounding = planned.site, self._job.spec.rounding
-        cached = sum(batch.x_hat.nbytes + batch.y.nbytes for batch in batches) if planned.format is not None else 0
+    def _layer(self, planned: PlannedUnit, site: Site, rows: ChosenRows) -> LayerPlan:
+        rounding, kept = self._job.spec.rounding, planned.format is not None
+        cached = sum(batch.x_hat.nbytes + batch.y.nbytes for batch in rows.batches) if kept else 0
         return LayerPlan(
             name=site.name,
             kind=site.module_class,
             shape=site.geometry.weight_shape,
             format=None if planned.format is None else str(planned.format),
-            rows=round(sum(batch.y.numel() for batch in batches) // site.geometry.out_channels * self._scale),
+            rows=round(rows.rows * self._scale),
             cache_bytes=round(cached * self.rank_share),
-            seconds=self._seconds(planned, batches, rounding),
-            gram_seconds=self._seconds(planned, batches, rounding.with_solver("gram")),
+            seconds=self._seconds(planned, site, rows, rounding),
+            gram_seconds=self._seconds(planned, site, rows, rounding.with_solver("gram")),
         )
 
-    def _seconds(self, planned: PlannedUnit, batches: list[Batch], rounding: RoundingSpec) -> float:
+    def _seconds(self, planned: PlannedUnit, site: Site, rows: ChosenRows, rounding: RoundingSpec) -> float:
         """Seconds to solve a layer, measured once for each kind of layer and solver."""
-        if planned.format is None:
+        if planned.format is None or not rows.any:
             return 0.0
-        key = (planned.site.geometry, planned.format, planned.site.activation, rounding.solver)
+        key = (site.geometry, planned.format, site.activation, rounding.solver)
         if key not in self._seconds_of_kind:
-            self._seconds_of_kind[key] = self._measure(planned, planned.format, batches, rounding)
+            self._seconds_of_kind[key] = self._measure(site, planned.format, rows.batches, rounding)
         return self._seconds_of_kind[key]
 
-    def _measure(
-        self, planned: PlannedUnit, layer_format: LayerFormat, batches: list[Batch], rounding: RoundingSpec
-    ) -> float:
+    def _measure(self, site: Site, layer_format: LayerFormat, batches: list[Batch], rounding: RoundingSpec) -> float:
         """Steps of the job times the time of one, plus what is done once, plus three passes over the data."""
-        site, comm = planned.site, SoloComm()
+        comm = SoloComm()
         spec = self._job.spec.model_copy(update={"rounding": rounding})
         problem = make_problem(spec, self._walker, site, layer_format, batches, site.num_calls, self._store)
         nearest = [problem.grid.dequantize(problem.grid.quantize(problem.weight))]
@@ -138,7 +139,7 @@ class _Trial:
         needs_moments = make_solver(name, rounding).needs_moments or rounding.polishes
         if needs_moments or layer_format.observer == "output_mse":
             total += self._timed(lambda: measure(problem, comm)) * self.rank_share
-            problem = with_moments(problem, measure(problem, comm), layer_format)
+            problem = with_moments(problem, measure(problem, comm), layer_format, comm)
         num_steps = make_solver(name, rounding).num_steps
         if not num_steps:
             return total + (self._solve(problem, name, rounding, 1) if needs_moments else 0.0)

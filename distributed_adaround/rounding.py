@@ -5,6 +5,7 @@
 Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from distributed_adaround.capture.open import CapturedModel, PlannedUnit
-from distributed_adaround.capture.sites import Site, Walker
+from distributed_adaround.capture.open import CapturedModel
+from distributed_adaround.capture.sites import Batch, Site, Unit, Walker
 from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import StoppedError, naming_layer
@@ -22,7 +23,8 @@ from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.report.table import LayerTable
 from distributed_adaround.runtime.comm import Comm, agreed, phase, same_everywhere
 from distributed_adaround.runtime.signals import StopRequest
-from distributed_adaround.solve.layer import LayerResult, round_layer
+from distributed_adaround.solve.experts import ChosenRows, choose_rows
+from distributed_adaround.solve.layer import LayerResult, round_layer, without_rows
 from distributed_adaround.solve.measure import SharedMoments
 from distributed_adaround.solve.problem import Monitor, Solver
 from distributed_adaround.solve.record import LayerFigures, LayerRecord
@@ -65,16 +67,40 @@ class NetworkRounder:
             if planned.format is None:
                 walker.commit(planned.unit, {})
                 continue
-            with naming_layer(planned.site.name):
-                record = self._finish(captured, planned, planned.format, microbatches.total)
-            records.append((planned.site, record))
+            records += self._finish_unit(captured, planned.unit, planned.format, microbatches.total)
         return NetworkResult(tuple(records), self._output_error(walker, microbatches.total))
 
+    def _finish_unit(
+        self, captured: CapturedModel, unit: Unit, layer_format: LayerFormat, total: int
+    ) -> list[tuple[Site, LayerRecord]]:
+        """Round all sites of a unit, and walk on through the result."""
+        walker = captured.walker
+        records: list[tuple[Site, LayerRecord]] = []
+        tensors: dict[str, Tensor] = {}
+        reach = functools.cache(lambda: walker.reach(unit))
+        for site in unit.sites:
+            with naming_layer(site.name):
+                record = self._finish(captured, unit, site, layer_format, reach, total)
+            records.append((site, record))
+            parameter = tensors.get(site.weight_name, walker.tensor(site.weight_name))
+            weight = record.dequantize(site.weight_of(parameter).dtype)
+            tensors[site.weight_name] = site.stored(parameter, weight)
+            if record.shift is not None:
+                assert site.shift_name is not None
+                tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), record.shift)
+        walker.commit(unit, tensors)
+        return records
+
     def _finish(
-        self, captured: CapturedModel, planned: PlannedUnit, layer_format: LayerFormat, total: int
+        self,
+        captured: CapturedModel,
+        unit: Unit,
+        site: Site,
+        layer_format: LayerFormat,
+        reach: Callable[[], list[Batch]],
+        total: int,
     ) -> LayerRecord:
-        """Round one layer or take it from a commit, and walk on through the result."""
-        site, walker = planned.site, captured.walker
+        """Round one layer or take it from a commit. reach: batches of its unit."""
         if any(self.comm.all_gather_object(self.stop.requested)):
             raise agreed(StoppedError())
         name = solver_name(self.spec.rounding, site)
@@ -83,8 +109,12 @@ class NetworkRounder:
         record = self.commits.load(site.name)
         if record is None:
             started = time.monotonic()
-            result = self._solve(captured, planned, layer_format, solver, total)
-            measured = {key: value for key, value in vars(result).items() if key not in ("codes", "grid", "shift")}
+            rows = choose_rows(unit, site, reach(), captured.walker.tensor(site.weight_name), self.comm)
+            result = self._solve(captured, site, layer_format, solver, rows, total)
+            measured = {
+                key: value for key, value in vars(result).items() if key not in ("codes", "grid", "shift", "note")
+            }
+            notes = [f"runs {site.num_calls} times" if site.num_calls > 1 else "", rows.note, result.note]
             figures = LayerFigures(
                 name=site.name,
                 kind=site.module_class,
@@ -92,39 +122,51 @@ class NetworkRounder:
                 format=str(layer_format),
                 solver=name,
                 seconds=time.monotonic() - started,
-                note=f"runs {site.num_calls} times" if site.num_calls > 1 else "",
-                **measured,
+                note="; ".join(note for note in notes if note),
+                warning=result.warning,
+                **measured | {"rows": rows.rows},
             )
             record = LayerRecord.of(figures, site.geometry, layer_format, result.codes, result.grid, result.shift)
             self.commits.commit(record)
         elif record.figures is not None:
             record = replace(record, figures=replace(record.figures, resumed=True))
-        parameter = walker.tensor(site.weight_name)
-        weight = record.dequantize(site.weight_of(parameter).dtype)
-        tensors = {site.weight_name: site.stored(parameter, weight)}
-        if record.shift is not None:
-            assert site.shift_name is not None
-            tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), record.shift)
-        walker.commit(planned.unit, tensors)
         assert record.figures is not None
         self.log.layer_done(record.figures)
         return record
 
     def _solve(
-        self, captured: CapturedModel, planned: PlannedUnit, layer_format: LayerFormat, solver: Solver, total: int
+        self,
+        captured: CapturedModel,
+        site: Site,
+        layer_format: LayerFormat,
+        solver: Solver,
+        rows: ChosenRows,
+        total: int,
     ) -> LayerResult:
         """Learn one layer and check that all ranks found the same. total: microbatches of all ranks."""
-        site, rounding = planned.site, self.spec.rounding
-        batches = captured.walker.reach(planned.unit)
+        rounding = self.spec.rounding
         problem = make_problem(
-            self.spec, captured.walker, site, layer_format, batches, total * site.num_calls, captured.store
+            self.spec, captured.walker, site, layer_format, rows.batches, total * site.num_calls, captured.store
         )
+        if not rows.any:
+            return without_rows(problem)
+        if rows.source is not None:
+            problem = replace(problem, source=rows.source)
         moments = None
         if solver.needs_moments or rounding.polishes or layer_format.observer == "output_mse":
             moments = self.moments.measure(problem, self.comm)
-            problem = with_moments(problem, moments, layer_format)
+            problem = with_moments(problem, moments, layer_format, self.comm)
         monitor = LayerMonitor(site.name, self.log, self.stop, self.commits, 60 * self.spec.runtime.save_minutes)
-        result = round_layer(problem, solver, self.comm, monitor, moments=moments, polishes=rounding.polishes)
+        trial_solver = make_solver(solver_name(rounding, site), rounding.for_trials) if solver.needs_moments else None
+        result = round_layer(
+            problem,
+            solver,
+            self.comm,
+            monitor,
+            moments=moments,
+            polishes=rounding.polishes,
+            trial_solver=trial_solver,
+        )
         found = [result.codes, result.grid.scale, *(() if result.shift is None else (result.shift,))]
         same_everywhere(self.comm, found, f"layer {site.name}: the rounding")
         return result

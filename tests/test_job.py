@@ -144,7 +144,7 @@ def test_the_report_holds_the_table_and_the_settings(attention: tuple[Path, Laye
     assert report["spec"]["rounding"]["max_iter"] == 30
     assert report["spec"]["quantize"]["dtype"] == "int3"
     mix = next(row for row in table if row.name == "mix")
-    assert mix.note == "runs 2 times, learned at the first"
+    assert mix.note == "runs 2 times"
     assert not any(row.resumed for row in table)
 
 

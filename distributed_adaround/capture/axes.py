@@ -235,7 +235,7 @@ class AxesOfNodes:
             return ()
         self._join(a[-1], b[-2])
         leading = len(_shape(node.meta["val"])) - 2
-        batch = [()] * leading if leading else []
+        batch: list[Axis] = [()] * leading
         for axes in (a, b):
             outer = axes[:-2]
             for place, axis in enumerate(outer, leading - len(outer)):
@@ -257,7 +257,8 @@ class AxesOfNodes:
 
     def _indexed(self, node: Node) -> Axes:
         """Looked up at 0, 1, 2, ... in one dimension or another, a tensor is itself; else its rows are others."""
-        axes, indices = self._operand(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+        axes = self._operand(node.args[0])
+        indices: Any = node.args[1]
         shapes = [
             _shape(index.meta["val"]) if isinstance(index, Node) and _is_iota(index) else None for index in indices
         ]
@@ -324,8 +325,8 @@ def _is_iota(node: Node) -> bool:
     while isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name.removeprefix("aten::")
         if name == "arange":
-            return len(node.args) == 1 or node.args[0] == 0
-        if name not in _IOTA_STEPS and not (name == "add" and node.args[1] == 0):
+            return len(node.args) == 1 or bool(node.args[0] == 0)
+        if name not in _IOTA_STEPS and (name != "add" or node.args[1] != 0):
             return False
         if name == "slice" and _shape(node.meta["val"]) != _shape(node.args[0].meta["val"]):  # type: ignore[union-attr]
             return False

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from distributed_adaround.capture.contractions import einsum_table
 from distributed_adaround.capture.forward import undisturbed
 from distributed_adaround.capture.recurrent import any_length, open_recurrent
 from distributed_adaround.data.microbatches import ModelInputs
@@ -49,7 +50,7 @@ def straight_line(program: ExportedProgram) -> GraphModule:
     Raises InputError when the graph holds control flow or other calls of submodules.
     """
     with quiet_torch(), any_length():
-        module = program.run_decompositions({}).module(check_guards=False)
+        module = program.run_decompositions(einsum_table(program)).module(check_guards=False)
     assert isinstance(module, GraphModule)
     for node in module.graph.nodes:
         if node.op in ("call_module", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from distributed_adaround.capture.layer_calls import LayerCall, Operand, Operands, read_layer, unusable
+from distributed_adaround.capture.layer_calls import LayerCall, Operand, Operands, read_layers, unusable
 from distributed_adaround.capture.operations import layer_geometry, module_class, operation_name, what_follows
 from distributed_adaround.capture.recurrent import reads_along
 from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site, Unit, unusable_values
@@ -23,7 +23,7 @@ from distributed_adaround.numerics.weight_view import WeightView
 
 @dataclass(frozen=True)
 class UnitCalls:
-    """A unit and the nodes at which it runs, in the order of execution."""
+    """A unit and the nodes at which it runs, in the order of execution (of experts: the calls of the first one)."""
 
     unit: Unit
     calls: tuple[LayerCall, ...]
@@ -51,7 +51,7 @@ class _Finder:
         self._order = {node: position for position, node in enumerate(nodes)}
         self._parameters = dict(module.named_parameters())
         self._operands = operands = Operands(module, nodes)
-        self._calls = {node: call for node in nodes if (call := read_layer(node, operands)) is not None}
+        self._calls = {node: calls for node in nodes if (calls := read_layers(node, operands))}
         # What computes with each tensor of the model, and through which node it reads it.
         self._readers: dict[str, list[tuple[Node, Node]]] = defaultdict(list)
         for node in nodes:
@@ -74,9 +74,11 @@ class _Finder:
                     left.append(FloatParameter(name + label, view.shape if label else tuple(parameter.shape), why))
         groups.sort(key=lambda group: self._order[group[1][-1].node])
         spans = [(self._order[calls[0].node], self._order[calls[-1].node]) for _, calls in groups]
-        sites = [self._site(label, calls, spans) for label, calls in groups]
-        units = (UnitCalls(Unit((site,)), calls) for site, (_, calls) in zip(sites, groups, strict=True))
-        return Found(tuple(units), tuple(left))
+        units: dict[object, tuple[list[Site], tuple[LayerCall, ...]]] = {}
+        for label, calls in groups:
+            key = tuple(call.node for call in calls), calls[0].weight.name
+            units.setdefault(key, ([], calls))[0].append(self._site(label, calls, spans))
+        return Found(tuple(UnitCalls(Unit(tuple(sites)), calls) for sites, calls in units.values()), tuple(left))
 
     def _parts(self, name: str, parameter: Tensor) -> tuple[str | None, dict[WeightView, tuple[LayerCall, ...]]]:
         """Why the whole parameter stays in float, or the parts of it that are weights of layers with their calls."""
@@ -86,11 +88,12 @@ class _Finder:
         parts: dict[WeightView, list[LayerCall]] = defaultdict(list)
         others, biases = set(), 0
         for node, source in readers:
-            call = self._calls.get(node)
-            if call is not None and source is call.weight_node:
-                parts[call.weight.view].append(call)
+            calls = self._calls.get(node, ())
+            if calls and source is calls[0].weight_node:
+                for call in calls:
+                    parts[call.weight.view].append(call)
             else:
-                biases += call is not None and source is call.bias_node
+                biases += bool(calls) and source is calls[0].bias_node
                 others.add(operation_name(node))
         if not parts:
             if biases == len(readers):

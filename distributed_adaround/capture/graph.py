@@ -4,12 +4,13 @@ The captured graph is functional (no in-place operations), holds the model's own
 model does. This file finds the sites in it, says why every other parameter stays in float, and sorts the nodes:
 
     constant   depends on parameters and constants only: computed once
-    common     depends on the data, but on no site: the same in both streams, computed once per microbatch
+    common     depends on the data, but on no site, or decides where rows go (see routing.py): the same in both
+               streams, computed once per microbatch
     streamed   depends on a site: computed once per microbatch and stream
 """
 
 import operator
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from distributed_adaround.capture.find_sites import UnitCalls, find_sites
+from distributed_adaround.capture.routing import shared_nodes
 from distributed_adaround.capture.sites import FloatParameter, Site
 
 
@@ -58,7 +60,7 @@ def capture(module: GraphModule) -> CapturedGraph:
         units=found.units,
         float_parameters=found.float_parameters,
         constant=constant,
-        common=_common_nodes(nodes, constant, calls),
+        common=shared_nodes(nodes, constant, calls),
         placeholders=tuple(node for node in nodes if node.op == "placeholder"),
     )
 
@@ -74,12 +76,3 @@ def _constant_nodes(nodes: Sequence[Node]) -> frozenset[Node]:
         if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
     return frozenset(constant)
-
-
-def _common_nodes(nodes: Sequence[Node], constant: frozenset[Node], calls: Container[Node]) -> frozenset[Node]:
-    common: set[Node] = set()
-    for node in nodes:
-        of_data = node not in calls and node not in constant
-        if of_data and all(source in constant or source in common for source in node.all_input_nodes):
-            common.add(node)
-    return frozenset(common)

@@ -29,6 +29,7 @@ from distributed_adaround.capture.find_sites import UnitCalls
 from distributed_adaround.capture.graph import CapturedGraph, attribute
 from distributed_adaround.capture.layer_calls import LayerCall
 from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED, Lifetimes
+from distributed_adaround.capture.masks import MaskedRows, TokenMasks
 from distributed_adaround.capture.sites import Batch, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, first_line
@@ -41,7 +42,7 @@ class _Microbatch:
     """Live values of one microbatch: of each stream, and those that both share."""
 
     index: int
-    mask: Tensor | None
+    masks: TokenMasks
     size: int
     values: dict[str, Values] = field(default_factory=lambda: {FLOAT: {}, QUANTIZED: {}, COMMON: {}})
 
@@ -63,6 +64,7 @@ class GraphWalker:
         self._lifetimes = Lifetimes(graph.nodes, graph.units, graph.constant | graph.common)
         self._calls = {found.unit.name: found for found in graph.units}
         self._committed = _committed_constants(graph)
+        self._rows = MaskedRows(graph.nodes, graph.constant)
         self._held: list[_Microbatch] = []
         self._cursor = 0
         self._reached: Unit | None = None
@@ -83,8 +85,9 @@ class GraphWalker:
         self._held = []
         self._float_weights.clear()
         for index, inputs in microbatches:
-            batch = _Microbatch(index, inputs.mask, inputs.size)
-            for node, value in bind(self._graph.module, inputs, index).items():
+            bound = bind(self._graph.module, inputs, index)
+            batch = _Microbatch(index, self._rows.of_microbatch(bound, inputs), inputs.size)
+            for node, value in bound.items():
                 if node.users:
                     batch.values[COMMON][node] = self._keep(self._on_device(value))
             self._held.append(batch)
@@ -96,19 +99,38 @@ class GraphWalker:
         self._run(self._nodes_before(last), (FLOAT, QUANTIZED))
         self._cursor = self._order[last]
         # Held here: what nothing reads any more goes when the float stream passes the last call.
-        inputs = [[(held.get(QUANTIZED, c.source), held.get(FLOAT, c.source)) for c in calls] for held in self._held]
-        outputs = [[held.values[FLOAT][c.node] for c in calls[:-1]] for held in self._held]
+        found = [[self._call_of(held, unit, call) for call in calls[:-1]] for held in self._held]
+        inputs = [self._inputs(held, calls[-1]) for held in self._held]
         self._run([last], (FLOAT,))
         self._reached = unit
         batches = []
-        for held, streams, ys in zip(self._held, inputs, outputs, strict=True):
-            for place, (call, (x_hat, x), y) in enumerate(
-                zip(calls, streams, [*ys, held.values[FLOAT][last]], strict=True)
-            ):
-                y = self._without_bias(call, y) if unit.site.bias_name is None else y
-                index = held.index * len(calls) + place
-                batches.append(_as_batch(call, Batch(index, x_hat, x, y, held.mask, held.size)))
+        for held, earlier, values in zip(self._held, found, inputs, strict=True):
+            here = [*earlier, self._batch(held, unit, calls[-1], values)]
+            batches += [replace(batch, index=held.index * len(calls) + place) for place, batch in enumerate(here)]
         return batches
+
+    def _inputs(self, held: _Microbatch, call: LayerCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x̂, x and offsets of a call."""
+        offsets = None if call.offsets is None else held.get(FLOAT, call.offsets)
+        return held.get(QUANTIZED, call.source), held.get(FLOAT, call.source), offsets
+
+    def _call_of(self, held: _Microbatch, unit: Unit, call: LayerCall) -> Batch:
+        return self._batch(held, unit, call, self._inputs(held, call))
+
+    def _batch(
+        self, held: _Microbatch, unit: Unit, call: LayerCall, values: tuple[Tensor, Tensor, Tensor | None]
+    ) -> Batch:
+        x_hat, x, offsets = values
+        _check_rows(unit, held.index, x_hat, x)
+        y = held.values[FLOAT][call.node]
+        if unit.sites[0].bias_name is None:
+            y = self._without_bias(call, y)
+        rows = call.as_rows(x)
+        other = rows if x_hat is x else call.as_rows(x_hat)
+        # Rows of other shape than the node's are no tokens.
+        mask = self._rows.mask_of(call.node, unit.sites[0].geometry.channel_dim, held.masks) if rows is x else None
+        y = call.as_rows(y)
+        return Batch(held.index, other, rows, y, mask, held.size, call.parts(len(rows), offsets))
 
     def _without_bias(self, call: LayerCall, y: Tensor) -> Tensor:
         """The output of a call whose bias is not that of the site: calls have different ones."""
@@ -152,7 +174,7 @@ class GraphWalker:
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         output = self._graph.nodes[-1]
-        rest = self._nodes_before(output)
+        rest, leaves = self._nodes_before(output), pytree.tree_leaves(output.args[0])
         # One microbatch after the other to its end: outputs (logits, say) can be larger than all that came before.
         for batch in self._held:
             self._run_batch(batch, rest, (FLOAT, QUANTIZED))
@@ -160,9 +182,10 @@ class GraphWalker:
                 pytree.tree_leaves(self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream))
                 for stream in (FLOAT, QUANTIZED)
             )
-            for before, after in zip(float_leaves, quantized_leaves, strict=True):
+            for node, before, after in zip(leaves, float_leaves, quantized_leaves, strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
-                    yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
+                    mask = self._rows.mask_of(node, -1, batch.masks)
+                    yield batch.index, counting_rows(before, mask), counting_rows(after, mask)
             for values in batch.values.values():
                 values.clear()
         self._held = []
@@ -208,13 +231,15 @@ class GraphWalker:
     def _run_node(self, batch: _Microbatch, node: Node, stream: str, loaded: dict[str, Values]) -> None:
         """One node for one microbatch in one stream. loaded: values brought back to the device in this segment."""
         values: Values = {}
+        # A decision for both streams is the float stream's.
+        reading = FLOAT if stream == COMMON else stream
         for source in node.all_input_nodes:
             if source not in self._graph.constant:
-                owner = COMMON if source in self._graph.common else stream
+                owner = COMMON if source in self._graph.common else reading
                 if source not in loaded[owner]:
                     loaded[owner][source] = self._on_device(batch.values[owner][source])
                 values[source] = loaded[owner][source]
-        args, kwargs = self._resolve((node.args, node.kwargs), values, stream)
+        args, kwargs = self._resolve((node.args, node.kwargs), values, reading)
         assert callable(node.target)
         try:
             result = node.target(*args, **kwargs)
@@ -271,9 +296,8 @@ def _committed_constants(graph: CapturedGraph) -> frozenset[Node]:
     return frozenset(found)
 
 
-def _as_batch(call: LayerCall, batch: Batch) -> Batch:
-    """A layer on a single row is one on a batch of one."""
-    if not call.is_vector:
-        return batch
-    x_hat, x, y = (values.unsqueeze(0) for values in (batch.x_hat, batch.x, batch.y))
-    return replace(batch, x_hat=x if batch.x_hat is batch.x else x_hat, x=x, y=y, mask=None)
+def _check_rows(unit: Unit, microbatch: int, x_hat: Tensor, x: Tensor) -> None:
+    if x_hat.shape != x.shape:
+        what = f"has inputs of shape {tuple(x.shape)} in the float model and {tuple(x_hat.shape)} in the quantized one"
+        advice = "rows that depend on the data do not pair up; leave the layers before it in float by quantize.ignore"
+        raise InputError(f"layer {unit.name}: in microbatch {microbatch} it {what}; {advice}")

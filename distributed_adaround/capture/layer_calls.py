@@ -6,7 +6,7 @@ They are followed on a tensor without memory: the result is a view into the para
 
 import operator
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ _aten = torch.ops.aten
 # Copies with the same values. What they copy is read as it is stored.
 _COPIES = (_aten.clone.default, _aten.contiguous.default, _aten._to_copy.default, _aten.to.dtype)
 _COPY_OPTIONS = {"dtype", "memory_format", "device", "layout", "pin_memory", "non_blocking"}
-_PRODUCTS = (_aten.mm.default, _aten.matmul.default)
+_PRODUCTS = (_aten.mm.default, _aten.matmul.default, _aten.bmm.default)
+# Rows offsets[e - 1]:offsets[e] of x times W[e]; transformers has a form of its own where torch's does not run.
+_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,50 @@ class Operand:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One node `y = x Wᵀ + b` or a convolution. source: x. bias: None without one, or where it is computed."""
+    """One node `y = x Wᵀ + b`, a convolution, or one of several products in one node. source: x. bias: None without
+    one, or where it is computed.
+
+    experts: how many products there are, expert: which one this is. They have rows of their own: those between two
+    `offsets` of x `(R, I)`, or an entry of x `(E, T, I)`. columns: rows of x and y lie along the last dimension.
+    """
 
     node: Node
     source: Node
     weight_node: Node
     weight: Operand
-    bias_node: Node | None
-    bias: Operand | None
+    bias_node: Node | None = None
+    bias: Operand | None = None
+    experts: int | None = None
+    expert: int = 0
+    offsets: Node | None = None
+    columns: bool = False
 
     @property
     def is_linear(self) -> bool:
         return not is_convolution(self.node)
 
     @property
-    def is_vector(self) -> bool:
-        """Whether x is a single row `(I,)`."""
-        value = self.source.meta.get("val")
-        return isinstance(value, Tensor) and value.dim() == 1
+    def reads(self) -> tuple[Node, ...]:
+        """What is needed of a call to learn from it, apart from its output."""
+        return (self.source,) if self.offsets is None else (self.source, self.offsets)
+
+    def as_rows(self, values: Tensor) -> Tensor:
+        """An input or output as the solver takes it: a vector as one row, the rows of experts one after the other."""
+        if self.is_linear and values.dim() == 1:
+            return values.unsqueeze(0)
+        if self.columns:
+            values = values.transpose(-1, -2)
+        if self.experts is not None and self.offsets is None:
+            values = values.expand(self.experts, -1, -1)
+        return values if self.experts is None and not self.columns else values.reshape(-1, values.shape[-1])
+
+    def parts(self, num_rows: int, offsets: Tensor | None) -> tuple[int, ...] | None:
+        """Where the rows of each expert end."""
+        if self.experts is None:
+            return None
+        if offsets is not None:
+            return tuple(offsets.tolist())
+        return tuple((expert + 1) * num_rows // self.experts for expert in range(self.experts))
 
 
 class Operands:
@@ -128,25 +156,62 @@ def _same_memory(part: Tensor, whole: Any) -> bool:
     return part is base or part._base is base
 
 
-def read_layer(node: Node, operands: Operands) -> LayerCall | None:
-    """The layer that a node is; None: it is none."""
+def read_layers(node: Node, operands: Operands) -> tuple[LayerCall, ...]:
+    """The layers that a node is: none, one, or one for each expert."""
+    if str(node.target) in _GROUPED:
+        return _grouped(node, operands)
+    columns = False
     if node.target in LINEAR or is_convolution(node):
         source, weight, bias, transposed = node.args[0], node.args[1], _argument(node, 2), False
     elif node.target == _aten.addmm.default and not node.kwargs:
         bias, source, weight, transposed = *node.args[:3], True
     elif node.target in _PRODUCTS:
         source, weight, bias, transposed = node.args[0], node.args[1], None, True
+        if operands.get(weight) is None:
+            source, weight, transposed, columns = weight, source, False, True
     else:
-        return None
+        return ()
     operand = operands.get(weight)
     if operand is None or not isinstance(source, Node) or not isinstance(weight, Node):
-        return None
-    if transposed:
-        if len(operand.view.shape) != 2:
-            return None
-        operand = operand.transposed()
+        return ()
     bias_node = bias if isinstance(bias, Node) else None
-    return LayerCall(node, source, weight, operand, bias_node, operands.get(bias_node))
+    call = LayerCall(node, source, weight, operand, bias_node, operands.get(bias_node), columns=columns)
+    if node.target in _PRODUCTS and len(operand.view.shape) == 3:
+        return _experts(call, transposed)
+    if len(operand.view.shape) != 2 and not is_convolution(node):
+        return ()
+    if columns and _dims(source) != 2:
+        return ()
+    return (replace(call, weight=operand.transposed()) if transposed else call,)
+
+
+def _grouped(node: Node, operands: Operands) -> tuple[LayerCall, ...]:
+    """x `(R, I)` times W `(E, I, O)`, and nothing else."""
+    values = [*node.args, *node.kwargs.values()]
+    nodes = [value for value in values if isinstance(value, Node)]
+    operand = operands.get(nodes[1]) if len(nodes) == 3 and _dims(nodes[0]) == 2 else None
+    if operand is None or len(operand.view.shape) != 3:
+        return ()
+    return _experts(LayerCall(node, nodes[0], nodes[1], operand, offsets=nodes[2]), transposed=True)
+
+
+def _experts(call: LayerCall, transposed: bool) -> tuple[LayerCall, ...]:
+    """A call for each matrix of a weight `(E, O, I)`; transposed: `(E, I, O)`."""
+    if call.offsets is None and _dims(call.source) not in (2, 3):
+        return ()
+    experts = call.weight.view.shape[0]
+    calls = []
+    for expert in range(experts):
+        weight = Operand(call.weight.name, call.weight.view.entry(expert), whole=False)
+        calls.append(
+            replace(call, weight=weight.transposed() if transposed else weight, experts=experts, expert=expert)
+        )
+    return tuple(calls)
+
+
+def _dims(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
 
 
 def _argument(node: Node, position: int) -> Any:
@@ -160,7 +225,7 @@ def unusable(call: LayerCall, constant: Container[Node], parameters: Mapping[str
     channels = (call.weight.view.shape[0],)
     if call.bias_node is not None and (call.bias is None or (call.is_linear and call.bias.view.shape != channels)):
         return "the bias of its layer is computed from other tensors"
-    if any(other not in (call.source, call.weight_node, call.bias_node) for other in call.node.all_input_nodes):
+    if any(other not in (*call.reads, call.weight_node, call.bias_node) for other in call.node.all_input_nodes):
         return "the padding of its layer depends on the size of the input"
     output = call.node.meta.get("val")
     # A convolution's output with its batch has as many dimensions as the weight.

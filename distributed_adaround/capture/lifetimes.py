@@ -34,9 +34,10 @@ class Lifetimes:
         for unit in units:
             end = self._order[unit.calls[-1].node]
             for call in unit.calls:
-                for source in (call.source, call.node):
+                for source in (*call.reads, call.node):
                     last_float[source] = max(last_float.get(source, 0), end)
-                last_quantized[call.source] = max(last_quantized[call.source], end)
+                for source in call.reads:
+                    last_quantized[source] = max(last_quantized[source], end)
         self._last_reads = {
             FLOAT: _by_position(nodes, last_float),
             QUANTIZED: _by_position(nodes, last_quantized),

@@ -31,6 +31,10 @@ class PlannedUnit:
     format: LayerFormat | None
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.unit.sites
+
+    @property
     def site(self) -> Site:
         return self.unit.site
 
@@ -47,15 +51,16 @@ class CapturedModel:
     @property
     def num_layers(self) -> int:
         """Those that are quantized."""
-        return sum(planned.format is not None for planned in self.planned)
+        return sum(len(planned.sites) for planned in self.planned if planned.format is not None)
 
     @property
     def float_parameters(self) -> tuple[FloatParameter, ...]:
         """Every parameter left in float, with its reason."""
         ignored = (
-            FloatParameter(planned.site.weight_name, planned.site.geometry.weight_shape, "ignored by quantize.ignore")
+            FloatParameter(site.stored_name, site.geometry.weight_shape, "ignored by quantize.ignore")
             for planned in self.planned
             if planned.format is None
+            for site in planned.sites
         )
         return (*self.walker.float_parameters, *ignored)
 
@@ -119,14 +124,17 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
         SpecError: a group size does not divide, or overrides contradict each other.
         InputError: the model has no layer to quantize, or one whose weight is not finite.
     """
-    planned = [PlannedUnit(unit, quantize.for_layer(unit.site.name, unit.site.module_class)) for unit in walker.units]
+    # Runtimes read the experts of a unit in one format.
+    kinds = [(unit.name, unit.sites[0].module_class) for unit in walker.units]
+    planned = [PlannedUnit(unit, quantize.for_layer(*kind)) for unit, kind in zip(walker.units, kinds, strict=True)]
     for layer in planned:
         if layer.format is not None:
-            layer.format.check(layer.site.name, layer.site.geometry.inputs_per_output)
-            if not bool(torch.isfinite(walker.tensor(layer.site.weight_name)).all()):
-                what = f"layer {layer.site.name}: its weight {layer.site.weight_name!r} is not finite"
+            site = layer.sites[0]
+            layer.format.check(site.name, site.geometry.inputs_per_output)
+            if not bool(torch.isfinite(walker.tensor(site.weight_name)).all()):
+                what = f"layer {layer.unit.name}: its weight {site.weight_name!r} is not finite"
                 raise InputError(f"{what}; load other weights, or leave the layer in float by quantize.ignore")
-    for pattern in quantize.unmatched([(layer.site.name, layer.site.module_class) for layer in planned]):
+    for pattern in quantize.unmatched(kinds):
         logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
     if not any(layer.format for layer in planned):
         what = f"none of the model's {len(planned)} linear and convolution layers is to be quantized"

@@ -5,7 +5,7 @@ of torch.export, and hooks) describe a model with the same words, so nothing abo
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -90,13 +90,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Unit:
-    """Sites that are learned together; today always one."""
+    """Sites that are reached and committed together: one layer, or the experts that one operation runs."""
 
     sites: tuple[Site, ...]
 
     @property
     def name(self) -> str:
-        return self.site.name
+        """That of its site; of experts the name of their parameter."""
+        return self.sites[0].name if len(self.sites) == 1 else self.sites[0].name.removesuffix(self.sites[0].part)
 
     @property
     def site(self) -> Site:
@@ -119,7 +120,8 @@ class Batch:
 
     index: a place of its own, the same on any number of ranks: (microbatch) * num_calls + (call). x_hat: the input,
     from the quantized prefix. x: the float input. y: `W x + b`, before batch norm and activation. mask: `(N, T)`,
-    nonzero where a token counts, or None. size: samples.
+    nonzero where a token counts, or None. size: samples. ends: where the rows of each site of a unit end, which lie
+    one after the other; None: the unit is one site.
     """
 
     index: int
@@ -128,6 +130,15 @@ class Batch:
     y: Tensor
     mask: Tensor | None
     size: int
+    ends: tuple[int, ...] | None = None
+
+    def of_site(self, place: int) -> "Batch":
+        """What one of the unit's sites sees."""
+        if self.ends is None:
+            return self
+        rows = slice(self.ends[place - 1] if place else 0, self.ends[place])
+        x = self.x[rows]
+        return replace(self, x_hat=x if self.x_hat is self.x else self.x_hat[rows], x=x, y=self.y[rows], ends=None)
 
     def keep(self, channel_dim: int) -> Tensor | None:
         """Which rows of the layer's outputs count: bool of y's shape without the channels, on y's device; None: all."""

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.moments import Quadratic, inputs_first, outputs_first, permuted
 
 _FRONT = 128
+# Beyond it A counts for nothing, and only numbers that are not finite make it singular.
+_MOST_DAMPING = 1e6
 
 
 @dataclass(frozen=True)
@@ -23,33 +26,42 @@ class GptqFactors:
 
     order: of the inputs, int64 `(G, J)`. lower: Cholesky factor of the damped A in that order, `(G, J, J)` float64.
     spread: upper Cholesky factor of its inverse, `(G, J, J)`: how the error of one input goes to those after it.
+    damping: what it took.
     """
 
     order: Tensor
     lower: Tensor
     spread: Tensor
+    damping: float
 
     @classmethod
     def of(cls, second: Tensor, damping: float) -> "GptqFactors":
-        """Factors of A `(G, J, J)`. damping: share of the mean of A's diagonal that is added to it.
+        """Factors of A `(G, J, J)`. damping: share of the mean of A's diagonal that is added to it; where A is singular
+        all the same, ten times as much, until it is not.
 
-        Raises torch.linalg.LinAlgError when A is singular all the same.
+        Raises torch.linalg.LinAlgError when A is not even finite.
         """
         dtype = second.dtype
         # Nearly singular moments need the longer numbers.
         second = second.to(torch.float64)
         diagonal = second.diagonal(dim1=1, dim2=2)
         order = diagonal.argsort(dim=1, descending=True, stable=True)
+        ordered = permuted(second, order)
         # Inputs that are always 0 would make A singular; what is added there changes nothing.
-        added = damping * diagonal.mean(dim=1, keepdim=True) + (diagonal == 0)
-        second = second + torch.diag_embed(added)
-        lower = torch.linalg.cholesky(permuted(second, order))
+        mean, silent = diagonal.mean(dim=1, keepdim=True), (diagonal.gather(1, order) == 0).to(second.dtype)
+        while True:
+            lower, failed = torch.linalg.cholesky_ex(ordered + torch.diag_embed(damping * mean + silent))
+            if not bool(failed.any()):
+                break
+            if damping > _MOST_DAMPING:
+                raise LinAlgError("the second moment is not finite")
+            damping *= 10
         spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        return cls(order, lower, spread.to(dtype))
+        return cls(order, lower, spread.to(dtype), damping)
 
     def groups(self, index: slice) -> "GptqFactors":
         """The factors of some conv groups."""
-        return GptqFactors(self.order[index], self.lower[index], self.spread[index])
+        return GptqFactors(self.order[index], self.lower[index], self.spread[index], self.damping)
 
 
 def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor:
@@ -60,6 +72,18 @@ def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor
         linear = inputs_first(quadratic.linear, order).double()
         left += torch.cholesky_solve(linear, factors.lower).to(left.dtype)
     return grid.codes(outputs_first(_round_in_order(left, factors.spread, grid, order), order))
+
+
+def best_start(codes: Tensor, scale: Tensor, loss: Tensor, starts: int) -> tuple[Tensor, Tensor]:
+    """Of the copies of each channel codes `(G, R, J)` and scale `(G, R, n)` of the one with the least loss. codes: `(G,
+    starts * R, J)`, one copy of all channels after the other; scale, loss likewise."""
+    groups, copies, inputs = codes.shape
+    if starts == 1:
+        return codes, scale
+    shape = (groups, starts, copies // starts)
+    best = loss.reshape(shape).argmin(dim=1)[:, None, :, None]
+    codes, scale = (part.reshape(*shape, -1).take_along_dim(best, dim=1).squeeze(1) for part in (codes, scale))
+    return codes, scale
 
 
 def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, order: Tensor) -> Tensor:

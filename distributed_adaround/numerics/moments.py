@@ -16,6 +16,7 @@ bits for every order and every number of ranks.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,7 +48,13 @@ class ExactSum:
 
     def mean(self, count: int) -> Tensor:
         """Total over count, float64."""
-        return self.total.to(torch.float64) * self._unit / count
+        return self.mean_of([self], count)
+
+    @staticmethod
+    def mean_of(sums: Sequence["ExactSum"], count: int) -> Tensor:
+        """The totals of several sums of one bound, together, over count, float64."""
+        total = sums[0].total if len(sums) == 1 else torch.stack([one.total for one in sums]).sum(dim=0)
+        return total.to(torch.float64) * sums[0]._unit / count
 
 
 class SymmetricSum:
@@ -71,11 +78,13 @@ class SymmetricSum:
         """To add to those of other ranks."""
         return [panel.total for _, panel in self._panels]
 
-    def mean(self, count: int) -> Tensor:
-        """Total over count, `(G, J, J)` float64."""
-        whole = torch.empty(self._shape, dtype=torch.float64, device=self.totals[0].device)
-        for columns, panel in self._panels:
-            part = panel.mean(count)
+    @staticmethod
+    def mean_of(sums: Sequence["SymmetricSum"], count: int) -> Tensor:
+        """The totals of several sums of one bound, together, over count, `(G, J, J)` float64."""
+        whole = torch.empty(sums[0]._shape, dtype=torch.float64, device=sums[0].totals[0].device)
+        for panels in zip(*(one._panels for one in sums), strict=True):
+            columns = panels[0][0]
+            part = ExactSum.mean_of([panel for _, panel in panels], count)
             whole[:, columns, : columns.stop] = part.transpose(1, 2)
             whole[:, : columns.stop, columns] = part
         return whole
@@ -113,22 +122,21 @@ class Moments:
             by_weight -= 2 * asymmetry * torch.bmm(weight.double(), self.cross)
         return (by_weight * difference).sum(dim=2) * self.num_rows
 
-    def quadratic(self, weight: Tensor, asymmetry: float, centred: bool) -> "Quadratic":
-        """The quadratic of a layer. weight: `(G, R, J)`, whose dtype the result has. centred: the bias is corrected."""
-        second, cross = self.second, self.cross
-        if centred:
-            second = second - self.mean[:, :, None] * self.mean[:, None, :]
-            # Inputs that are always the same keep only the rounding errors of their sums: 0 is what they would be.
-            noise = _SUM_ERROR * torch.finfo(weight.dtype).eps * self.second.diagonal(dim1=1, dim2=2)
-            varies = (second.diagonal(dim1=1, dim2=2) > noise).to(second.dtype)
-            second = second * varies[:, :, None] * varies[:, None, :]
-        linear = None
-        if cross is not None and asymmetry:
-            assert self.cross_mean is not None
-            if centred:
-                cross = (cross - self.cross_mean[:, :, None] * self.mean[:, None, :]) * varies[:, None, :]
-            linear = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
-        return Quadratic(second.to(weight.dtype), weight, linear)
+    def centred(self, mean: Tensor, cross_mean: Tensor | None, dtype: torch.dtype) -> "Moments":
+        """Moments around these means of x̂ and x - x̂, which a corrected bias leaves. dtype: of the sums' products."""
+        second = self.second - self.mean[:, :, None] * mean[:, None, :] - mean[:, :, None] * self.mean[:, None, :]
+        second = second + mean[:, :, None] * mean[:, None, :]
+        # Inputs that are always the same keep only the rounding errors of their sums: 0 is what they would be.
+        noise = _SUM_ERROR * torch.finfo(dtype).eps * self.second.diagonal(dim1=1, dim2=2)
+        varies = (second.diagonal(dim1=1, dim2=2) > noise).to(second.dtype)
+        second = second * varies[:, :, None] * varies[:, None, :]
+        cross = self.cross
+        if cross is not None:
+            assert cross_mean is not None and self.cross_mean is not None
+            cross = cross - self.cross_mean[:, :, None] * mean[:, None, :]
+            cross = cross - cross_mean[:, :, None] * (self.mean - mean)[:, None, :]
+            cross = cross * varies[:, None, :]
+        return replace(self, second=second, mean=self.mean - mean, cross=cross)
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,19 @@ class Quadratic:
         if self.linear is not None:
             gradient -= 2 * self.linear
         return (gradient * difference).sum(dim=2)
+
+
+def quadratic_of(weight: Tensor, second: Tensor, cross: Tensor | None, asymmetry: float) -> Quadratic:
+    """The quadratic of a layer, in the dtype of its weight `(G, R, J)`. second, cross: A and C, `(G, J, J)`."""
+    linear = None
+    if cross is not None and asymmetry:
+        linear = torch.bmm(weight, cross.to(weight.dtype)).mul_(asymmetry)
+    return Quadratic(second.to(weight.dtype), weight, linear)
+
+
+def energy_of(second: Tensor) -> Callable[[Tensor], Tensor]:
+    """The mean square `(G, R)` of each channel's outputs, as a function of its weight `(G, R, J)`. second: A."""
+    return lambda weight: (torch.bmm(weight, second) * weight).sum(dim=2)
 
 
 def permuted(second: Tensor, order: Tensor) -> Tensor:

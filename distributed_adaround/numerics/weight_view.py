@@ -43,6 +43,10 @@ class WeightView:
         """`(I, O)` to `(O, I)`."""
         return WeightView(self.shape[::-1], self.strides[::-1], self.offset, self.dtype)
 
+    def entry(self, index: int) -> "WeightView":
+        """The matrix at a place of the first dimension."""
+        return WeightView(self.shape[1:], self.strides[1:], self.offset + index * self.strides[0], self.dtype)
+
     @property
     def last(self) -> int:
         """Place of its last number in the flat parameter."""

@@ -4,8 +4,6 @@ Every step draws one global batch of rows, whatever the number of ranks: more ra
 result. How ranks share a step is the learner's business (solve/learner.py, solve/channel_learner.py).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from distributed_adaround.errors import InputError, StoppedError
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 from distributed_adaround.solve.channel_learner import ChannelLearner
 from distributed_adaround.solve.learner import Learner, SampleLearner
-from distributed_adaround.solve.problem import LayerProblem, Monitor, OutputErrors, Solution
+from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 from distributed_adaround.spec.rounding import RoundingSpec
 
@@ -22,20 +20,19 @@ _REPORT_EVERY = 100
 _STATE = "minibatch"
 
 
-def channel_weights(errors: OutputErrors, normalization: str, num_weights: int) -> Tensor:
-    """Weight `(O,)` of each output channel's mean squared error in the loss.
+def channel_weights(nearest: Tensor, normalization: str, num_weights: int) -> Tensor:
+    """Weight `(O,)` of each output channel's mean squared error in the loss. nearest: that of nearest rounding, `(O,)`.
 
     sum: 1, the paper's loss. mean: 1/O, the ancestor's. nearest: each channel's error is divided by its own error under
-    nearest rounding (candidate 0) and multiplied by its number of weights, so that data term and regularizer weigh the
-    same per weight in every channel of every layer.
+    nearest rounding and multiplied by its number of weights, so that data term and regularizer weigh the same per
+    weight in every channel of every layer.
     """
-    channels = errors.energy.numel()
+    channels = nearest.numel()
     if normalization == "nearest":
-        nearest = errors.error[0] / errors.num_rows
         # A channel that nearest rounding gets right (all zeros, say) has nothing to learn: weight 0. The floor keeps
         # the weight of a nearly dead channel finite in float32.
         return torch.where(nearest > 0, num_weights / channels / nearest.clamp(min=1e-30), 0.0)
-    return torch.full_like(errors.energy, 1.0 if normalization == "sum" else 1 / channels)
+    return torch.full_like(nearest, 1.0 if normalization == "sum" else 1 / channels)
 
 
 class MinibatchSolver:
@@ -53,16 +50,13 @@ class MinibatchSolver:
         settings, weight = self._settings, problem.weight
         rows = CalibrationRows(problem)
         nearest_weight = problem.grid.dequantize(problem.grid.quantize(weight))
-        nearest = rows.errors([nearest_weight], comm)
+        nearest = rows.errors(nearest_weight, comm)
         weights = channel_weights(nearest, settings.normalization, weight.numel()).to(problem.device, problem.dtype)
         plan = BatchPlan(problem, rows.sample_rows, comm, settings.batch_size, settings.batch_unit)
         kind = ChannelLearner if settings.reproducible else SampleLearner
         learner = kind(problem, rows, plan, weights, comm, settings)
         self._learn(learner, problem, comm, monitor)
-        solution = learner.solution()
-        assert solution.soft_weight is not None
-        errors = rows.errors([problem.grid.dequantize(solution.codes), solution.soft_weight], comm)
-        return replace(solution, nearest=nearest, errors=errors)
+        return learner.solution()
 
     def _learn(self, learner: Learner, problem: LayerProblem, comm: Comm, monitor: Monitor) -> None:
         for step in range(_resume(learner, problem, comm, monitor), self.num_steps):

@@ -22,23 +22,28 @@ def output_errors(
     Raises InputError when the layer's inputs or outputs are not finite, or no row counts.
     """
     shifts = [shift, *[None] * (len(candidates) - 1)]
-    sums, dim = error_sums(problem, len(candidates)), problem.geometry.channel_dim
+    sums, dim = error_sums(problem, 2 * len(candidates)), problem.geometry.channel_dim
     for batch in problem.batches:
         x_hat, keep = problem.on_device(batch.x_hat), batch.keep(dim)
         one_stream = batch.x is batch.x_hat
-        base = problem.base(batch, x_hat) if one_stream or problem.asymmetry < 1 else None
-        target = problem.target(batch, base)
-        expected = problem.transform(target, dim)
+        base, y = problem.base(batch, x_hat), problem.on_device(batch.y)
+        wanted = float_outputs = problem.transform(y, dim)
+        if not one_stream and problem.asymmetry < 1:
+            wanted = problem.transform(problem.target(batch, base), dim)
         for place, (weight, own) in enumerate(zip(candidates, shifts, strict=True)):
             outputs = _outputs(problem, x_hat, weight, own, base if one_stream else None)
             outputs = problem.transform(outputs, dim)
-            sums[batch.index, place] = channel_sums((outputs - expected).square_(), keep, dim)
-        sums[batch.index, -3] = channel_sums(expected.square(), keep, dim)
-        if base is not None and not one_stream:
-            difference = problem.transform.linear_part()(target - base, dim)
+            error = sums[batch.index, 2 * place] = channel_sums((outputs - wanted).square_(), keep, dim)
+            same = wanted is float_outputs
+            apart = error if same else channel_sums((outputs - float_outputs).square_(), keep, dim)
+            sums[batch.index, 2 * place + 1] = apart
+        sums[batch.index, -3] = channel_sums(float_outputs.square(), keep, dim)
+        if not one_stream:
+            difference = problem.transform.linear_part()(y - base, dim)
             sums[batch.index, -2] = channel_sums(difference.square(), keep, dim)
         sums[batch.index, -1] = num_rows(batch, keep, dim)
-    return reduced(sums, problem, comm)
+    total = reduced(sums, problem, comm)
+    return OutputErrors(total[:-3:2], total[1:-3:2], total[-3], total[-2], int(total[-1, 0]))
 
 
 def _outputs(problem: LayerProblem, x_hat: Tensor, weight: Tensor, shift: Tensor | None, base: Tensor | None) -> Tensor:
@@ -50,21 +55,21 @@ def _outputs(problem: LayerProblem, x_hat: Tensor, weight: Tensor, shift: Tensor
     return problem.outputs(x_hat, weight, bias if shift is None else shift if bias is None else bias + shift)
 
 
-def error_sums(problem: LayerProblem, num_candidates: int) -> Tensor:
-    """Places `(microbatches, candidates + 3, O)` for the fields of OutputErrors, in their order."""
-    shape = (problem.total_microbatches, num_candidates + 3, problem.geometry.out_channels)
+def error_sums(problem: LayerProblem, number: int) -> Tensor:
+    """Places `(batches, number + 3, O)` for errors, energy, what the inputs take away, and how many rows count."""
+    shape = (problem.total_microbatches, number + 3, problem.geometry.out_channels)
     return torch.zeros(shape, dtype=torch.float64, device=problem.device)
 
 
-def reduced(sums: Tensor, problem: LayerProblem, comm: Comm) -> OutputErrors:
-    """The errors from the sums of all ranks. A collective. Raises InputError as `output_errors` does."""
+def reduced(sums: Tensor, problem: LayerProblem, comm: Comm) -> Tensor:
+    """The sums `(number + 3, O)` of all ranks. A collective. Raises InputError as `output_errors` does."""
     total = comm.all_reduce(sums).sum(dim=0)
     if not bool(torch.isfinite(total).all()):
         raise non_finite_error(problem, comm)
     if not total[-1, 0]:
         message = f"layer {problem.name}: the attention mask leaves no row to learn from; check the mask"
         raise agreed(InputError(message))
-    return OutputErrors(error=total[:-3], energy=total[-3], asymmetric=total[-2], num_rows=int(total[-1, 0]))
+    return total
 
 
 def num_rows(batch: Batch, keep: Tensor | None, channel_dim: int) -> Tensor:
@@ -97,7 +102,7 @@ def non_finite_error(problem: LayerProblem, comm: Comm) -> InputError:
     if places:
         microbatch, sample, what, value = min(places, key=lambda place: place[:3])
         problem_is = problem_is if math.isfinite(value) else "not finite"
-        where = f": {value:.3g} in its {what}, sample {sample} of microbatch {microbatch}"
+        where = f": {value:.3g} in its {what}, sample {sample} of microbatch {microbatch // problem.num_calls}"
     advice = "check the weights and the calibration data"
     return agreed(InputError(f"layer {problem.name}: its activations are {problem_is}{where}; {advice}"))
 

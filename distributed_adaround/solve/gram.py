@@ -12,13 +12,13 @@ from torch import Tensor
 
 from distributed_adaround.errors import StoppedError
 from distributed_adaround.numerics.descent import Descent
-from distributed_adaround.numerics.gptq import GptqFactors, gptq_codes
+from distributed_adaround.numerics.gptq import GptqFactors, best_start, gptq_codes
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.moments import Quadratic
 from distributed_adaround.numerics.soft_rounding import SETTLED
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.by_channel import ChannelProblem, ChannelSolution, solve_by_channel
-from distributed_adaround.solve.gptq import layer_factors
+from distributed_adaround.solve.gptq import damping_note, layer_factors, start_shares
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 from distributed_adaround.spec.rounding import RoundingSpec
 
@@ -28,9 +28,6 @@ _BLOCK, _STEPS = 32, 4
 # The regularizer rises to this weight in the first 4/5 of the sweeps, to 1 in the rest. Most decisions fall below it:
 # over the same sweeps 0.3 and 0.7 ended 1 to 2 % worse than 0.5.
 _SLOW_PART, _SLOW_END = 0.8, 0.5
-# Channels start from scales of this share of the observer's up to all of it. An observer minimizes the rounding of
-# single weights; here other weights make up for one that is clipped. At 8 bits the observer's is best, and found to be.
-_LEAST_SHARE = 0.85
 # Scales are refitted from this weight of the regularizer on. Refits to soft values drift: with refits in all sweeps,
 # 400 sweeps of MiniLM at 3 bits ended with larger scales and 3 % more error than 100.
 _REFIT_FROM = 0.2
@@ -58,11 +55,11 @@ class GramSolver:
 
     def solve(self, problem: LayerProblem, comm: Comm, monitor: Monitor) -> Solution:
         """Round one layer; scales that belong to channels are refitted on the way. Raises InputError when the second
-        moment of the inputs is singular at this damping."""
+        moment of the inputs is not finite."""
         factors = layer_factors(problem, self._damping)
 
         def work(part: ChannelProblem) -> ChannelSolution:
-            shares = _shares(part.grid, self._starts)
+            shares = start_shares(part.grid, self._starts)
             # Copies of the block's channels, one for each start.
             quadratic, grid = part.quadratic.repeated(len(shares)), part.grid.at_shares(shares)
             descent = Descent(quadratic, grid, block=_BLOCK, steps=_STEPS)
@@ -78,17 +75,11 @@ class GramSolver:
             unsettled = descent.unsettled(SETTLED) / len(shares)
             descent.settle()
             found = _better_channels(quadratic, grid, descent, factors.groups(part.place[0]))
-            return _best_start(*found, unsettled, len(shares))
+            return ChannelSolution(*best_start(*found, len(shares)), unsettled)
 
         codes, grid, unsettled = solve_by_channel(problem, comm, problem.grid, work, monitor, "gram")
-        return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel())
-
-
-def _shares(grid: Grid, starts: int) -> list[float]:
-    """Of the observer's scales, one for each start. Powers of two have nothing in between."""
-    if not grid.per_channel or grid.scale_format.powers_of_two:
-        starts = 1
-    return [1 - (1 - _LEAST_SHARE) * start / max(1, starts - 1) for start in range(starts)]
+        note = damping_note(factors, self._damping)
+        return Solution(codes=codes, grid=grid, unsettled=unsettled / codes.numel(), note=note)
 
 
 def _better_channels(
@@ -103,13 +94,3 @@ def _better_channels(
         torch.where(theirs[:, :, None], grid.scale, descent.scale),
         torch.where(theirs, loss, ours),
     )
-
-
-def _best_start(codes: Tensor, scale: Tensor, loss: Tensor, unsettled: Tensor, starts: int) -> ChannelSolution:
-    """Of the copies of each channel the one with the least loss. codes: `(G, starts * R, J)`; scale, loss likewise."""
-    groups, copies, inputs = codes.shape
-    shape = (groups, starts, copies // starts)
-    best = loss.reshape(shape).argmin(dim=1)[:, None, :, None]
-    if starts > 1:
-        scale = scale.reshape(*shape, -1).take_along_dim(best, dim=1).squeeze(1)
-    return ChannelSolution(codes.reshape(*shape, inputs).take_along_dim(best, dim=1).squeeze(1), scale, unsettled)

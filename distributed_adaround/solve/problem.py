@@ -1,5 +1,6 @@
 """One layer's rounding problem, as every solver sees it, and what a solver returns."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics.grid import Grid
 from distributed_adaround.numerics.layers import LayerGeometry
-from distributed_adaround.numerics.moments import Quadratic
+from distributed_adaround.numerics.moments import Moments, Quadratic
 from distributed_adaround.numerics.soft_rounding import OutputTransform
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.spec.rounding import RoundingSpec
@@ -56,7 +57,10 @@ class LayerProblem:
     of all ranks. source: see Site. asymmetry: share of the error in the inputs that the rounding is to make up for.
     correct_bias: the bias will restore the mean of the float outputs; correct_scale: the scales will restore their
     spread. rows_per_input: how many rows moments are taken from, for each input of an output; None: from all.
-    quadratic: the squared output error, where the solver needs moments and no activation is in the loss.
+    num_calls: batches of one microbatch, whose index is that of the microbatch times this, plus the call. quadratic: the
+    squared output error as it is expected on other data, where the solver needs moments and no activation is in the
+    loss. trial: what shows how far that holds, where samples are enough to leave some out. effective_rows: how many
+    independent rows the moments are worth, where they are taken.
     """
 
     name: str
@@ -74,7 +78,10 @@ class LayerProblem:
     correct_bias: bool = False
     correct_scale: bool = False
     rows_per_input: int | None = None
+    num_calls: int = 1
     quadratic: Quadratic | None = None
+    trial: "Trial | None" = None
+    effective_rows: float = math.nan
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,36 +111,53 @@ class LayerProblem:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Some channels of a layer, to be solved without one fold of the samples and judged on it.
+
+    problem: with the quadratic of the other folds. held_out: the quadratic that the fold left out measures, of the same
+    channels. channels: which they are, int64, of the layer's outputs.
+    """
+
+    problem: LayerProblem
+    held_out: Moments
+    channels: Tensor
+
+
+@dataclass(frozen=True)
 class OutputErrors:
     """Squared output error of candidate weights on the whole calibration set, summed over rows.
 
-    error: `(candidates, O)` float64. energy: `(O,)`, of the float layer's outputs. asymmetric: `(O,)`, of the part of
-    the targets that comes from the error of the inputs. num_rows: rows that count.
+    error: `(candidates, O)` float64, against the targets of the rounding. apart: likewise, against the outputs of the
+    float layer on its float inputs, which is the same measure for every solver and asymmetry. energy: `(O,)`, of those
+    outputs. from_inputs: `(O,)`, of the part of them that the error of the inputs takes away. num_rows: rows that count.
     """
 
     error: Tensor
+    apart: Tensor
     energy: Tensor
-    asymmetric: Tensor
+    from_inputs: Tensor
     num_rows: int
 
     def relative(self, candidate: int) -> float:
-        """Error of one candidate over the energy of the float outputs; 0 when there is neither."""
-        error, energy = float(self.error[candidate].sum()), float(self.energy.sum())
-        return error / energy if energy > 0 else error
+        """Distance of one candidate from the float outputs over their energy; without energy that distance."""
+        return over_energy(float(self.apart[candidate].sum()), float(self.energy.sum()))
+
+
+def over_energy(error: float, energy: float) -> float:
+    """A relative error; where there is nothing to relate it to, the error itself."""
+    return error / energy if energy > 0 else error
 
 
 @dataclass(frozen=True)
 class Solution:
     """Hard codes `(G, R, J)` of `grid` (None: the problem's own); where learned, the soft weight `(G, R, J)` at the end
-    and the share of weights not settled; where measured on all data, the errors of nearest rounding (nearest), and of
-    the hard and the soft weight (errors)."""
+    and the share of weights not settled; note: what a user should know of this layer."""
 
     codes: Tensor
     grid: Grid | None = None
     soft_weight: Tensor | None = None
     unsettled: float = 0.0
-    nearest: OutputErrors | None = None
-    errors: OutputErrors | None = None
+    note: str = ""
 
 
 class Solver(Protocol):

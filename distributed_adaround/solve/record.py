@@ -24,8 +24,11 @@ class LayerFigures:
 
     kind: class of the module ("Conv2d"). shape: of the weight in torch. format: as in "int4 per_channel_symmetric".
     solver: the one that rounded it. nearest_error, soft_error, hard_error: sum of squared output errors over sum of
-    squared outputs; NaN where there is none. flipped, unsettled: shares from 0 to 1. kept_nearest: learning did not
-    beat nearest rounding, so that is the result. seconds: wall time. resumed: from an earlier run. note: more to say.
+    squared outputs on the calibration data; NaN where there is none. flipped, unsettled: shares from 0 to 1.
+    kept_nearest: learning did not beat nearest rounding, so that is the result. seconds: wall time. resumed: from an
+    earlier run. note: more to say. held_out_error: hard_error on data that the solver did not see, NaN where there are
+    none. rows: of calibration data, over all ranks; 0 where unknown. warning: what a user should look at.
+    effective_rows: how many independent rows they are worth; NaN where that is not known.
     """
 
     name: str
@@ -42,6 +45,10 @@ class LayerFigures:
     seconds: float
     resumed: bool = False
     note: str = ""
+    held_out_error: float = math.nan
+    rows: int = 0
+    warning: str = ""
+    effective_rows: float = math.nan
 
     @property
     def sqnr_db(self) -> float:

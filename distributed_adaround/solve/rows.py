@@ -16,7 +16,7 @@ from distributed_adaround.capture.sites import Batch
 from distributed_adaround.numerics import patches
 from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.evaluate import error_sums, reduced
-from distributed_adaround.solve.problem import LayerProblem, OutputErrors
+from distributed_adaround.solve.problem import LayerProblem
 
 # Rows are drawn for as many steps at once as make this many: one draw of many rows costs little more than one of few.
 _ROWS_AT_ONCE = 1 << 14
@@ -98,23 +98,23 @@ class CalibrationRows:
         self._shape_of_row = torch.cat(shapes) if len(sizes) > 1 else None
         return position
 
-    def errors(self, candidates: Sequence[Tensor], comm: Comm) -> OutputErrors:
-        """As `evaluate.output_errors`, from the targets that are here already: one product for each candidate."""
+    def errors(self, weight: Tensor, comm: Comm) -> Tensor:
+        """Mean squared error of a weight `(G, R, J)` against the targets, by output `(O,)` float64: one product. A
+        collective. Raises InputError as `evaluate.output_errors` does."""
         problem, dim, start = self._problem, self._geometry.channel_dim, 0
-        sums = error_sums(problem, len(candidates))
+        sums = error_sums(problem, 1)
         for batch, select, energy in zip(problem.batches, self._selected, self._energy, strict=True):
             x_hat, rows = problem.on_device(batch.x_hat), slice(start, start + len(select))
             target = self._targets[rows].to(self._device)
-            for place, weight in enumerate(candidates):
-                outputs = _take(problem.outputs(x_hat, weight - problem.weight, None).movedim(dim, -1), select)
-                if self._base is not None:
-                    outputs = outputs.add_(self._base[rows].to(self._device))
-                error = (self.transform(outputs) - target).square_()
-                sums[batch.index, place] = error.sum(dim=0).double()
+            outputs = _take(problem.outputs(x_hat, weight - problem.weight, None).movedim(dim, -1), select)
+            if self._base is not None:
+                outputs = outputs.add_(self._base[rows].to(self._device))
+            sums[batch.index, 0] = (self.transform(outputs) - target).square_().sum(dim=0).double()
             sums[batch.index, -3] = energy
             sums[batch.index, -1] = len(select)
             start += len(select)
-        return reduced(sums, problem, comm)
+        total = reduced(sums, problem, comm)
+        return total[0] / total[-1]
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Inputs `(G, N, J)`, base `(N, O)` or None, and targets `(N, O)` of local rows, int64 `(N,)` on the host."""
@@ -143,7 +143,8 @@ def _counting_rows(batch: Batch, channel_dim: int) -> tuple[list[int], Tensor]:
     if keep is None:
         keep = torch.ones(batch.y.movedim(channel_dim, -1).shape[:-1], dtype=torch.bool)
     samples = batch.size if batch.size and keep.numel() % batch.size == 0 else keep.numel()
-    keep = keep.cpu().reshape(samples, -1)
+    # An expert may have no row in a microbatch.
+    keep = keep.cpu().reshape(samples, -1 if keep.numel() else 0)
     return keep.sum(dim=1).tolist(), keep.flatten().nonzero().squeeze(1)
 
 

@@ -10,14 +10,19 @@ from distributed_adaround.capture.sites import Batch, Site, Walker
 from distributed_adaround.errors import InputError
 from distributed_adaround.formats import LayerFormat
 from distributed_adaround.numerics.grid import Grid
-from distributed_adaround.numerics.moments import Moments
+from distributed_adaround.numerics.moments import quadratic_of
 from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.numerics.soft_rounding import OutputTransform
-from distributed_adaround.runtime.comm import agreed
+from distributed_adaround.runtime.comm import Comm, agreed
 from distributed_adaround.runtime.imports import implementation
-from distributed_adaround.solve.problem import LayerProblem, Solver
+from distributed_adaround.solve.measure import FoldedMoments
+from distributed_adaround.solve.problem import LayerProblem, Solver, Trial
+from distributed_adaround.solve.regularize import Expected, expected
 from distributed_adaround.spec.job import MethodSpec
 from distributed_adaround.spec.rounding import SOLVERS, RoundingSpec
+
+# Channels that a trial takes of a layer: enough to tell one way of rounding from another, few enough to cost little.
+_TRIAL_CHANNELS = 64
 
 
 def solver_name(rounding: RoundingSpec, site: Site) -> str:
@@ -63,20 +68,39 @@ def make_problem(
         correct_bias=rounding.corrects_bias and site.shift_name is not None,
         correct_scale=rounding.corrects_scale,
         rows_per_input=rounding.rows_per_input,
+        num_calls=site.num_calls,
     )
 
 
-def with_moments(problem: LayerProblem, moments: Moments, layer_format: LayerFormat) -> LayerProblem:
-    """The problem with its quadratic; with the observer output_mse also with scales that minimize the output error, not
-    the weight error: the error of each weight counts as much as its input is large, A_jj."""
+def with_moments(problem: LayerProblem, moments: FoldedMoments, layer_format: LayerFormat, comm: Comm) -> LayerProblem:
+    """The problem with its quadratic, as other data are expected to give it, and with its trial; with the observer
+    output_mse also with scales that minimize the output error, not the weight error: the error of each weight counts as
+    much as its input is large, A_jj. A collective."""
+    expects = expected(moments, problem.correct_bias, problem.dtype, comm)
     if layer_format.observer == "output_mse":
-        importance = moments.second.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(problem.weight).float().cpu()
+        energy = expected(moments, False, problem.dtype, comm).second.diagonal(dim1=1, dim2=2)
+        importance = energy[:, None, :].expand_as(problem.weight).float().cpu()
         grid = _grid(problem.weight, layer_format, problem.name, importance)
         problem = replace(problem, grid=grid.to(problem.dtype, problem.device))
+    problem = replace(problem, effective_rows=expects.effective_rows)
     if not problem.transform.is_affine:
         return problem
-    quadratic = moments.quadratic(problem.weight, problem.asymmetry, problem.correct_bias)
-    return replace(problem, quadratic=quadratic)
+    quadratic = quadratic_of(problem.weight, expects.second, expects.cross, problem.asymmetry)
+    return replace(problem, quadratic=quadratic, trial=_trial(problem, expects))
+
+
+def _trial(problem: LayerProblem, expects: Expected) -> Trial | None:
+    """A few channels, spread evenly over the layer; None where there is nothing to leave out."""
+    held_out = expects.held_out
+    if expects.trial_second is None or held_out is None:
+        return None
+    groups, channels, _ = problem.weight.shape
+    place = (slice(None), slice(None, None, max(1, channels // max(1, _TRIAL_CHANNELS // groups))))
+    weight = problem.weight[place]
+    outputs = torch.arange(groups * channels, device=problem.device).view(groups, channels)[place].flatten()
+    known = quadratic_of(weight, expects.trial_second, expects.trial_cross, problem.asymmetry)
+    part = replace(problem, weight=weight, grid=problem.grid.part(place), quadratic=known)
+    return Trial(part, held_out, outputs)
 
 
 def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tensor | None = None) -> Grid:

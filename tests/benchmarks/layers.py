@@ -102,9 +102,10 @@ def round_as_job(
     if solver.needs_moments or polishes or layer_format.observer == "output_mse":
         watch = Stopwatch(solver.device)
         moments = measure(problem, COMM)
-        problem = with_moments(problem, moments, layer_format)
+        problem = with_moments(problem, moments, layer_format, COMM)
         solver.moments_seconds = watch.seconds if solver.needs_moments else 0.0
-    return round_layer(problem, solver, COMM, monitor, moments=moments, polishes=polishes)
+    trial_solver = make_solver(spec.rounding.solver, spec.rounding.for_trials) if solver.needs_moments else None
+    return round_layer(problem, solver, COMM, monitor, moments=moments, polishes=polishes, trial_solver=trial_solver)
 
 
 def warm_up(spec: MethodSpec, problem: LayerProblem, layer_format: LayerFormat) -> None:
