@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.axes import AxesOfNodes, Axis
 from distributed_adaround.data.microbatches import ModelInputs
@@ -75,10 +76,10 @@ def _is_mask(node: Node, value: Tensor) -> bool:
     return str(node.target).endswith(_MASK) and value.dim() == 2
 
 
-def mask_by_shape(inputs: ModelInputs, values: Sequence[Any]) -> Tensor | None:
-    """Where nothing can be followed: the microbatch's mask, if only one input has tokens of its shape."""
+def mask_by_shape(inputs: ModelInputs) -> Tensor | None:
+    """Where nothing can be followed: the microbatch's mask, unless several inputs have tokens of its shape."""
     mask = inputs.mask
     if mask is None:
         return None
-    alike = [v for v in values if isinstance(v, Tensor) and v is not mask and v.shape[:2] == mask.shape]
-    return mask if len(alike) == 1 else None
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, Tensor)]
+    return mask if sum(leaf is not mask and leaf.shape[:2] == mask.shape for leaf in leaves) <= 1 else None
