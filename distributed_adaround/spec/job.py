@@ -39,7 +39,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "pytorch": {
         "quantize": _QINT8 | {"observer": "minmax"},
         "rounding": _ADAROUND
-        | {"batch_size": 256, "reg_param": 0.001, "normalization": "mean", "activation_in_loss": False, "polish": False},
+        | {
+            "batch_size": 256,
+            "reg_param": 0.001,
+            "normalization": "mean",
+            "activation_in_loss": False,
+            "polish": False,
+        },
     },
     "paper": {
         "quantize": {"observer": "mse"},

@@ -35,7 +35,7 @@ class RoundingSpec(Section):
     sweeps: PositiveInt = 100
     """With gram: how often all inputs of a layer are visited, each time for the cost of one and a half steps on all
     calibration data."""
-    starts: PositiveInt = 4
+    starts: int = Field(4, ge=1, le=8)
     """With gram and gptq: from how many scales each channel starts, some below the observer's and some above; the best
     result is kept. Where layers are large the time grows with it."""
     polish: bool | None = None
