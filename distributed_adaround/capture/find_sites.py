@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from distributed_adaround.capture.layer_calls import LayerCall, Operand, Operands, read_layers, unusable
 from distributed_adaround.capture.operations import layer_geometry, module_class, operation_name, what_follows
+from distributed_adaround.capture.recurrent import reads_along
 from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site, Unit, unusable_values
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.weight_view import WeightView
@@ -72,7 +73,7 @@ class _Finder:
         self._readers: dict[str, list[tuple[Node, Node]]] = defaultdict(list)
         for node in nodes:
             for source in () if node in operands else node.all_input_nodes:
-                if source in operands:
+                if source in operands and not reads_along(node, source):
                     self._readers[operands.owner(source)].append((node, source))
 
     def found(self) -> Found:
