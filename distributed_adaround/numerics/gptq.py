@@ -78,7 +78,7 @@ def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor
 def best_start(codes: Tensor, scale: Tensor, loss: Tensor, starts: int) -> tuple[Tensor, Tensor]:
     """Of the copies of each channel codes `(G, R, J)` and scale `(G, R, n)` of the one with the least loss. codes: `(G,
     starts * R, J)`, one copy of all channels after the other; scale, loss likewise."""
-    groups, copies, inputs = codes.shape
+    groups, copies, _ = codes.shape
     if starts == 1:
         return codes, scale
     shape = (groups, starts, copies // starts)

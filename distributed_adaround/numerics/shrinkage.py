@@ -37,7 +37,8 @@ def eigenvectors(correlation: Tensor) -> Tensor:
     In float32, less than half the time of float64: what becomes of them needs directions, no exact eigenvalues.
     """
     with _one_thread():
-        return torch.linalg.eigh(correlation.float()).eigenvectors.to(correlation.dtype)
+        _, vectors = torch.linalg.eigh(correlation.float())
+        return vectors.to(correlation.dtype)
 
 
 def energy_along(vectors: Tensor, correlation: Tensor) -> Tensor:
@@ -46,8 +47,8 @@ def energy_along(vectors: Tensor, correlation: Tensor) -> Tensor:
 
 
 def from_spectrum(vectors: Tensor, values: Tensor) -> Tensor:
-    """The correlation `(G, J, J)` with these eigenvectors, and with values `(G, J)` for all its eigenvalues but for what
-    brings its diagonal back to ones."""
+    """The correlation `(G, J, J)` with these eigenvectors, and with eigenvalues `(G, J)` but for what brings its
+    diagonal back to ones."""
     whole = torch.bmm(vectors * values[:, None, :], vectors.transpose(1, 2))
     return scaled(whole, correlation_scale(whole))
 

@@ -16,7 +16,7 @@ from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.moments import Moments
 from distributed_adaround.runtime.comm import Comm, SoloComm
 from distributed_adaround.solve import measure as measure_file
-from distributed_adaround.solve.measure import FoldedMoments, SharedMoments
+from distributed_adaround.solve.measure import SharedMoments
 from distributed_adaround.solve.measure import measure as measure_folds
 from distributed_adaround.solve.problem import LayerProblem
 

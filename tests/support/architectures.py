@@ -1,7 +1,7 @@
 """Tiny random models of transformers, one for each architecture, and what of each stays in float, written out as data.
 
-`left` holds patterns of names (`re.fullmatch`) with the reason that must be given. Biases, norms and other vectors need no
-entry: what counts are tensors of two and more dimensions.
+`left` holds patterns of names (`re.fullmatch`) with the reason that must be given. Biases, norms and other vectors need
+no entry: what counts are tensors of two and more dimensions.
 """
 
 from __future__ import annotations
