@@ -1,5 +1,5 @@
-"""Which weights of tiny random transformers are quantized: all of two and more dimensions but what support/architectures.py
-lists, each with its reason."""
+"""Which weights of tiny random transformers are quantized: all of two and more dimensions but what
+support/architectures.py lists, each with its reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def test_all_matrices_but_those_that_are_listed_are_quantized(name: str) -> None
         assert any(re.fullmatch(pattern, parameter) for parameter in left), f"{pattern} does not stay in float"
     # Nothing is lost between the two lists.
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
-    quantized = sum(math.prod(planned.site.geometry.weight_shape) for planned in found.planned if planned.format)
+    sites = [site for planned in found.planned if planned.format for site in planned.sites]
+    quantized = sum(math.prod(site.geometry.weight_shape) for site in sites)
     float_shapes = [each.shape for each in found.float_parameters if len(each.shape) > 1]
     assert quantized + sum(math.prod(shape) for shape in float_shapes) == matrices
 

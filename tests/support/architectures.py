@@ -111,7 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "sliding_window": 4,
         },
         _ids,
-        {**_EMBEDDING, r".*\.router\.weight": "router"},
+        {**_EMBEDDING, r".*\.router\.weight": "router", r".*\.experts\..*_proj_bias": "used by index"},
     ),
     "DeepSeek-V3": Architecture(
         "DeepseekV3ForCausalLM",
