@@ -68,8 +68,9 @@ class LayerResult:
         return ""
 
 
-def without_rows(problem: LayerProblem) -> LayerResult:
-    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on."""
+def without_rows(problem: LayerProblem, why: str) -> LayerResult:
+    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on. why: for the
+    report."""
     return LayerResult(
         codes=problem.grid.quantize(problem.weight),
         grid=problem.grid,
@@ -83,7 +84,7 @@ def without_rows(problem: LayerProblem) -> LayerResult:
         kept_nearest=True,
         rows=0,
         effective_rows=0.0,
-        note="no calibration data reach it: rounded to nearest",
+        note=f"{why}: rounded to nearest",
     )
 
 
