@@ -71,8 +71,9 @@ class LayerResult:
         return ""
 
 
-def without_rows(problem: LayerProblem) -> LayerResult:
-    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on."""
+def without_rows(problem: LayerProblem, why: str) -> LayerResult:
+    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on. why: for the
+    report."""
     return LayerResult(
         codes=problem.grid.quantize(problem.weight),
         grid=problem.grid,
@@ -86,7 +87,7 @@ def without_rows(problem: LayerProblem) -> LayerResult:
         kept_nearest=True,
         rows=0,
         effective_rows=0.0,
-        note="no calibration data reach it: rounded to nearest",
+        note=f"{why}: rounded to nearest",
     )
 
 
@@ -201,7 +202,8 @@ class Tried:
 
     @property
     def learned_wins(self) -> bool:
-        return bool(self.learned.sum() < self.nearest.sum())
+        """By more than the few rows left out may show by chance: their share of the error, one over their number."""
+        return bool(self.learned.sum() < self.nearest.sum() * (1 - 1 / self.trial.effective_rows))
 
     def relative(self, solved: OutputErrors, problem: LayerProblem, *, nearest: bool) -> float:
         """Distance from the float outputs over their energy. solved: what the layer's data show of both."""

@@ -27,6 +27,8 @@ _TRIAL_CHANNELS = 64
 
 def solver_name(rounding: RoundingSpec, site: Site) -> str:
     """Moments know nothing of an activation: with one inside the loss gram leaves a layer to steps on samples."""
+    if site.is_table:
+        return "nearest"
     needs_samples = rounding.solver == "gram" and rounding.sees_activation and site.activation != "identity"
     return "minibatch" if needs_samples else rounding.solver
 

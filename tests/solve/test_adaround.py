@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_is_flagged() -> None:
 
 @pytest.mark.parametrize("normalization", ["sum", "mean", "nearest"])
 def test_channel_weights(normalization: Any) -> None:
-    nearest = torch.tensor([0.2, 0.0, 0.5]).double()
+    nearest = torch.tensor([0.2, 0.0, 0.5], dtype=torch.float64)
     expected = {"sum": [1.0, 1, 1], "mean": [1 / 3] * 3, "nearest": [8 / 0.2, 0, 8 / 0.5]}[normalization]
     assert channel_weights(nearest, normalization, 24).tolist() == pytest.approx(expected, rel=1e-15)
 

@@ -99,7 +99,7 @@ def test_where_moments_are_singular_the_damping_is_raised(
         x[:, 3 * singular : 3 * singular + 3] = 1
     problem = make_problem(nn.Conv1d(6, 4, 1, groups=2), inputs)
     alone = solve(solver(1e-30), problem)
-    assert "singular at damping 1e-30: 1e-16 was used" in alone.note
+    assert "singular at damping 1e-30" in alone.note
     for found in run_ranks(2, lambda comm: solve(solver(1e-30), share(problem, comm.rank, 2), comm)):
         assert found.note == alone.note
         assert torch.equal(found.codes, alone.codes)

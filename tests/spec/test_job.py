@@ -65,6 +65,7 @@ def test_preset_pytorch_is_the_pytorch_ancestor() -> None:
         normalization="mean",
         asymmetry=1.0,
         activation_in_loss=False,
+        polish=False,
     )
 
 
@@ -79,6 +80,7 @@ def test_preset_paper_leaves_the_grid_alone() -> None:
         reg_param=0.01,
         normalization="sum",
         asymmetry=1.0,
+        polish=False,
     )
 
 
