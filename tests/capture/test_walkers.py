@@ -1,4 +1,4 @@
-"""All kinds of microbatches and all ranks decide on the walker; models and data stay as they were; reasons are short."""
+"""All kinds of microbatches and all ranks decide on the walker; models and data stay as they were."""
 
 from __future__ import annotations
 
