@@ -6,6 +6,8 @@ Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
 import functools
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.capture.open import CapturedModel
-from distributed_adaround.capture.sites import Batch, Site, Unit, Walker
+from distributed_adaround.capture.sites import Batch, FloatParameter, Site, Unit, Walker
 from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import StoppedError, naming_layer
@@ -31,18 +33,24 @@ from distributed_adaround.solve.record import LayerFigures, LayerRecord
 from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
 from distributed_adaround.spec.job import MethodSpec
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class NetworkResult:
     """Records of all quantized layers in the order of the walk. output_error: squared error of the model's outputs over
-    their squared values, on the calibration data; NaN where the walk does not see the outputs."""
+    their squared values, on the calibration data; NaN where the walk does not see the outputs. held_out_output_error:
+    on other data, NaN without any. float_parameters: what stayed in float, and why."""
 
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
+    held_out_output_error: float = math.nan
+    float_parameters: tuple[FloatParameter, ...] = ()
 
     @property
     def table(self) -> LayerTable:
-        return LayerTable(record.figures for _, record in self.records if record.figures is not None)
+        rows = (record.figures for _, record in self.records if record.figures is not None)
+        return LayerTable(rows, self.float_parameters, self.output_error, self.held_out_output_error)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class NetworkRounder:
         """Round all layers, apart from those that are committed already. A collective. Raises StoppedError when a
         signal asked one of the ranks to stop; finished layers are committed."""
         walker = captured.walker
+        logger.info("reading the calibration data")
         with phase(self.comm, "read the calibration data"):
             walker.start(microbatches)
         records: list[tuple[Site, LayerRecord]] = []
@@ -68,7 +77,8 @@ class NetworkRounder:
                 walker.commit(planned.unit, {})
                 continue
             records += self._finish_unit(captured, planned.unit, planned.format, microbatches.total)
-        return NetworkResult(tuple(records), self._output_error(walker, microbatches.total))
+        error = self._output_error(walker, microbatches.total)
+        return NetworkResult(tuple(records), error, float_parameters=captured.float_parameters)
 
     def _finish_unit(
         self, captured: CapturedModel, unit: Unit, layer_format: LayerFormat, total: int

@@ -64,12 +64,12 @@ def count_calls(
             try:
                 run_once(module, inputs, device, seed=index)
             except Exception as error:
-                raise forward_failed(index, error) from error
+                raise forward_failed(index, error, inputs.hint) from error
     return Calls(found, frozenset(with_output_size))
 
 
-def forward_failed(index: int, error: Exception) -> InputError:
-    return InputError(f"the model's forward failed on microbatch {index}: {first_line(error)}")
+def forward_failed(index: int, error: Exception, hint: str = "") -> InputError:
+    return InputError(f"the model's forward failed on microbatch {index}: {first_line(error)}{hint}")
 
 
 def together(calls: Iterable[Calls]) -> Calls:

@@ -1,4 +1,4 @@
-"""Einsums as batched matrix products, so that the walk sees which of their operands are weights, and of how many layers.
+"""Einsums as batched matrix products, so that the walk sees which operands are weights, and of how many layers.
 
 te,eoi,ti->to      the outputs of experts W[e] on all tokens, times their shares:  x'[t,e,i] = share[t,e] x[t,i],
                    y[e] = x'[:,e] W[e]ᵀ, and the sum over e: a layer for each expert, not one with e * i inputs
@@ -22,9 +22,8 @@ def einsum_table(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
     constant: set[Node] = set()
     weights: dict[str, int] = {}
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name not in signature.user_inputs:
-            constant.add(node)
-        elif node.op == "call_function" and constant.issuperset(node.all_input_nodes):
+        stored = node.op == "placeholder" and node.name not in signature.user_inputs
+        if stored or (node.op == "call_function" and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
         if node.target == _EINSUM:
             equation, operands = node.args[:2]

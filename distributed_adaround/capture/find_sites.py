@@ -7,7 +7,7 @@ layers, each part of the parameter that a layer reads is a site; calls that read
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,9 +28,26 @@ class UnitCalls:
     unit: Unit
     calls: tuple[LayerCall, ...]
 
+    def as_router(self) -> "UnitCalls":
+        return replace(self, unit=Unit(tuple(replace(site, is_router=True) for site in self.unit.sites)))
+
     @property
     def repeats(self) -> bool:
         return len(self.calls) > 1
+
+    @property
+    def rows(self) -> float:
+        """Of all calls together, in the microbatch of the export."""
+        elements = sum(_num_elements(call.node.meta.get("val")) for call in self.calls)
+        return elements / self.unit.site.geometry.out_channels
+
+
+def _num_elements(value: object) -> float:
+    """Of the tensor that a node made while it was exported; sizes that depend on data count as 1."""
+    if not isinstance(value, Tensor):
+        return 1.0
+    hints = (size if isinstance(size, int) else size.node.hint for size in value.shape)
+    return math.prod(float(hint) if isinstance(hint, int) else 1.0 for hint in hints)
 
 
 @dataclass(frozen=True)

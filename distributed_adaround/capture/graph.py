@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from distributed_adaround.capture.find_sites import UnitCalls, find_sites
-from distributed_adaround.capture.routing import shared_nodes
+from distributed_adaround.capture.routing import routers, shared_nodes
 from distributed_adaround.capture.sites import FloatParameter, Site
 
 
@@ -54,13 +54,15 @@ def capture(module: GraphModule) -> CapturedGraph:
     constant = _constant_nodes(nodes)
     found = find_sites(module, nodes, constant)
     calls = {call.node for unit in found.units for call in unit.calls}
+    common = shared_nodes(nodes, constant, calls)
+    picking = routers(nodes, common, calls)
     return CapturedGraph(
         module=module,
         nodes=nodes,
-        units=found.units,
+        units=tuple(unit.as_router() if unit.calls[0].node in picking else unit for unit in found.units),
         float_parameters=found.float_parameters,
         constant=constant,
-        common=shared_nodes(nodes, constant, calls),
+        common=common,
         placeholders=tuple(node for node in nodes if node.op == "placeholder"),
     )
 

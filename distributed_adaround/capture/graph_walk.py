@@ -60,6 +60,7 @@ class GraphWalker:
         self.units = tuple(found.unit for found in graph.units)
         self.float_parameters = graph.float_parameters
         self.notes: list[str] = []
+        self.rows: Mapping[str, float] = {found.unit.name: found.rows for found in graph.units}
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._lifetimes = Lifetimes(graph.nodes, graph.units, graph.constant | graph.common)
         self._calls = {found.unit.name: found for found in graph.units}

@@ -1,6 +1,8 @@
 """From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +24,16 @@ from distributed_adaround.spec.runtime import RuntimeSpec, parse_bytes
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 12
+
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit and the format of its weights; None: it stays in float because the job says so."""
+    """A unit and the format of its weights; None: it stays in float, for this reason."""
 
     unit: Unit
     format: LayerFormat | None
+    reason: str = "ignored by quantize.ignore"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -57,7 +62,7 @@ class CapturedModel:
     def float_parameters(self) -> tuple[FloatParameter, ...]:
         """Every parameter left in float, with its reason."""
         ignored = (
-            FloatParameter(site.stored_name, site.geometry.weight_shape, "ignored by quantize.ignore")
+            FloatParameter(site.stored_name, site.geometry.weight_shape, planned.reason)
             for planned in self.planned
             if planned.format is None
             for site in planned.sites
@@ -86,7 +91,8 @@ def capture_model(
     if folded:
         walker.notes.append(f"computed weights were folded into plain ones: {shorten(', '.join(folded), 200)}")
     with phase(comm, "plan the layers"):
-        planned = tuple(plan_layers(walker, quantize))
+        modules = [] if isinstance(opened.model, ExportedProgram) else opened.model.named_modules()
+        planned = tuple(plan_layers(walker, quantize, {name: type(module).__name__ for name, module in modules}))
     for note in walker.notes if comm.rank == 0 else ():
         logger.warning("%s", note)
     return CapturedModel(walker, planned, store, digest)
@@ -117,16 +123,22 @@ def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
     return digest
 
 
-def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
-    """Format of every layer, checked before anything is solved.
+def _plan(unit: Unit, quantize: QuantizeSpec) -> PlannedUnit:
+    found = quantize.for_layer(unit.name, unit.sites[0].module_class)
+    if found is not None and unit.sites[0].is_router and not quantize.routers:
+        return PlannedUnit(unit, None, "a router: it picks experts; quantize.routers=true rounds it")
+    return PlannedUnit(unit, found)
+
+
+def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, str]) -> list[PlannedUnit]:
+    """Format of every layer, checked before anything is solved. modules: all of the model, with the names of their
+    classes: a pattern may name one that stays in float anyway, as a head that is tied to an embedding.
 
     Raises:
         SpecError: a group size does not divide, or overrides contradict each other.
         InputError: the model has no layer to quantize, or one whose weight is not finite.
     """
-    # Runtimes read the experts of a unit in one format.
-    kinds = [(unit.name, unit.sites[0].module_class) for unit in walker.units]
-    planned = [PlannedUnit(unit, quantize.for_layer(*kind)) for unit, kind in zip(walker.units, kinds, strict=True)]
+    planned = [_plan(unit, quantize) for unit in walker.units]
     for layer in planned:
         if layer.format is not None:
             site = layer.sites[0]
@@ -134,9 +146,28 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
             if not bool(torch.isfinite(walker.tensor(site.weight_name)).all()):
                 what = f"layer {layer.unit.name}: its weight {site.weight_name!r} is not finite"
                 raise InputError(f"{what}; load other weights, or leave the layer in float by quantize.ignore")
-    for pattern in quantize.unmatched(kinds):
-        logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
+    _tell_unmatched(quantize, planned, modules)
     if not any(layer.format for layer in planned):
         what = f"none of the model's {len(planned)} linear and convolution layers is to be quantized"
-        raise InputError(f"{what}; see quantize.ignore")
+        if planned:
+            raise InputError(f"{what}; see quantize.ignore")
+        raise InputError(f"{what}: {_all_reasons(walker.float_parameters)}")
     return planned
+
+
+def _tell_unmatched(quantize: QuantizeSpec, planned: Sequence[PlannedUnit], modules: Mapping[str, str]) -> None:
+    unmatched = quantize.unmatched([(layer.unit.name, layer.unit.sites[0].module_class) for layer in planned])
+    nowhere = quantize.unmatched(list(modules.items()))
+    for pattern in unmatched:
+        if pattern in nowhere:
+            logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
+        else:
+            logger.info("quantize: the pattern %r matches a module that stays in float anyway", pattern)
+
+
+def _all_reasons(parameters: Sequence[FloatParameter]) -> str:
+    """In one line, the largest first."""
+    largest = sorted(parameters, key=lambda parameter: -math.prod(parameter.shape))
+    named = [f"{shorten(each.name, 80)} {'x'.join(map(str, each.shape))}: {each.reason}" for each in largest]
+    more = [f"{len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+    return "; ".join([*named[:_MOST_NAMED], *more]) or "it has no parameters"

@@ -53,6 +53,7 @@ class ReplayWalker:
         # Weights and corrected biases of committed sites that the module does not hold now: float between the passes.
         self._other_weights: dict[str, Tensor] = {}
         instead = "layers are captured by hooks, which runs the model again for every layer"
+        self.rows: Mapping[str, float] = {}
         self.notes = [f"could not be exported: {reason}; {instead}"]
         layers, refused = find_layers(self._module)
         self._calls = calls

@@ -5,13 +5,13 @@ on data, is *pinned*: computed once, from float values. Pinned are
 
     - whole numbers and sizes, however they come about (argmax, sort, nonzero, cumsum, histc);
     - truth values, except where they only choose between numbers (`where`, a mask that is filled in or multiplied);
-    - values that come with such indices from topk, sort, max or min: the weights of a routing; and scores that are
-      gathered by indices that were taken from themselves.
+    - values that come with such indices from topk, sort, max or min: the weights of a routing; scores that are gathered
+      by indices that were taken from themselves; and the best of scores whose place is taken too.
 
 What follows from pinned values alone is pinned with them.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ _RANKED = (
     *(_aten.topk.default, _aten.sort.default, _aten.sort.stable, _aten.max.dim, _aten.min.dim),
     *(_aten.kthvalue.default, _aten.mode.default, _aten.median.dim, _aten.cummax.default, _aten.cummin.default),
 )
+_ARGUMENT = (_aten.argmax.default, _aten.argmin.default, _aten.argsort.default, _aten.argsort.stable)
+_BEST = (_aten.max.dim, _aten.min.dim, _aten.amax.default, _aten.amin.default, _aten.topk.default)
+# A row of a table for an index: tokens, codes of a codebook.
+_LOOK_UP = (_aten.embedding.default,)
 # Only the shape of their argument counts.
 _SHAPE_ONLY = (
     *(_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten.empty_like.default),
@@ -39,14 +43,39 @@ _CHOICES |= {"logical_or", "logical_not", "logical_xor", "_to_copy", "expand", "
 def shared_nodes(nodes: Sequence[Node], constant: Container[Node], calls: Container[Node]) -> frozenset[Node]:
     """Nodes that run once for both streams, from common and float values. calls: of the layers."""
     shared: set[Node] = set()
-    ancestors = _Scores(nodes, calls)
+    scores = _Scores(nodes, calls)
     for node in nodes:
         if node in calls or node in constant or node.op == "output":
             continue
         follows = all(source in constant or source in shared for source in node.all_input_nodes)
-        if follows or _decides(node) or ancestors.are_gathered(node, shared):
+        if follows or _decides(node) or scores.are_picked(node, shared):
             shared.add(node)
     return frozenset(shared)
+
+
+def routers(nodes: Sequence[Node], shared: Container[Node], calls: Container[Node]) -> set[Node]:
+    """Layers that only pick: their outputs are ranked, what is picked says which rows later layers see, and apart from
+    that ranking nothing of them goes on to a layer."""
+    scores = _Scores(nodes, calls)
+    found: set[Node] = set()
+    for ranking in nodes:
+        if scores.is_ranking(ranking) and _leads_to_layer(ranking, calls, lambda node: node.target in _LOOK_UP):
+            found |= {node for node in scores.before(ranking) if node in calls}
+    return {node for node in found if not _leads_to_layer(node, calls, lambda user: user in shared)}
+
+
+def _leads_to_layer(node: Node, calls: Container[Node], ends: Callable[[Node], bool]) -> bool:
+    """Whether what follows a node reaches a layer, on ways that end where `ends` says."""
+    seen: set[Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        for user in open_nodes.pop().users:
+            if user not in seen and not ends(user):
+                if user in calls:
+                    return True
+                seen.add(user)
+                open_nodes.append(user)
+    return False
 
 
 def _decides(node: Node) -> bool:
@@ -97,17 +126,29 @@ class _Scores:
     def __init__(self, nodes: Sequence[Node], calls: Container[Node]) -> None:
         self._calls = calls
         self._ranked_from: dict[Node, set[Node]] = {}
+        # Tensors that are ranked as they are.
+        self._ranked: set[Node] = set()
         for node in nodes:
-            # An index is passed on through what makes an index of it.
-            if node.target in _RANKED or node.target == _aten.argmax.default:
+            if self.is_ranking(node):
                 self._ranked_from[node] = self._before(node)
+                self._ranked.add(node.all_input_nodes[0])
             elif node.op == "call_function" and all(map(_is_whole, pytree.tree_leaves(node.meta.get("val")))):
+                # An index is passed on through what makes an index of it.
                 before = [self._ranked_from[source] for source in node.all_input_nodes if source in self._ranked_from]
                 if before:
                     self._ranked_from[node] = set.union(*before)
 
-    def _before(self, node: Node) -> set[Node]:
+    @staticmethod
+    def is_ranking(node: Node) -> bool:
+        if node.target in _ARGUMENT:
+            return True
+        return node.target in _RANKED and _index_is_used(node)
+
+    def before(self, ranking: Node) -> set[Node]:
         """All that a ranking depends on, back to the nearest layers."""
+        return self._ranked_from[ranking]
+
+    def _before(self, node: Node) -> set[Node]:
         found: set[Node] = set()
         open_nodes = list(node.all_input_nodes)
         while open_nodes:
@@ -117,8 +158,10 @@ class _Scores:
                 open_nodes.extend(() if source in self._calls else source.all_input_nodes)
         return found
 
-    def are_gathered(self, node: Node, shared: Container[Node]) -> bool:
-        """Whether a node takes scores by an index that was ranked from the same scores."""
+    def are_picked(self, node: Node, shared: Container[Node]) -> bool:
+        """Whether a node takes scores by an index that was ranked from the same scores, or the best of them."""
+        if node.target in _BEST:
+            return node.all_input_nodes[0] in self._ranked
         if node.target not in _GATHER:
             return False
         scores, *others = node.all_input_nodes

@@ -38,7 +38,8 @@ class Site:
     can shift the layer's outputs and nothing else, its bias or the mean of the batch norm after it, or None. source:
     name of what its input is; sites with the same source have the same inputs. None: not known. view, bias_view: how
     weight and bias lie in the tensors of these names, None: they are the whole tensors. part: which part of the
-    parameter, "[0:16]", where it holds several weights; the name ends in it.
+    parameter, "[0:16]", where it holds several weights; the name ends in it. is_router: its output only picks which
+    rows later layers see.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Site:
     view: WeightView | None = None
     bias_view: WeightView | None = None
     part: str = ""
+    is_router: bool = False
 
     @property
     def stored_name(self) -> str:
@@ -156,6 +158,7 @@ class Walker(Protocol):
     units: tuple[Unit, ...]
     float_parameters: tuple[FloatParameter, ...]
     notes: list[str]
+    rows: Mapping[str, float]
 
     def tensor(self, name: str) -> Tensor:
         """Parameter or buffer by its name in the model's state dict."""

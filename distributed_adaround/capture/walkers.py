@@ -37,15 +37,18 @@ def make_walker(
     if isinstance(model, ExportedProgram):
         with phase(comm, "capture the model"):
             return GraphWalker(capture(straight_line(model)), store)
+    logger.info("looking at the shapes of the calibration data")
     with phase(comm, "read the calibration data"):
         own = microbatches.kinds()
     first_of = _first_of_kinds(comm.all_gather_object(own))
     example = _example(first_of, microbatches, comm)
+    logger.info("exporting the model as a graph")
     with phase(comm, "capture the model"):
         try:
             # Only what torch and the model do is tried here: an error of our own in reading the graph is not hidden.
             graph = _graph(model, _beside(model, example), first_of)
             reason = None
+            logger.info("checking the graph on %d shapes of data", len(first_of))
             for index in first_of.values():
                 if index in microbatches.owned:
                     _check_same_output(model, graph, microbatches.load(index), index)
@@ -60,6 +63,7 @@ def make_walker(
             return GraphWalker(capture(graph), store)
         module = model.to(store.device).eval()
         layers, _ = find_layers(module)
+        logger.info("finding the layers by hooks")
         calls = count_calls(module, layers, microbatches, store.device)
     return ReplayWalker(module, together(comm.all_gather_object(calls)), reason, store)
 

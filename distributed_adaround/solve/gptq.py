@@ -10,10 +10,9 @@ from distributed_adaround.solve.by_channel import ChannelProblem, ChannelSolutio
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 from distributed_adaround.spec.rounding import RoundingSpec
 
-
-# Channels are tried at scales from this share of the observer's to that one. An observer minimizes the rounding of single
-# weights: here other weights make up for one that is clipped, so that less is better; but an observer also clips what
-# large inputs depend on (the mse observer 25 % and more off the range of SmolLM2's weights), so that more is better.
+# Channels are tried at scales from this share of the observer's to that one. An observer minimizes the rounding of
+# single weights: here other weights make up for one that is clipped, so that less is better; but an observer also clips
+# what large inputs depend on (of SmolLM2's weights mse leaves 0.65 of the range), so that more is better.
 _LEAST_SHARE, _LARGEST_SHARE = 0.85, 1.4
 
 

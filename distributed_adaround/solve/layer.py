@@ -35,6 +35,8 @@ _FEW = 1e-3
 _LARGE, _BLOCK, _STEPS = 4096, 32, 4
 # So many times the calibration error is more than a trial with fewer samples and less effort explains.
 _PARTED = 2.0
+# A relative error that is none.
+_NO_ERROR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class LayerResult:
     @property
     def warning(self) -> str:
         """What of these figures should make a user look again; nothing: none."""
-        if self.held_out_error > _PARTED * max(self.hard_error, 1e-12):
-            return f"on samples left out its error is {self.held_out_error / max(self.hard_error, 1e-12):.1f} times as large"
-        inputs = self.codes.shape[2]
+        inputs, parted = self.codes.shape[2], self.held_out_error / max(self.hard_error, _NO_ERROR)
+        if parted > _PARTED:
+            return f"on samples left out its error is {parted:.1f} times as large"
         if self.rows < inputs:
             return f"it was learned from {self.rows} rows, fewer than its {inputs} inputs"
         if self.effective_rows < inputs:
-            return f"its {self.rows} rows are worth {self.effective_rows:.0f} independent ones, fewer than its {inputs} inputs"
+            worth = f"its {self.rows} rows are worth {self.effective_rows:.0f} independent ones"
+            return f"{worth}, fewer than its {inputs} inputs"
         return ""
 
 
@@ -315,7 +318,7 @@ def _expected_change(problem: LayerProblem, rounded: Tensor, moments: FoldedMome
 
 def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance, `(2, O)` float64, of the float and of the rounded layer's outputs, without the bias; and the
-    share `(O,)` of the difference of the means that is more than its spread between microbatches (James and Stein 1961).
+    share `(O,)` of the difference of the means that is more than its spread between microbatches (James and Stein).
 
     Over all rows of all ranks, with the same bits on any number of them: each microbatch has a place of its own in what
     is summed. Where no bias is corrected, the mean square takes the place of the variance.

@@ -23,7 +23,6 @@ from distributed_adaround.runtime.comm import Comm
 from distributed_adaround.solve.evaluate import channel_sums, non_finite_error
 from distributed_adaround.solve.problem import LayerProblem
 
-
 # Folds of a layer: as many sums are held and sent. Of large layers the least number that shows a spread.
 _FOLDS, _LARGE_FOLDS, _LARGE = 4, 2, 4096
 

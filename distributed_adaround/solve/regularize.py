@@ -97,7 +97,7 @@ def _by_spectrum(
     energies = scale.new_zeros(number, *scale.shape)
     vectors = torch.empty(0)
     for fold in range(comm.rank, number, comm.world_size):
-        _, found = shrinkage.eigenvectors(shrinkage.scaled(around(moments.without(fold)).second, scale))
+        found = shrinkage.eigenvectors(shrinkage.scaled(around(moments.without(fold)).second, scale))
         energies[fold] = shrinkage.energy_along(found, shrinkage.scaled(around(moments.fold(fold)).second, scale))
         vectors = found if fold == 0 else vectors
     energies = comm.all_reduce(energies)
@@ -105,7 +105,7 @@ def _by_spectrum(
     values = shrinkage.isotonic((shares[:, None, None] * energies).sum(dim=0)).clamp(min=_LEAST_EIGENVALUE)
     found, other = torch.zeros_like(correlation), torch.zeros_like(trial)
     if comm.rank == number % comm.world_size:
-        found = shrinkage.from_spectrum(shrinkage.eigenvectors(correlation)[1], values)
+        found = shrinkage.from_spectrum(shrinkage.eigenvectors(correlation), values)
     if comm.rank == 0:
         other = shrinkage.from_spectrum(vectors, values)
     return comm.all_reduce(found), comm.all_reduce(other)

@@ -91,9 +91,14 @@ class QuantizeSpec(Section):
     input."""
     percentile: Percentile = _DEFAULT_PERCENTILE
     """Share of the weights, in percent, that observer: percentile keeps in range."""
+    keep_zeros: bool = False
+    """Weights that are exactly 0 stay 0: a pruned network (2:4, say) keeps its pattern, with every solver."""
     ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field([])
     """Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular expression that must
     match from the start of the layer name."""
+    routers: bool = False
+    """Whether layers whose output only picks experts are quantized too. They are small, and an error of theirs sends
+    tokens to other experts."""
     overrides: list[Override] = Field([])
     """Other formats for some layers, applied in order; where several match, the later one wins."""
 
@@ -145,7 +150,8 @@ class QuantizeSpec(Section):
 def _matches(pattern: str, name: str, module_class: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
-    return pattern in (name, module_class)
+    # Parts of one parameter, "w[0:16]", also go by its name.
+    return pattern in (name, name.partition("[")[0], module_class)
 
 
 def _merged(fields: Mapping[str, Any], override: Override) -> dict[str, Any]:

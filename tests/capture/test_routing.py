@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from walks import close, commit_weight, inputs_of, reach, rounded, sites_of, walker_for
 
 from distributed_adaround import quantize
-from distributed_adaround.capture.graph import capture, export_model, straight_line
+from distributed_adaround.capture.exported import export_model, straight_line
+from distributed_adaround.capture.graph import capture
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 

@@ -14,10 +14,16 @@ from toy_solving import with_quadratic
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.numerics.moments import Moments
-from distributed_adaround.runtime.comm import SoloComm
+from distributed_adaround.runtime.comm import Comm, SoloComm
 from distributed_adaround.solve import measure as measure_file
-from distributed_adaround.solve.measure import SharedMoments, measure
+from distributed_adaround.solve.measure import SharedMoments
+from distributed_adaround.solve.measure import measure as measure_folds
 from distributed_adaround.solve.problem import LayerProblem
+
+
+def measure(problem: LayerProblem, comm: Comm) -> Moments:
+    """Of all folds together."""
+    return measure_folds(problem, comm).whole
 
 
 def rows_of(problem: LayerProblem, x: Tensor) -> Tensor:

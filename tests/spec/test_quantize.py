@@ -68,6 +68,10 @@ def test_matching_by_class_by_name_and_by_pattern() -> None:
         ("x", "Conv"),
     ]
     assert all(spec.for_layer(*layer) is not None for layer in kept)
+    parts = QuantizeSpec(ignore=["a.in_proj_weight", "experts[1]"])
+    assert parts.for_layer("a.in_proj_weight[0:8]", "MultiheadAttention") is None
+    assert parts.for_layer("experts[1]", "Experts") is None
+    assert parts.for_layer("experts[0]", "Experts") is not None
 
 
 def test_the_later_override_wins_and_ignore_wins_over_all() -> None:
