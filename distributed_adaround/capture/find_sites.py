@@ -39,7 +39,7 @@ class UnitCalls:
     def rows(self) -> float:
         """Of all calls together, in the microbatch of the export."""
         elements = sum(_num_elements(call.node.meta.get("val")) for call in self.calls)
-        return elements / self.unit.site.geometry.out_channels
+        return elements / self.unit.sites[0].geometry.out_channels
 
 
 def _num_elements(value: object) -> float:
