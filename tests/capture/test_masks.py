@@ -109,6 +109,26 @@ def test_masks_follow_their_rows_through_shapes_and_stop_where_they_end(attends:
     assert attends or found["pooled"] is None
 
 
+def test_rows_in_another_order_have_no_mask() -> None:
+    class Sorted(nn.Module):
+        """Tokens sorted by their first number, as for experts, are as many as before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            flat = self.a(x).reshape(-1, 8)
+            order = flat[:, 0].argsort()
+            rows = self.b(flat[order])
+            back = torch.zeros_like(flat).index_add(0, order, rows)
+            return self.c(back.view(x.shape)) * attention_mask[..., None]
+
+    found = masks_found(Sorted(), {"x": torch.randn(N, T, 8), "attention_mask": MASK}, MASK)
+    assert found["b"] is None
+    assert found["a"] is found["c"] is MASK
+
+
 def test_a_mask_that_the_model_does_not_take_belongs_to_the_only_input_of_its_shape() -> None:
     class Rows(nn.Module):
         def __init__(self) -> None:

@@ -24,6 +24,7 @@ from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
+from distributed_adaround.errors import InputError
 from distributed_adaround.runtime.comm import SoloComm
 
 QUICK: dict[str, Any] = {"dtype": "int4", "solver": "nearest", "progress": False}
@@ -124,8 +125,9 @@ def test_ranks_agree_on_the_walker_and_learn_what_one_rank_learns(pool: RankPool
         assert all(torch.equal(found[name], tensor) for name, tensor in alone.items())
 
 
-def walker_of(model: nn.Module, data: list[Any]) -> Any:
-    return make_walker(model.eval(), Microbatches.of_list(data, SoloComm(), sharded=False), plenty(), SoloComm())
+def walker_of(model: Any, data: list[Any]) -> Any:
+    model = model.eval() if isinstance(model, nn.Module) else model
+    return make_walker(model, Microbatches.of_list(data, SoloComm(), sharded=False), plenty(), SoloComm())
 
 
 def test_one_check_for_each_kind_of_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +143,33 @@ def test_one_check_for_each_kind_of_shape(monkeypatch: pytest.MonkeyPatch) -> No
     walker = walker_of(Model(lambda m, x: m.o(m.a(x))), data)
     assert isinstance(walker, GraphWalker)
     assert checked == [0, 2, 4]
+
+
+def test_a_program_refuses_sizes_at_which_its_model_branches() -> None:
+    model, data = case("length")
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    walker = walker_of(torch.export.export(model, (data[0],), dynamic_shapes={"x": sizes}, strict=False), data)
+    with pytest.raises(
+        InputError, match=r"microbatch 2: .* 'x' with sizes 2 to 8 in dimension 1, .* pad or cut"
+    ):
+        walker.start(Microbatches.of_list(data, SoloComm(), sharded=False))
+    walker.start(Microbatches.of_list([*data[:2], torch.randn(1, 4, 8)], SoloComm(), sharded=False))
+
+
+def test_what_hooks_do_not_reach_is_said() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.r = nn.Linear(8, 8), nn.GRU(8, 8, batch_first=True)
+            self.m = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.r(self.a(x))[0]
+            return self.m(x, x, x)[0] if x.sum() > 0 else self.m(x, x + 1, x)[0]
+
+    reasons = {p.name: p.reason for p in walker_of(Hidden(), [torch.randn(2, 3, 8)]).float_parameters}
+    assert reasons["r.weight_hh_l0"] == "torch's GRU computes with it where hooks do not reach"
+    assert reasons["m.in_proj_weight"] == "torch's MultiheadAttention computes with it where hooks do not reach"
 
 
 def in_place(m: Any, x: Tensor) -> Tensor:
