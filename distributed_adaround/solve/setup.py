@@ -103,7 +103,7 @@ def _trial(problem: LayerProblem, expects: Expected) -> Trial | None:
     outputs = torch.arange(groups * channels, device=problem.device).view(groups, channels)[place].flatten()
     known = quadratic_of(weight, expects.trial_second, expects.trial_cross, problem.asymmetry)
     part = replace(problem, weight=weight, grid=problem.grid.part(place), quadratic=known)
-    return Trial(part, held_out, outputs)
+    return Trial(part, held_out, outputs, max(1.0, expects.effective_rows * expects.held_out_share))
 
 
 def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tensor | None = None) -> Grid:
