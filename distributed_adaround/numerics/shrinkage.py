@@ -7,7 +7,7 @@ rows it was taken from; rounding that trusts the small ones fits noise. Folds te
 on each other (tokens of one text): the eigenvectors of all folds but one, and what the fold left out shows along them.
 
 Everything works on correlations, A scaled to a diagonal of ones: inputs of large energy would otherwise decide alone.
-The diagonal itself stays as it was measured.
+The energies, its diagonal, move towards their mean by what of their differences is noise.
 """
 
 from collections.abc import Iterable, Iterator
@@ -102,15 +102,35 @@ def toward_diagonal(correlation: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(correlation, diagonal, share.view(-1, 1, 1))
 
 
-def unscaled(correlation: Tensor, second: Tensor) -> Tensor:
-    """A correlation `(G, J, J)` with the diagonal of A. Silent inputs, which nobody can judge, go with no other one and
-    have the median energy of those that do speak: their weights stay near nearest rounding, and hold the scale."""
-    diagonal = second.diagonal(dim1=1, dim2=2)
-    speaks = diagonal > 0
-    median = torch.where(speaks, diagonal, torch.nan).nanmedian(dim=1, keepdim=True).values
+def expected_energies(measured: Tensor, folds: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """Mean squares `(G, J)` of the inputs as other rows would show them: drawn towards their geometric mean, on a
+    logarithmic axis, by the share of their spread that is noise (James and Stein 1961). Silent inputs stay silent.
+
+    measured: of all rows. folds: of at least 2, each with its share of the rows.
+    """
+    speaks = measured > 0
+    each, noise, number = torch.where(speaks, measured, 1.0), torch.zeros_like(measured), 0
+    for fold, share in folds:
+        noise += (share * (fold / each - 1)).square()
+        number += 1
+    count = speaks.sum(dim=1, keepdim=True).clamp(min=1)
+    noise = torch.where(speaks, noise, 0.0).sum(dim=1, keepdim=True) / count * number / (number - 1)
+    logs = each.log()
+    mean = torch.where(speaks, logs, 0.0).sum(dim=1, keepdim=True) / count
+    spread = torch.where(speaks, logs - mean, 0.0).square().sum(dim=1, keepdim=True) / count
+    kept = torch.where(noise < spread, 1 - noise / spread, 0.0)
+    return torch.where(speaks, (mean + kept * (logs - mean)).exp(), 0.0)
+
+
+def unscaled(correlation: Tensor, energies: Tensor) -> Tensor:
+    """A correlation `(G, J, J)` with energies `(G, J)` on its diagonal. Silent inputs, which nobody can judge, go with
+    no other one and have the median energy of those that do speak: their weights stay near nearest rounding, and hold
+    the scale."""
+    speaks = energies > 0
+    median = torch.where(speaks, energies, torch.nan).nanmedian(dim=1, keepdim=True).values
     # Of a group that is silent altogether every weight counts the same.
     filling = torch.where(speaks, 0.0, torch.where(median.isnan(), 1.0, median))
-    return scaled(correlation, torch.where(speaks, diagonal.sqrt(), 0.0)) + torch.diag_embed(filling)
+    return scaled(correlation, torch.where(speaks, energies.sqrt(), 0.0)) + torch.diag_embed(filling)
 
 
 @contextmanager

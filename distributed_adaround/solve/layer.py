@@ -35,6 +35,8 @@ _FEW = 1e-3
 _LARGE, _BLOCK, _STEPS = 4096, 32, 4
 # So many times the calibration error is more than a trial with fewer samples and less effort explains.
 _PARTED = 2.0
+# What a trial on one row may show by chance, as a share of the error; on more rows so much less.
+_CHANCE = 0.5
 # A relative error that is none.
 _NO_ERROR = 1e-9
 
@@ -202,8 +204,8 @@ class Tried:
 
     @property
     def learned_wins(self) -> bool:
-        """By more than the few rows left out may show by chance: their share of the error, one over their number."""
-        return bool(self.learned.sum() < self.nearest.sum() * (1 - 1 / self.trial.effective_rows))
+        """By more than the few rows left out may show by chance."""
+        return bool(self.learned.sum() < self.nearest.sum() * (1 - _CHANCE / self.trial.effective_rows))
 
     def relative(self, solved: OutputErrors, problem: LayerProblem, *, nearest: bool) -> float:
         """Distance from the float outputs over their energy. solved: what the layer's data show of both."""

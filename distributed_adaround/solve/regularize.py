@@ -2,7 +2,7 @@
 numerics/shrinkage.py; here they are taken, each decomposition by one of the ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,21 +54,27 @@ def expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: Co
 def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: Comm) -> Expected:
     whole = moments.whole
 
-    def around(part: Moments) -> Moments:
-        return part.centred(whole.mean, whole.cross_mean, dtype) if centred else part
+    def around(part: Moments, of: Moments = whole) -> Moments:
+        """Around the means of some rows: of those that are looked at no mean may tell."""
+        return part.centred(of.mean, of.cross_mean, dtype) if centred else part
 
     number, every = len(moments.rows), around(whole)
     scale = shrinkage.correlation_scale(every.second)
     if number < 2:
-        # Nothing tells how far the samples can be trusted: each input is judged by its own energy alone.
-        second = torch.diag_embed(every.second.diagonal(dim1=1, dim2=2).clone())
-        second = shrinkage.unscaled(shrinkage.scaled(second, scale), every.second)
-        return Expected(second, None, None, None, None, 1.0, whole.num_rows)
+        # Nothing tells how far the samples can be trusted: all inputs that speak count the same, each for itself.
+        same = (_diagonal(every) > 0).to(scale.dtype)
+        return Expected(shrinkage.unscaled(torch.diag_embed(same), same), None, None, None, None, 1.0, whole.num_rows)
+
+    def energies(of: Moments, rest: Sequence[int]) -> Tensor:
+        parts = ((_diagonal(around(moments.fold(k))), moments.rows[k] / of.num_rows) for k in rest)
+        return shrinkage.expected_energies(_diagonal(of), parts) if len(rest) > 1 else (_diagonal(of) > 0).to(scale)
+
     folds = ((around(moments.fold(k)), moments.rows[k] / whole.num_rows) for k in range(number))
     correlation = shrinkage.scaled(every.second, scale)
     noise, rows = shrinkage.share_of_noise(correlation, ((shrinkage.scaled(f.second, scale), w) for f, w in folds))
-    held_out, others = around(moments.fold(0)), around(moments.without(0))
-    trial = shrinkage.scaled(others.second, scale)
+    known = moments.without(0)
+    held_out, others = around(moments.fold(0), known), around(known, known)
+    trial = shrinkage.scaled(others.second, shrinkage.correlation_scale(others.second))
     if correlation.shape[1] > shrinkage.SPECTRAL_INPUTS or float(noise.max()) < _LITTLE_NOISE:
         more = (noise * whole.num_rows / others.num_rows).clamp(max=1.0)
         correlation, trial = shrinkage.toward_diagonal(correlation, noise), shrinkage.toward_diagonal(trial, more)
@@ -76,9 +82,9 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         correlation, trial = _by_spectrum(moments, around, scale, correlation, trial, comm)
     trust = _trust_in_cross(moments, around, every, scale)
     return Expected(
-        second=shrinkage.unscaled(correlation, every.second),
+        second=shrinkage.unscaled(correlation, energies(every, range(number))),
         cross=None if every.cross is None else trust * every.cross,
-        trial_second=shrinkage.unscaled(trial, every.second),
+        trial_second=shrinkage.unscaled(trial, energies(others, range(1, number))),
         trial_cross=None if others.cross is None else trust * others.cross,
         held_out=held_out,
         effective_rows=min(float(rows.min()), float(whole.num_rows)),
@@ -86,9 +92,14 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
     )
 
 
+def _diagonal(moments: Moments) -> Tensor:
+    """Mean squares of the inputs, `(G, J)`."""
+    return moments.second.diagonal(dim1=1, dim2=2)
+
+
 def _by_spectrum(
     moments: FoldedMoments,
-    around: Callable[[Moments], Moments],
+    around: Callable[[Moments, Moments], Moments],
     scale: Tensor,
     correlation: Tensor,
     trial: Tensor,
@@ -104,8 +115,10 @@ def _by_spectrum(
     energies = scale.new_zeros(number, *scale.shape)
     vectors = torch.empty(0)
     for fold in range(comm.rank, number, comm.world_size):
-        found = shrinkage.eigenvectors(shrinkage.scaled(around(moments.without(fold)).second, scale))
-        energies[fold] = shrinkage.energy_along(found, shrinkage.scaled(around(moments.fold(fold)).second, scale))
+        others = moments.without(fold)
+        found = shrinkage.eigenvectors(shrinkage.scaled(around(others, others).second, scale))
+        left_out = around(moments.fold(fold), others).second
+        energies[fold] = shrinkage.energy_along(found, shrinkage.scaled(left_out, scale))
         vectors = found if fold == 0 else vectors
     energies = comm.all_reduce(energies)
     shares = torch.tensor(moments.rows, dtype=scale.dtype, device=scale.device) / sum(moments.rows)
