@@ -118,6 +118,10 @@ def _plan(options: argparse.Namespace) -> None:
     from distributed_adaround.plan import plan_job
 
     plan = plan_job(spec, _folder(options.job), options.ranks)
+    print(plan.coverage)
+    if plan.coverage.warning:
+        print(f"Warning: {plan.coverage.warning}")
+    print()
     header = ("layer", "kind", "shape", "format", "rows", "seconds")
     rows = [
         (x.name, x.kind, "x".join(map(str, x.shape)), x.format or "float", f"{x.rows:,}", f"{x.seconds:.1f}")

@@ -25,9 +25,11 @@ from distributed_adaround.export.result import Exporter, ExportResult, exporters
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.report.console import Progress
+from distributed_adaround.report.coverage import Coverage
 from distributed_adaround.report.job_log import EventLog, JobLog
 from distributed_adaround.report.status import JobStatus
 from distributed_adaround.report.table import LayerTable
+from distributed_adaround.report.time_left import LayerCost
 from distributed_adaround.rounding import NetworkResult, NetworkRounder
 from distributed_adaround.runtime.comm import Comm, phase
 from distributed_adaround.runtime.context import RankContext, process_group
@@ -72,7 +74,9 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
+        logger.info("listing the calibration data")
         manifest = _deal_data(spec.data, comm)
+        logger.info("loading the model")
         with phase(comm, "load the model"):
             opened = open_model(spec.model, folder)
             _check_batch_size(opened, manifest)
@@ -90,6 +94,7 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
                 loader, _converter(spec.data, opened, folder), transformed=spec.data.transform is not None
             )
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
+        tell_coverage(captured, comm)
         chosen = exporters(spec.output.formats)
         for exporter in chosen:
             exporter.check(captured.planned)
@@ -110,7 +115,7 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
         with stop.deferred():
             commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, result_files(), job.comm)
             with phase(job.comm, "write to the output"):
-                log = _open_log(job, len(commits.names))
+                log = _open_log(job, len(commits.names), started)
             with log:
                 result = NetworkRounder(spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
             with phase(job.comm, "write the results"):
@@ -150,13 +155,13 @@ def _converter(
     data: DataSpec, opened: OpenedModel, folder: Path | None
 ) -> Callable[[Mapping[str, Tensor]], ModelInputs]:
     """From a microbatch's fields to the model's arguments."""
-    name, parameters = data.transform, opened.parameters
+    name, parameters, dtype = data.transform, opened.parameters, opened.dtype
     transform = None if name is None else load_callable(name, folder)
 
     def convert(batch: Mapping[str, Tensor]) -> ModelInputs:
         if transform is not None and name is not None:
             batch = call_transform(transform, name, batch)
-        return bind_inputs(batch, parameters, data.mask_field)
+        return bind_inputs(batch, parameters, data.mask_field).narrowed(dtype)
 
     return convert
 
@@ -169,18 +174,42 @@ def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
         raise InputError(f"{what}: {remedy}, or export with a dynamic batch")
 
 
-def _open_log(job: PreparedJob, layers_done: int) -> JobLog:
+def coverage(captured: CapturedModel) -> Coverage:
+    """Which share of the parameters the job quantizes."""
+    quantized = [site for planned in captured.planned if planned.format is not None for site in planned.sites]
+    return Coverage.of([site.geometry.weight_shape for site in quantized], captured.float_parameters)
+
+
+def tell_coverage(captured: CapturedModel, comm: Comm) -> None:
+    """Among the first lines of a job, and in a script too: by rank 0."""
+    found = coverage(captured)
+    if comm.rank == 0:
+        logger.info("%s", found)
+        if found.warning:
+            logger.warning("%s", found.warning)
+
+
+def layer_costs(captured: CapturedModel) -> list[LayerCost]:
+    """Of the layers that are quantized, in the order of the walk. Those of one unit share its rows."""
+    costs = []
+    for planned in captured.planned:
+        rows = captured.walker.rows.get(planned.unit.name, 1.0) / len(planned.sites)
+        for site in planned.sites if planned.format is not None else ():
+            inputs, outputs = float(site.geometry.inputs_per_output), float(site.geometry.out_channels)
+            costs.append(LayerCost(rows * inputs * outputs, inputs**2 * outputs))
+    return costs
+
+
+def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:
     """The job's listener; rank 0 shows progress and keeps the status."""
     spec, captured, rank = job.spec, job.captured, job.comm.rank
     progress = None
     if rank == 0:
-        shapes = [s.geometry for planned in captured.planned if planned.format is not None for s in planned.sites]
-        costs = [float(shape.out_channels * shape.inputs_per_output) for shape in shapes]
-        progress = Progress(len(costs), costs=costs)
+        progress = Progress(captured.num_layers, costs=layer_costs(captured))
     if layers_done:
         logger.info("%d finished layers found in the output; the job goes on after them", layers_done)
     status = JobStatus(spec.output.uri, spec.job_digest(), captured.num_layers, rank)
-    log = JobLog(progress, EventLog(spec.output.uri, rank), status)
+    log = JobLog(progress, EventLog(spec.output.uri, rank), status, started)
     log.job_started(
         captured.num_layers,
         layers_done,
@@ -208,6 +237,7 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
         "layers": result.table.to_dicts(),
         "totals": result.table.totals.to_dict(),
         "output_error": result.output_error,
+        "coverage": result.table.coverage.share,
         "float_parameters": described,
         "notes": list(job.captured.walker.notes),
         "world_size": job.comm.world_size,

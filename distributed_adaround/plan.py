@@ -14,7 +14,8 @@ from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.open import PlannedUnit
 from distributed_adaround.capture.sites import Batch, FloatParameter, Site
 from distributed_adaround.formats import LayerFormat
-from distributed_adaround.job import PreparedJob, prepare
+from distributed_adaround.job import PreparedJob, coverage, prepare
+from distributed_adaround.report.coverage import Coverage
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.experts import ChosenRows, choose_rows
@@ -51,6 +52,7 @@ class JobPlan:
 
     layers: tuple[LayerPlan, ...]
     float_parameters: tuple[FloatParameter, ...]
+    coverage: Coverage
     notes: tuple[str, ...]
     samples_per_rank: tuple[int, ...]
     activation_bytes: int
@@ -71,6 +73,7 @@ def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
         return JobPlan(
             layers=layers,
             float_parameters=job.captured.float_parameters,
+            coverage=coverage(job.captured),
             notes=tuple(job.captured.walker.notes),
             samples_per_rank=samples,
             activation_bytes=int(trial.frontier_bytes * trial.rank_share) + max(layer.cache_bytes for layer in layers),

@@ -6,6 +6,8 @@ Job files (`job.py`) and Python callers (`api.py`) meet here.
 """
 
 import functools
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.capture.open import CapturedModel
-from distributed_adaround.capture.sites import Batch, Site, Unit, Walker
+from distributed_adaround.capture.sites import Batch, FloatParameter, Site, Unit, Walker
 from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import StoppedError, naming_layer
@@ -31,18 +33,24 @@ from distributed_adaround.solve.record import LayerFigures, LayerRecord
 from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
 from distributed_adaround.spec.job import MethodSpec
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class NetworkResult:
     """Records of all quantized layers in the order of the walk. output_error: squared error of the model's outputs over
-    their squared values, on the calibration data; NaN where the walk does not see the outputs."""
+    their squared values, on the calibration data; NaN where the walk does not see the outputs. held_out_output_error:
+    on other data, NaN without any. float_parameters: what stayed in float, and why."""
 
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
+    held_out_output_error: float = math.nan
+    float_parameters: tuple[FloatParameter, ...] = ()
 
     @property
     def table(self) -> LayerTable:
-        return LayerTable(record.figures for _, record in self.records if record.figures is not None)
+        rows = (record.figures for _, record in self.records if record.figures is not None)
+        return LayerTable(rows, self.float_parameters, self.output_error, self.held_out_output_error)
 
 
 @dataclass(frozen=True)
@@ -60,15 +68,17 @@ class NetworkRounder:
         """Round all layers, apart from those that are committed already. A collective. Raises StoppedError when a
         signal asked one of the ranks to stop; finished layers are committed."""
         walker = captured.walker
+        logger.info("reading the calibration data")
         with phase(self.comm, "read the calibration data"):
             walker.start(microbatches)
         records: list[tuple[Site, LayerRecord]] = []
         for planned in captured.planned:
             if planned.format is None:
-                walker.commit(planned.unit, {})
+                self._pass(walker, planned.unit, {})
                 continue
             records += self._finish_unit(captured, planned.unit, planned.format, microbatches.total)
-        return NetworkResult(tuple(records), self._output_error(walker, microbatches.total))
+        error = self._output_error(walker, microbatches.total)
+        return NetworkResult(tuple(records), error, float_parameters=captured.float_parameters)
 
     def _finish_unit(
         self, captured: CapturedModel, unit: Unit, layer_format: LayerFormat, total: int
@@ -77,7 +87,12 @@ class NetworkRounder:
         walker = captured.walker
         records: list[tuple[Site, LayerRecord]] = []
         tensors: dict[str, Tensor] = {}
-        reach = functools.cache(lambda: walker.reach(unit))
+
+        @functools.cache
+        def reach() -> list[Batch]:
+            with phase(self.comm, f"reach layer {unit.name}"):
+                return walker.reach(unit)
+
         for site in unit.sites:
             with naming_layer(site.name):
                 record = self._finish(captured, unit, site, layer_format, reach, total)
@@ -88,8 +103,13 @@ class NetworkRounder:
             if record.shift is not None:
                 assert site.shift_name is not None
                 tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), record.shift)
-        walker.commit(unit, tensors)
+        self._pass(walker, unit, tensors)
         return records
+
+    def _pass(self, walker: Walker, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+        """Ranks have data of their own, so a forward may fail on one of them alone."""
+        with phase(self.comm, f"pass layer {unit.name}"):
+            walker.commit(unit, tensors)
 
     def _finish(
         self,
@@ -175,11 +195,12 @@ class NetworkRounder:
 
     def _output_error(self, walker: Walker, total: int) -> float:
         sums = torch.zeros(total, 2, dtype=torch.float64)
-        for index, before, after in walker.finish():
-            # Row by row, since logits are large: other ways to sum squares make copies or take ten times as long.
-            wide = torch.promote_types(before.dtype, torch.float32)
-            norms = [torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in (after - before, before)]
-            sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
+        with phase(self.comm, "run the end of the model"):
+            for index, before, after in walker.finish():
+                # Row by row, since logits are large: other ways to sum squares make copies or take ten times as long.
+                wide = torch.promote_types(before.dtype, torch.float32)
+                norms = [torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in (after - before, before)]
+                sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")
 

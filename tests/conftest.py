@@ -28,12 +28,20 @@ if TYPE_CHECKING:
     from rank_pool import RankPool
 
 
+def _silence() -> None:
+    """The program's logger as a library finds it. Not as it was before the test: a fixture of wider scope may have run
+    the command line, and to a logger that does not propagate pytest adds its own handler."""
+    logger = logging.getLogger("distributed_adaround")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+
+
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Fixed seeds; environment, working folder, the program's logger, the credentials it has seen, torch's global
-    settings and process group as they were."""
-    logger = logging.getLogger("distributed_adaround")
-    logging_before = (list(logger.handlers), logger.level, logger.propagate)
+    """Fixed seeds; the program's logger untouched; environment, working folder, the credentials the program has seen,
+    torch's global settings and process group as they were."""
+    _silence()
     secrets_before = set(errors._secrets)
     environment, folder = dict(os.environ), os.getcwd()
     # No test is a rank of some torchrun above it.
@@ -47,10 +55,11 @@ def _clean_state() -> Iterator[None]:
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    logger.handlers[:], logger.level, logger.propagate = logging_before
+    _silence()
     errors._secrets.clear()
     errors._secrets.update(secrets_before)
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports for seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(num_threads)
     os.chdir(folder)

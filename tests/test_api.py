@@ -6,6 +6,8 @@ import copy
 import logging
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from toy_formats import layer_format
 
 import distributed_adaround
@@ -278,6 +281,139 @@ def test_a_model_that_cannot_be_copied() -> None:
     assert quantize(model, data(1), **{**QUICK, "max_iter": 5}, inplace=True).model is model
 
 
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(3))
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(8, 4)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced: nn.Module = torch.jit.trace(nn.Linear(8, 4), torch.ones(1, 8))
+    return traced
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (lambda: "resnet18", "model is a str; name a model in a job file, or pass the torch.nn.Module itself"),
+        (lambda: nn.Linear, "model is a type; pass the torch.nn.Module itself"),
+        (lazy, "model has no shape yet for '0.weight'; run it once on a batch before"),
+        (on_meta, "model has 'weight' on the meta device, without values; load its weights before"),
+        (scripted, "whose layers are hidden; give the Python module before it"),
+    ],
+)
+def test_what_is_no_model_with_weights_is_refused(model: Callable[[], Any], line: str, inplace: bool) -> None:
+    with pytest.raises(InputError) as caught:
+        quantize(model(), data(1), **QUICK, inplace=inplace)
+    assert str(caught.value).endswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"bits": 4}, "int4"),
+        ({"bits": 3}, "int3"),
+        ({"dtype": torch.int8}, "int8"),
+        ({"dtype": torch.quint8}, "quint8"),
+        ({"dtype": torch.float8_e4m3fn}, "float8_e4m3fn"),
+    ],
+)
+def test_words_of_other_tools_are_understood(fields: dict[str, Any], name: str) -> None:
+    _, table = quantize(nn.Linear(8, 4), data(1), solver="nearest", progress=False, **fields)
+    assert table[0].format == f"{name} per_channel_symmetric"
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"bits": 4, "dtype": "int8"}, "bits: given beside dtype"),
+        ({"bits": 16}, "bits: 16 is not a whole number from 2 to 8"),
+        ({"bits": "4"}, "bits: '4' is not a whole number from 2 to 8"),
+        ({"dtype": torch.int32}, "quantize.dtype: 'int32' "),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        quantize(nn.Linear(8, 4), data(1), **fields)
+    assert str(caught.value).startswith(line)
+
+
+def test_the_table_says_what_stayed_in_float_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="distributed_adaround"):
+        _, table = quantize(net(), data(), dtype="int4", solver="nearest", ignore=["first"], progress=False)
+    left = {parameter.name: parameter.reason for parameter in table.float_parameters}
+    assert left["first.weight"] == "ignored by quantize.ignore"
+    assert "in float stay first.weight" in caplog.text
+    assert str(table).startswith(f"{100 * table.coverage.share:.1f} % of ")
+    assert 0 < table.output_error < 1
+
+
+class Nested(nn.Module):
+    """One argument is a dict, one a list; it works in place on what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, named: dict[str, Tensor], listed: list[Tensor]) -> Tensor:
+        named["x"].mul_(2)
+        return self.head(self.first(named["x"] + listed[0]).relu() + listed[1])
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_tensors_in_dicts_and_lists_of_float64_stay_as_they_are(by_name: bool, hooks: bool) -> None:
+    class Branching(Nested):
+        def forward(self, named: dict[str, Tensor], listed: list[Tensor]) -> Tensor:
+            return super().forward(named, listed if named["x"].sum() > 0 else listed[::1])
+
+    torch.manual_seed(0)
+    model = (Branching if hooks else Nested)().eval()
+    given = [({"x": x.double()}, [x.double(), x.double() @ torch.ones(8, 16).double()]) for x in data(3)]
+    batches: list[Any] = [{"named": named, "listed": listed} for named, listed in given] if by_name else given
+    before = copy.deepcopy(batches)
+    _, table = quantize(model, batches, dtype="int4", solver="nearest", progress=False)
+    assert [row.name for row in table] == ["first", "head"]
+    assert 0 < table.output_error < 0.1
+    for found, expected in zip(tree_leaves(batches), tree_leaves(before), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_images_as_bytes_are_explained() -> None:
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"the data are uint8: make of them .* by data\.transform$"):
+        quantize(nn.Conv2d(3, 4, 3), [images], **QUICK)
+
+
+def test_a_pattern_for_a_module_that_stays_in_float_anyway_is_no_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with caplog.at_level(logging.WARNING, logger="distributed_adaround"):
+        quantize(model, data(1), dtype="int4", solver="nearest", ignore=["1", "Tanh", "other"], progress=False)
+    assert [line for line in caplog.messages if "pattern" in line] == [
+        "quantize: the pattern 'other' matches no layer of this model"
+    ]
+
+
+def test_a_model_without_layers_is_told_what_it_has() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    with pytest.raises(InputError, match=r"none of the model's 0 .* layers is to be quantized: scale 8: .*mul"):
+        quantize(Scaled(), data(1), **QUICK)
+
+
 def test_inside_a_group_of_one() -> None:
     model, batches = net(), data()
     alone = state_of(quantize(model, batches, **QUICK).model)
@@ -302,6 +438,11 @@ def in_a_group(kind: str) -> Any:
             quantize(model, batches[: 3 + rank], **fields)
         elif kind == "other model":
             quantize(net(seed=rank), batches, **fields)
+        elif kind == "a token too many on one rank":
+            # Of the same shape as the others, so that it is found when the walk comes to it.
+            torch.manual_seed(0)
+            tokens = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+            quantize(tokens, [torch.full((3, 5), 99 * rank)], **fields, sharded=True)
         elif kind == "bad batch on one rank":
             quantize(model, [*batches, "text"] if rank == 1 else batches, **fields)
         else:
@@ -330,6 +471,7 @@ def test_two_ranks_learn_what_one_rank_learns(pool: RankPool, alone: dict[str, T
         ("other counts", ["InputError: ranks pass [3, 4] batches"] * 2),
         ("other model", ["InputError: the model on ranks [1] has other weights than on rank 0"] * 2),
         ("bad batch on one rank", ["PeerError: rank 1 failed to read the batches", "InputError: a batch is a str"]),
+        ("a token too many on one rank", ["PeerError: rank 1 failed to reach layer 1", "microbatch 1"]),
         ("nothing anywhere", ["InputError: batches is empty"] * 2),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,24 @@ def test_run_is_the_default_command(finished: tuple[Path, "subprocess.CompletedP
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (folder / "out").iterdir()} == {*RESULTS, "status.json", "commits", "events"}
     table, where = ended.stdout.rstrip().split("\n\n")
-    assert table.startswith("int3 per_channel_symmetric, solver nearest\n")
-    assert [line.split()[0] for line in table.splitlines()[3:5]] == ["first", "second"]
+    coverage, title, *rows = table.splitlines()
+    assert re.fullmatch(r"\d\d\.\d % of \d+ parameters are quantized, in 2 layers", coverage)
+    assert title == "int3 per_channel_symmetric, solver nearest"
+    assert [line.split()[0] for line in rows[2:4]] == ["first", "second"]
+    assert "Error of the network's outputs: " in table
     assert where == f"Results are in {folder}/out"
     # Log lines only, one per layer; nothing of torch or others.
     assert all(" rank 0/1 INFO " in line for line in ended.stderr.splitlines()), ended.stderr
     assert ended.stderr.count(" of 2 ") == 2
+    # Nobody waits in silence: coverage before anything is solved, and what goes on until then.
+    told = [line.partition(" INFO ")[2] for line in ended.stderr.splitlines()]
+    assert told[0] == "listing the calibration data"
+    first = next(place for place, line in enumerate(told) if line.startswith("layer 1 of 2"))
+    assert coverage in told[:first]
+    assert re.fullmatch(r"first layer after \d+ s: first", told[first - 1])
+    assert {"loading the model", "exporting the model as a graph", "checking the graph on 2 shapes of data"} <= set(
+        told
+    )
 
 
 def test_validate_and_schema_need_no_torch(tmp_path: Path) -> None:
@@ -96,6 +109,8 @@ def test_plan_shows_the_job_and_writes_nothing(tmp_path: Path, capsys: pytest.Ca
     before = {p.name for p in tmp_path.iterdir()}
     assert cli.main(["plan", str(path), "--ranks", "3", "--set", "rounding.max_iter=50"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" parameters are quantized, in 3 layers")
+    lines = lines[[line.startswith("layer ") for line in lines].index(True) :]
     rows = {line.split()[0]: line.split() for line in lines[1:5]}
     assert list(rows) == ["conv", "depthwise", "up", "head"]
     # Outputs of 11 images: 6x6, 3x3 and 6x6 pixels, and one row each.

@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 TWO_TESTS = """
-import os, torch
+import logging, os, pytest, torch
+from distributed_adaround.runtime import logs
+
+@pytest.fixture(scope="session", autouse=True)
+def _ran_a_job():
+    logs.configure(0, 1, debug=True)
 
 def test_disturbs_everything(tmp_path):
+    assert logging.getLogger("distributed_adaround").handlers == []
+    logs.configure(0, 1)
     os.environ["LEFT_OVER"] = "1"
     os.chdir(tmp_path)
     torch.set_default_dtype(torch.float64)
@@ -17,7 +24,12 @@ def test_disturbs_everything(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     torch.rand(3)
 
-def test_finds_it_clean():
+def test_finds_it_clean(caplog):
+    logger = logging.getLogger("distributed_adaround")
+    assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)
+    logs.configure(0, 1)
+    logger.info("not for the root logger, nor for a handler that pytest puts on loggers that do not propagate")
+    assert caplog.records == []
     assert "LEFT_OVER" not in os.environ
     assert os.path.exists("test_two.py")
     assert torch.get_default_dtype() == torch.float32

@@ -16,7 +16,7 @@ from distributed_adaround.errors import InputError, first_line
 
 @dataclass(frozen=True)
 class Calls:
-    """per_microbatch: by index, how often each layer runs, in order of the first call. with_output_size: layers that
+    """per_microbatch: by index, how often each layer runs, in order of the last call. with_output_size: layers that
     are ever given an output_size."""
 
     per_microbatch: Mapping[int, Mapping[str, int]]
@@ -52,7 +52,7 @@ def count_calls(
     with_output_size: set[str] = set()
 
     def count(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] = counts.pop(name, 0) + 1  # behind the others: units stand in the order of their last calls
         if (args[1] if len(args) > 1 else kwargs.get("output_size")) is not None:
             with_output_size.add(name)
 
@@ -64,12 +64,12 @@ def count_calls(
             try:
                 run_once(module, inputs, device, seed=index)
             except Exception as error:
-                raise forward_failed(index, error) from error
+                raise forward_failed(index, error, inputs.hint) from error
     return Calls(found, frozenset(with_output_size))
 
 
-def forward_failed(index: int, error: Exception) -> InputError:
-    return InputError(f"the model's forward failed on microbatch {index}: {first_line(error)}")
+def forward_failed(index: int, error: Exception, hint: str = "") -> InputError:
+    return InputError(f"the model's forward failed on microbatch {index}: {first_line(error)}{hint}")
 
 
 def together(calls: Iterable[Calls]) -> Calls:

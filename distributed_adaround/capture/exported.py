@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from distributed_adaround.capture.contractions import einsum_table
 from distributed_adaround.capture.forward import undisturbed
+from distributed_adaround.capture.recurrent import any_length, open_recurrent
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 from distributed_adaround.model.source import fixed_batch_size
@@ -28,7 +29,7 @@ def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) 
     Raises InputError when the graph holds the example's batch size as a constant, and whatever torch.export raises.
     """
     example = _odd_batch(example)
-    with undisturbed(model), quiet_torch():
+    with undisturbed(model), quiet_torch(), any_length():
         program = torch.export.export(
             model, example.args, example.kwargs, dynamic_shapes=_dynamic_shapes(model, example, varying), strict=False
         )
@@ -37,17 +38,26 @@ def export_model(model: nn.Module, example: ModelInputs, varying: bool = False) 
     return program
 
 
+def export_as_it_is(model: nn.Module, example: ModelInputs) -> ExportedProgram:
+    """Export a module for inputs of exactly these sizes. Raises whatever torch.export raises."""
+    with undisturbed(model), quiet_torch(), any_length():
+        return torch.export.export(model, example.args, example.kwargs, strict=False)
+
+
 def straight_line(program: ExportedProgram) -> GraphModule:
     """The program as functional operations, one after the other, on the model's own tensors.
 
     Raises InputError when the graph holds control flow or other calls of submodules.
     """
-    with quiet_torch():
-        module = program.run_decompositions(einsum_table(program)).module(check_guards=False)
+    with quiet_torch(), any_length():
+        flat = program.run_decompositions(einsum_table(program))
+        module = flat.module(check_guards=False)
     assert isinstance(module, GraphModule)
     for node in module.graph.nodes:
         if node.op in ("call_module", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise InputError("its graph holds control flow that cannot be walked node by node")
+    open_recurrent(module)
+    module.meta["ranges"] = flat.range_constraints
     return module
 
 

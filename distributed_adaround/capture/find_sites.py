@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from distributed_adaround.capture.layer_calls import LayerCall, Operand, Operands, read_layers, read_table, unusable
 from distributed_adaround.capture.operations import layer_geometry, module_class, operation_name, what_follows
+from distributed_adaround.capture.recurrent import reads_along
 from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site, Unit, unusable_values
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.numerics.weight_view import WeightView
@@ -33,6 +34,20 @@ class UnitCalls:
     @property
     def repeats(self) -> bool:
         return len(self.calls) > 1
+
+    @property
+    def rows(self) -> float:
+        """Of all calls and sites together, in the microbatch of the export."""
+        elements = sum(_num_elements(call.node.meta.get("val")) for call in self.calls)
+        return elements / self.unit.sites[0].geometry.out_channels
+
+
+def _num_elements(value: object) -> float:
+    """Of the tensor that a node made while it was exported; sizes that depend on data count as 1."""
+    if not isinstance(value, Tensor):
+        return 1.0
+    hints = (size if isinstance(size, int) else size.node.hint for size in value.shape)
+    return math.prod(float(hint) if isinstance(hint, int) else 1.0 for hint in hints)
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class _Finder:
         self._readers: dict[str, list[tuple[Node, Node]]] = defaultdict(list)
         for node in nodes:
             for source in () if node in operands else node.all_input_nodes:
-                if source in operands:
+                if source in operands and not reads_along(node, source):
                     self._readers[operands.owner(source)].append((node, source))
 
     def found(self) -> Found:

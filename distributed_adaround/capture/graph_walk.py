@@ -29,6 +29,7 @@ from distributed_adaround.capture.find_sites import UnitCalls
 from distributed_adaround.capture.graph import CapturedGraph, attribute
 from distributed_adaround.capture.layer_calls import LayerCall
 from distributed_adaround.capture.lifetimes import COMMON, FLOAT, QUANTIZED, Lifetimes
+from distributed_adaround.capture.masks import MaskedRows, TokenMasks
 from distributed_adaround.capture.sites import Batch, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, first_line
@@ -41,7 +42,7 @@ class _Microbatch:
     """Live values of one microbatch: of each stream, and those that both share."""
 
     index: int
-    mask: Tensor | None
+    masks: TokenMasks
     size: int
     values: dict[str, Values] = field(default_factory=lambda: {FLOAT: {}, QUANTIZED: {}, COMMON: {}})
 
@@ -59,10 +60,12 @@ class GraphWalker:
         self.units = tuple(found.unit for found in graph.units)
         self.float_parameters = graph.float_parameters
         self.notes: list[str] = []
+        self.rows: Mapping[str, float] = {found.unit.name: found.rows for found in graph.units}
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._lifetimes = Lifetimes(graph.nodes, graph.units, graph.constant | graph.common)
         self._calls = {found.unit.name: found for found in graph.units}
         self._committed = _committed_constants(graph)
+        self._rows = MaskedRows(graph.nodes, graph.constant)
         self._held: list[_Microbatch] = []
         self._cursor = 0
         self._reached: Unit | None = None
@@ -83,8 +86,9 @@ class GraphWalker:
         self._held = []
         self._float_weights.clear()
         for index, inputs in microbatches:
-            batch = _Microbatch(index, inputs.mask, inputs.size)
-            for node, value in bind(self._graph.module, inputs, index).items():
+            bound = bind(self._graph.module, inputs, index)
+            batch = _Microbatch(index, self._rows.of_microbatch(bound, inputs), inputs.size)
+            for node, value in bound.items():
                 if node.users:
                     batch.values[COMMON][node] = self._keep(self._on_device(value))
             self._held.append(batch)
@@ -124,8 +128,8 @@ class GraphWalker:
             y = self._without_bias(call, y)
         rows = call.as_rows(x)
         other = rows if x_hat is x else call.as_rows(x_hat)
-        # Rows of other shape than the tokens have no mask that could be read by shape.
-        mask = held.mask if rows is x else None
+        # Rows of other shape than the node's are no tokens.
+        mask = self._rows.mask_of(call.node, unit.sites[0].geometry.channel_dim, held.masks) if rows is x else None
         y = call.as_rows(y)
         return Batch(held.index, other, rows, y, mask, held.size, call.parts(len(rows), offsets))
 
@@ -171,7 +175,7 @@ class GraphWalker:
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         output = self._graph.nodes[-1]
-        rest = self._nodes_before(output)
+        rest, leaves = self._nodes_before(output), pytree.tree_leaves(output.args[0])
         # One microbatch after the other to its end: outputs (logits, say) can be larger than all that came before.
         for batch in self._held:
             self._run_batch(batch, rest, (FLOAT, QUANTIZED))
@@ -179,9 +183,10 @@ class GraphWalker:
                 pytree.tree_leaves(self._resolve(output.args[0], batch.values[stream] | batch.values[COMMON], stream))
                 for stream in (FLOAT, QUANTIZED)
             )
-            for before, after in zip(float_leaves, quantized_leaves, strict=True):
+            for node, before, after in zip(leaves, float_leaves, quantized_leaves, strict=True):
                 if isinstance(before, Tensor) and before.is_floating_point():
-                    yield batch.index, counting_rows(before, batch.mask), counting_rows(after, batch.mask)
+                    mask = self._rows.mask_of(node, -1, batch.masks)
+                    yield batch.index, counting_rows(before, mask), counting_rows(after, mask)
             for values in batch.values.values():
                 values.clear()
         self._held = []

@@ -118,6 +118,11 @@ def _reason(module: nn.Module, name: str, layers: dict[str, nn.Module], refused:
     layer_path = f".{path}".split(".parametrizations")[0].removeprefix(".")
     if layer_path in refused and leaf != "bias":
         return refused[layer_path]
+    parent = module.get_submodule(path.rpartition(".")[0])
+    if leaf.endswith("weight") and any(isinstance(each, nn.MultiheadAttention) for each in (owner, parent)):
+        return "torch's MultiheadAttention computes with it where hooks do not reach"
+    if leaf.startswith(("weight_ih", "weight_hh", "weight_hr")) and isinstance(owner, nn.RNNBase | nn.RNNCellBase):
+        return f"torch's {type(owner).__name__} computes with it where hooks do not reach"
     if known in layers and leaf == "weight":
         return refused.get(known, "the layer never runs as a module in the forward pass")
     if leaf == "bias" or leaf.endswith("_bias"):

@@ -1,6 +1,8 @@
 """From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,8 @@ from distributed_adaround.spec.quantize import QuantizeSpec
 from distributed_adaround.spec.runtime import RuntimeSpec, parse_bytes
 
 logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def capture_model(
     if folded:
         walker.notes.append(f"computed weights were folded into plain ones: {shorten(', '.join(folded), 200)}")
     with phase(comm, "plan the layers"):
-        planned = tuple(plan_layers(walker, quantize))
+        modules = [] if isinstance(opened.model, ExportedProgram) else opened.model.named_modules()
+        planned = tuple(plan_layers(walker, quantize, {name: type(module).__name__ for name, module in modules}))
     for note in walker.notes if comm.rank == 0 else ():
         logger.warning("%s", note)
     return CapturedModel(walker, planned, store, digest)
@@ -125,15 +130,14 @@ def _plan(unit: Unit, quantize: QuantizeSpec) -> PlannedUnit:
     return PlannedUnit(unit, found)
 
 
-def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
-    """Format of every layer, checked before anything is solved.
+def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, str]) -> list[PlannedUnit]:
+    """Format of every layer, checked before anything is solved. modules: all of the model, with the names of their
+    classes: a pattern may name one that stays in float anyway, as a head that is tied to an embedding.
 
     Raises:
         SpecError: a group size does not divide, or overrides contradict each other.
         InputError: the model has no layer to quantize, or one whose weight is not finite.
     """
-    # Runtimes read the experts of a unit in one format.
-    kinds = [(unit.name, unit.sites[0].module_class) for unit in walker.units]
     planned = [_plan(unit, quantize) for unit in walker.units]
     for layer in planned:
         if layer.format is not None:
@@ -142,9 +146,28 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec) -> list[PlannedUnit]:
             if not bool(torch.isfinite(walker.tensor(site.weight_name)).all()):
                 what = f"layer {layer.unit.name}: its weight {site.weight_name!r} is not finite"
                 raise InputError(f"{what}; load other weights, or leave the layer in float by quantize.ignore")
-    for pattern in quantize.unmatched(kinds):
-        logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
+    _tell_unmatched(quantize, planned, modules)
     if not any(layer.format for layer in planned):
         what = f"none of the model's {len(planned)} linear and convolution layers is to be quantized"
-        raise InputError(f"{what}; see quantize.ignore")
+        if planned:
+            raise InputError(f"{what}; see quantize.ignore")
+        raise InputError(f"{what}: {_all_reasons(walker.float_parameters)}")
     return planned
+
+
+def _tell_unmatched(quantize: QuantizeSpec, planned: Sequence[PlannedUnit], modules: Mapping[str, str]) -> None:
+    unmatched = quantize.unmatched([(layer.unit.name, layer.unit.sites[0].module_class) for layer in planned])
+    nowhere = quantize.unmatched(list(modules.items()))
+    for pattern in unmatched:
+        if pattern in nowhere:
+            logger.warning("quantize: the pattern %r matches no layer of this model", pattern)
+        else:
+            logger.info("quantize: the pattern %r matches a module that stays in float anyway", pattern)
+
+
+def _all_reasons(parameters: Sequence[FloatParameter]) -> str:
+    """In one line, the largest first."""
+    largest = sorted(parameters, key=lambda parameter: -math.prod(parameter.shape))
+    named = [f"{shorten(each.name, 80)} {'x'.join(map(str, each.shape))}: {each.reason}" for each in largest]
+    more = [f"{len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+    return "; ".join([*named[:_MOST_NAMED], *more]) or "it has no parameters"

@@ -23,6 +23,7 @@ from distributed_adaround.capture.calls import Calls, forward_failed
 from distributed_adaround.capture.decisions import Decisions, Tape
 from distributed_adaround.capture.forward import real_tensors, run_once
 from distributed_adaround.capture.layer_modules import find_layers, float_reasons, geometry_of
+from distributed_adaround.capture.masks import mask_by_shape
 from distributed_adaround.capture.sites import Batch, Site, Unit, counting_rows
 from distributed_adaround.data.microbatches import Microbatches, ModelInputs
 
@@ -52,6 +53,7 @@ class ReplayWalker:
         # Weights and corrected biases of committed sites that the module does not hold now: float between the passes.
         self._other_weights: dict[str, Tensor] = {}
         instead = "layers are captured by hooks, which runs the model again for every layer"
+        self.rows: Mapping[str, float] = {}
         self.notes = [f"could not be exported: {reason}; {instead}"]
         layers, refused = find_layers(self._module)
         self._calls = calls
@@ -83,7 +85,7 @@ class ReplayWalker:
                 x_hat = others[call] if call < len(others) and others[call].shape == x.shape else x
                 strayed += x_hat is x
                 place = index * site.num_calls + call
-                batches.append(Batch(place, x_hat, x, y, inputs.mask, inputs.size))
+                batches.append(Batch(place, x_hat, x, y, self._mask(inputs), inputs.size))
         self._note_gaps(site, missed, strayed, len(floats))
         return batches
 
@@ -108,9 +110,18 @@ class ReplayWalker:
                 differing += 1
                 continue
             for first, second in zip(*outputs, strict=True):
-                yield index, counting_rows(first, inputs.mask), counting_rows(second, inputs.mask)
+                mask = self._mask(inputs)
+                yield index, counting_rows(first, mask), counting_rows(second, mask)
         if differing:
             self.notes.append(f"the two models' outputs differ in shape in {differing} of this rank's microbatches")
+
+    def _mask(self, inputs: ModelInputs) -> Tensor | None:
+        """The mask, where it can only speak of one input; which rows come from which input is not to be seen here."""
+        mask = mask_by_shape(inputs)
+        note = "the attention mask is not used: more than one input has its shape, and hooks cannot tell which it is of"
+        if mask is not inputs.mask and note not in self.notes:
+            self.notes.append(note)
+        return mask
 
     def _outputs(self, index: int, inputs: ModelInputs, tapes: dict[int, Tape], replay: bool) -> list[Tensor]:
         """The model's outputs that are tensors of real numbers."""
@@ -166,7 +177,7 @@ class ReplayWalker:
         except _ReachedError:
             return None
         except Exception as error:
-            raise forward_failed(index, error) from error
+            raise forward_failed(index, error, inputs.hint) from error
 
     @contextmanager
     def _float_weights(self) -> Iterator[None]:

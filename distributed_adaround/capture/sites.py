@@ -159,6 +159,7 @@ class Walker(Protocol):
     units: tuple[Unit, ...]
     float_parameters: tuple[FloatParameter, ...]
     notes: list[str]
+    rows: Mapping[str, float]
 
     def tensor(self, name: str) -> Tensor:
         """Parameter or buffer by its name in the model's state dict."""

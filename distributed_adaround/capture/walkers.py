@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.binding import bind
 from distributed_adaround.capture.calls import count_calls, together
-from distributed_adaround.capture.exported import export_model, quiet_torch, straight_line
+from distributed_adaround.capture.exported import export_as_it_is, export_model, quiet_torch, straight_line
 from distributed_adaround.capture.forward import real_tensors, run_once
 from distributed_adaround.capture.graph import capture
 from distributed_adaround.capture.graph_walk import GraphWalker
@@ -42,15 +42,18 @@ def make_walker(
     if isinstance(model, ExportedProgram):
         with phase(comm, "capture the model"):
             return GraphWalker(capture(straight_line(model), embeddings), store)
+    logger.info("looking at the shapes of the calibration data")
     with phase(comm, "read the calibration data"):
         own = microbatches.kinds()
     first_of = _first_of_kinds(comm.all_gather_object(own))
     example = _example(first_of, microbatches, comm)
+    logger.info("exporting the model as a graph")
     with phase(comm, "capture the model"):
         try:
             # Only what torch and the model do is tried here: an error of our own in reading the graph is not hidden.
-            graph = straight_line(export_model(model, _beside(model, example), _varying(first_of)))
+            graph = _graph(model, _beside(model, example), first_of)
             reason = None
+            logger.info("checking the graph on %d shapes of data", len(first_of))
             for index in first_of.values():
                 if index in microbatches.owned:
                     _check_same_output(model, graph, microbatches.load(index), index)
@@ -65,8 +68,21 @@ def make_walker(
             return GraphWalker(capture(graph, embeddings), store)
         module = model.to(store.device).eval()
         layers, _ = find_layers(module)
+        logger.info("finding the layers by hooks")
         calls = count_calls(module, layers, microbatches, store.device)
     return ReplayWalker(module, together(comm.all_gather_object(calls)), reason, store)
+
+
+def _graph(model: nn.Module, example: ModelInputs, first_of: dict[Kind, int]) -> GraphModule:
+    """One for batches of any size; where there is none, and all microbatches are alike, one for just these."""
+    try:
+        return straight_line(export_model(model, example, varying=_varying(first_of)))
+    except InputError:
+        raise  # it took the batch for a constant, and may have a node for each sample
+    except Exception:
+        if len(first_of) > 1:
+            raise
+        return straight_line(export_as_it_is(model, example))
 
 
 def _first_of_kinds(own: list[dict[Kind, int]]) -> dict[Kind, int]:

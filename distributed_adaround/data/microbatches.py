@@ -39,6 +39,23 @@ class ModelInputs:
         shapes = ((path, tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)) for path, leaf in leaves)
         return tuple((pytree.keystr(path), shape) for path, shape in shapes)
 
+    def narrowed(self, dtype: torch.dtype | None) -> "ModelInputs":
+        """Tensors of float64, which numpy makes and few models take, in the dtype of the model; None: as they are."""
+        if dtype is None:
+            return self
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.dtype == torch.float64 else x, (self.args, self.kwargs)
+        )
+        return replace(self, args=args, kwargs=kwargs)
+
+    @property
+    def hint(self) -> str:
+        """What to add to the error of a forward that failed: images are often given as they are in files."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        if not any(isinstance(leaf, Tensor) and leaf.dtype == torch.uint8 for leaf in leaves):
+            return ""
+        return "; the data are uint8: make of them what the model takes, in a job by data.transform"
+
     def to(self, device: torch.device) -> "ModelInputs":
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
@@ -87,13 +104,16 @@ class Microbatches:
         return cls(loader.total, loader.owned, load, read, kinds)
 
     @classmethod
-    def of_list(cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool) -> "Microbatches":
+    def of_list(
+        cls, batches: Iterable[CallerBatch], comm: Comm, sharded: bool, dtype: torch.dtype | None = None
+    ) -> "Microbatches":
         """Those of a caller. A collective. sharded: every rank gives its own batches; else all give the same ones.
+        dtype: of the model, for tensors of float64.
 
         Raises: InputError when a batch cannot be used, there is none, or ranks give different numbers of them.
         """
         with phase(comm, "read the batches"):
-            given = _read(batches)
+            given = [inputs.narrowed(dtype) for inputs in _read(batches)]
         counts = comm.all_gather_object(len(given))
         if not sharded and len(set(counts)) > 1:
             what = f"ranks pass {counts} batches; with sharded=False every rank passes the same ones"
@@ -120,7 +140,8 @@ def _read(batches: Iterable[CallerBatch]) -> list[ModelInputs]:
         raise InputError("batches must be a list or another iterable of batches; wrap a single batch in a list")
     given = [_model_inputs(batch) for batch in batches]
     for index, inputs in enumerate(given):
-        sizes = [value.shape[:1] for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, Tensor)]
+        leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+        sizes = [leaf.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)]
         if not sizes or (0,) in sizes:
             what = "is empty" if sizes else "holds no tensor"
             raise InputError(f"batch {index} {what}; give tensors whose first dimension is the samples")

@@ -39,6 +39,13 @@ class OpenedModel:
         return dict(self.model.state_dict if isinstance(self.model, ExportedProgram) else self.model.state_dict())
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of all its parameters of real numbers; None where they have several, or it has none."""
+        named = self.model.named_parameters()
+        found = {parameter.dtype for _, parameter in named if parameter.is_floating_point()}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def digest(self) -> str:
         return model_digest((name, tensor) for name, tensor in self.weights.items() if isinstance(tensor, Tensor))
 
@@ -115,14 +122,24 @@ def load_factory(
             raise InputError(f"{named} failed: {first_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"{named} returned a {type(module).__name__}; it must return a torch.nn.Module")
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
-            raise InputError(f"{named} left {name!r} without values; run or materialize the model in it")
+    check_module(module, f"{named} returned a model that")
     if weights is not None:
         load_weights(module, weights)
     parameters = dict(module.named_parameters())
     refuse_non_finite((*parameters.items(), *module.named_buffers()), parameters, f"the model of {factory!r}")
     return module.eval().requires_grad_(False)
+
+
+def check_module(module: nn.Module, named: str) -> None:
+    """Raises InputError for a module whose layers or weights cannot be seen. named: it, in the message."""
+    if isinstance(module, torch.jit.ScriptModule):
+        what = "is a torch.jit.ScriptModule, whose layers are hidden"
+        raise InputError(f"{named} {what}; give the Python module before it")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(f"{named} has no shape yet for {name!r}; run it once on a batch before")
+        if tensor.is_meta:
+            raise InputError(f"{named} has {name!r} on the meta device, without values; load its weights before")
 
 
 def open_program(spec: ModelSpec, folder: Path | None) -> OpenedModel:

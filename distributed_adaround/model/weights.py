@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from distributed_adaround.errors import InputError, first_line, shorten
 from distributed_adaround.files.integrity import check_safetensors, load_tensors
 
+logger = logging.getLogger(__name__)
+
+# Where files that hold more than a state dict keep it, and what wrappers of a module put before every name.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
 _NUM_NAMED = 3
 _DIGEST_ELEMENTS = 1 << 22
 
@@ -47,17 +53,23 @@ def explained(named: str, kind: str) -> Iterator[None]:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Strict load of a state dict. A name missing from the file is filled when it is tied to one that is there.
 
+    As users of torch expect, wrappers around the state dict and before its names are taken off, counters of batch norms
+    (`num_batches_tracked`) may be missing, and buffers that the model does not save are left out: all that is said.
     Raises InputError for a file that is missing, damaged or no state dict, or that does not fit.
     """
     named = f"model.weights {str(path)!r}"
     state = _read(path, named)
     own = module.state_dict(keep_vars=True)
+    state, said = _as_the_model_names_it(state, module, own)
     given = {id(tensor): name for name, tensor in own.items() if name in state}
     tied = {name: given[id(tensor)] for name, tensor in own.items() if given.get(id(tensor), name) != name}
     for name, source in tied.items():
         if name in state and not torch.equal(state[name], state[source]):
             raise InputError(f"{named}: {name!r} and {source!r} are tied in the model but differ")
     complete = {name: state[source] for name, source in tied.items()} | state
+    counters = [name for name in own if name not in complete and name.endswith("num_batches_tracked")]
+    complete |= {name: own[name] for name in counters}
+    said += [_counted("kept the model's own", counters)] if counters else []
     problems = {
         "missing": [name for name in own if name not in complete],
         "unexpected": [name for name in complete if name not in own],
@@ -74,6 +86,30 @@ def load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(complete)
     except Exception as error:
         raise InputError(f"{named} cannot be loaded into the model: {first_line(error)}") from error
+    if said:
+        logger.info("%s: %s", named, "; ".join(said))
+
+
+def _as_the_model_names_it(
+    state: dict[str, Tensor], module: nn.Module, own: Mapping[str, object]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict under the model's names, without buffers that the model does not save, and what was done to it."""
+    said = []
+    for prefix in _PREFIXES * 2:  # a compiled module may be wrapped, and a wrapped one compiled
+        if state and all(name.startswith(prefix) for name in state) and not any(n.startswith(prefix) for n in own):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            said.append(f"took {prefix!r} off all names")
+    unsaved = {name for name, _ in module.named_buffers()} - own.keys()
+    extra = [name for name, tensor in state.items() if name in unsaved or (name not in own and _is_counter(tensor))]
+    if extra:
+        state = {name: tensor for name, tensor in state.items() if name not in extra}
+        said.append(_counted("left out the buffers", extra))
+    return state, said
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    """Positions, masks and counts, which no layer learns."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _read(path: Path, named: str) -> dict[str, Tensor]:
@@ -85,8 +121,10 @@ def _read(path: Path, named: str) -> dict[str, Tensor]:
             state = load_tensors(path)
         else:
             raise InputError(f"ends in {path.suffix!r}; use .safetensors, .pt or .pth")
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for key in _WRAPPERS if isinstance(state, Mapping) else ():
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
     if not isinstance(state, Mapping):
         raise InputError(f"{named} holds a {type(state).__name__}; it must hold a state dict")
     for name, tensor in state.items():

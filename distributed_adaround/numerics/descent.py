@@ -57,6 +57,7 @@ class Descent:
         self._second = permuted(quadratic.second, self._order)
         self._diagonal = diagonal.gather(1, self._order)
         self._weight = inputs_first(quadratic.weight, self._order)
+        self._frozen = grid.frozen(self._weight)
         self._linear = None if quadratic.linear is None else inputs_first(quadratic.linear, self._order)
         # A W + P, so that A Ŵ = gradient + this.
         self._aim = torch.bmm(self._second, self._weight)
@@ -96,15 +97,24 @@ class Descent:
         a, b = block.start, block.stop
         levels, slope = self.levels[:, a:b], gradient[:, a:b]
         softness = min(1.0, mu / block.lipschitz)
-        moved = run.round(torch.addcmul(levels, slope, rate, value=-1), softness)
+        moved = self._rounded(run, torch.addcmul(levels, slope, rate, value=-1), softness, a)
         if b - a > 1:
             slope, before = slope.clone(), levels
             for _ in range(self._steps - 1):
                 slope.baddbmm_(self._second[:, a:b, a:b], (moved - before).mul_(run.scale))
                 before = moved
-                moved = run.round(torch.addcmul(moved, slope, rate, value=-1), softness)
+                moved = self._rounded(run, torch.addcmul(moved, slope, rate, value=-1), softness, a)
         gradient[:, b:last].baddbmm_(self._second[:, b:last, a:b], (moved - levels).mul_(run.scale))
         levels.copy_(moved)
+
+    def _rounded(self, run: GridRun, levels: Tensor, softness: float, start: int) -> Tensor:
+        """Soft rounding of levels `(G, p, R)` of inputs from `start` on, without those that must stay 0."""
+        rounded = run.round(levels, softness)
+        return (
+            rounded
+            if self._frozen is None
+            else rounded.masked_fill_(self._frozen[:, start : start + levels.shape[1]], 0)
+        )
 
     def _gradient(self) -> Tensor:
         """Half the derivative by the weights, `A D - P`, `(G, J, R)`."""

@@ -17,7 +17,7 @@ from distributed_adaround.numerics.moments import Quadratic, inputs_first, outpu
 
 _FRONT = 128
 # Beyond it A counts for nothing, and only numbers that are not finite make it singular.
-_MOST_DAMPING = 1e6
+_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GptqFactors:
                 break
             if damping > _MOST_DAMPING:
                 raise LinAlgError("the second moment is not finite")
-            damping *= 10
+            damping = max(10 * damping, _LEAST_DAMPING)  # 0 would stay 0
         spread = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
         return cls(order, lower, spread.to(dtype), damping)
 
@@ -68,16 +68,17 @@ def gptq_codes(quadratic: Quadratic, grid: Grid, factors: GptqFactors) -> Tensor
     """Codes `(G, R, J)`. With a linear part P the float weight first moves to the least squares solution W + P A^-1."""
     order = factors.order
     left = inputs_first(quadratic.weight, order)
+    frozen = grid.frozen(left)
     if quadratic.linear is not None:
         linear = inputs_first(quadratic.linear, order).double()
         left += torch.cholesky_solve(linear, factors.lower).to(left.dtype)
-    return grid.codes(outputs_first(_round_in_order(left, factors.spread, grid, order), order))
+    return grid.codes(outputs_first(_round_in_order(left, factors.spread, grid, order, frozen), order))
 
 
 def best_start(codes: Tensor, scale: Tensor, loss: Tensor, starts: int) -> tuple[Tensor, Tensor]:
     """Of the copies of each channel codes `(G, R, J)` and scale `(G, R, n)` of the one with the least loss. codes: `(G,
     starts * R, J)`, one copy of all channels after the other; scale, loss likewise."""
-    groups, copies, inputs = codes.shape
+    groups, copies, _ = codes.shape
     if starts == 1:
         return codes, scale
     shape = (groups, starts, copies // starts)
@@ -86,8 +87,9 @@ def best_start(codes: Tensor, scale: Tensor, loss: Tensor, starts: int) -> tuple
     return codes, scale
 
 
-def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, order: Tensor) -> Tensor:
-    """Levels `(G, J, R)` of weights `(G, J, R)`, which are changed, both in the order of the inputs."""
+def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, order: Tensor, frozen: Tensor | None) -> Tensor:
+    """Levels `(G, J, R)` of weights `(G, J, R)`, which are changed, both in the order of the inputs. frozen: those that
+    must stay 0; the inputs after them make up for what they would have become."""
     levels, runs = torch.empty_like(left), grid.scale.shape[2]
     run_of_input = order // (order.shape[1] // runs)
     shared = grid.runs()[0] if runs == 1 else None
@@ -98,6 +100,8 @@ def _round_in_order(left: Tensor, spread: Tensor, grid: Grid, order: Tensor) -> 
             chosen = shared or grid.of_inputs(run_of_input[:, j : j + 1])
             now = left[:, j : j + 1]
             levels[:, j : j + 1] = chosen.round(now / chosen.scale)
+            if frozen is not None:
+                levels[:, j : j + 1].masked_fill_(frozen[:, j : j + 1], 0)
             error = (now - levels[:, j : j + 1] * chosen.scale) / spread[:, j : j + 1, j : j + 1]
             errors[:, j - first : j - first + 1] = error
             left[:, j + 1 : last].baddbmm_(spread[:, j : j + 1, j + 1 : last].transpose(1, 2), error, alpha=-1)

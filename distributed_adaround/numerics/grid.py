@@ -37,6 +37,7 @@ class Grid:
     values: `(V,)`, ascending; codes are then places in it, qmin is 0, qmax is V - 1 and zero_point is 0. None:
     integers. tensor_scale: `(1, 1, 1)`, the factor of the whole tensor where the scale format has one; `scale` holds it
     already. per_channel: channels have scales of their own, which can be refitted; the shape of one's part hides it.
+    keep_zeros: float weights of exactly 0 (pruned ones) are rounded to 0 and nothing else.
     """
 
     scale: Tensor
@@ -47,6 +48,11 @@ class Grid:
     values: Tensor | None = None
     tensor_scale: Tensor | None = None
     per_channel: bool = True
+    keep_zeros: bool = False
+
+    def frozen(self, weight: Tensor) -> Tensor | None:
+        """Which weights must stay 0, bool of any shape; None: none."""
+        return weight == 0 if self.keep_zeros else None
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Grid":
         """The same grid in another floating dtype or on another device."""
@@ -87,14 +93,17 @@ class Grid:
     def neighbours(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `(G, R, J)` of the grid values below and above each weight; one on the grid is its own value below.
 
-        Beyond the ends of the range both are the end itself: there is nothing to choose.
+        Beyond the ends of the range both are the end itself, and of weights that must stay 0 both are 0: there is
+        nothing to choose.
         """
         steps = weight / _of_inputs(self.scale, weight)
         if self.values is None:
             below = torch.floor(steps) + _of_inputs(self.zero_point, weight)
         else:
             below = torch.bucketize(steps.to(self.values.dtype), self.values, right=True).to(self.scale.dtype) - 1
-        return below.clamp(self.qmin, self.qmax), (below + 1).clamp(self.qmin, self.qmax)
+        low, high = below.clamp(self.qmin, self.qmax), (below + 1).clamp(self.qmin, self.qmax)
+        frozen = self.frozen(weight)
+        return low, high if frozen is None else torch.where(frozen, low, high)
 
     def representable(self, scale: Tensor) -> Tensor:
         """The nearest scales that the format can hold, of any shape and in their dtype.

@@ -132,7 +132,8 @@ class Moments:
         second = second * varies[:, :, None] * varies[:, None, :]
         cross = self.cross
         if cross is not None:
-            assert cross_mean is not None and self.cross_mean is not None
+            assert cross_mean is not None
+            assert self.cross_mean is not None
             cross = cross - self.cross_mean[:, :, None] * mean[:, None, :]
             cross = cross - cross_mean[:, :, None] * (self.mean - mean)[:, None, :]
             cross = cross * varies[:, None, :]

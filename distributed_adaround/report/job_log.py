@@ -5,6 +5,8 @@ lines are kept in memory and `flush` writes the whole file again. A job that sta
 """
 
 import json
+import logging
+import time
 from datetime import UTC, datetime
 from typing import Self
 
@@ -13,6 +15,8 @@ from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.status import JobStatus
 from distributed_adaround.solve.record import LayerFigures
+
+logger = logging.getLogger(__name__)
 
 
 class EventLog:
@@ -54,12 +58,19 @@ def _redacted(value: object) -> object:
 
 
 class JobLog:
-    """A context manager: progress is shown inside. Each part that is not given stays silent."""
+    """A context manager: progress is shown inside. Each part that is not given stays silent. started: when the job
+    began, by time.monotonic()."""
 
     def __init__(
-        self, progress: Progress | None = None, events: EventLog | None = None, status: JobStatus | None = None
+        self,
+        progress: Progress | None = None,
+        events: EventLog | None = None,
+        status: JobStatus | None = None,
+        started: float | None = None,
     ) -> None:
         self._progress, self._status = progress, status
+        self._started = time.monotonic() if started is None else started
+        self._begun = False
         self._events = events or EventLog(None, 0)
         self._num_layers, self._layers_done = 0, 0
 
@@ -82,6 +93,10 @@ class JobLog:
 
     def layer_started(self, name: str, num_steps: int) -> None:
         """num_steps: 0 where nothing is learned."""
+        if not self._begun:
+            self._begun, seconds = True, time.monotonic() - self._started
+            logger.info("first layer after %.0f s: %s", seconds, name)
+            self._events.write("first_layer", name=name, seconds=seconds)
         if self._progress is not None:
             self._progress.layer(self._layers_done, name, num_steps)
 
@@ -101,7 +116,7 @@ class JobLog:
             self._status.running(self._layers_done)
 
     def job_done(self, seconds: float, output_error: float) -> None:
-        """The results are written."""
+        """The results are written. output_error: of the network, on the calibration data; NaN: unknown."""
         self._events.write("done", seconds=seconds, output_error=output_error)
         self._events.flush()
         if self._status is not None:

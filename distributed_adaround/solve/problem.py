@@ -57,8 +57,8 @@ class LayerProblem:
     of all ranks. source: see Site. asymmetry: share of the error in the inputs that the rounding is to make up for.
     correct_bias: the bias will restore the mean of the float outputs; correct_scale: the scales will restore their
     spread. rows_per_input: how many rows moments are taken from, for each input of an output; None: from all.
-    num_calls: batches of one microbatch, whose index is that of the microbatch times this, plus the call. quadratic: the
-    squared output error as it is expected on other data, where the solver needs moments and no activation is in the
+    num_calls: batches of one microbatch, whose index is that of the microbatch times this, plus the call. quadratic:
+    the squared output error as it is expected on other data, where the solver needs moments and no activation is in the
     loss. trial: what shows how far that holds, where samples are enough to leave some out. effective_rows: how many
     independent rows the moments are worth, where they are taken.
     """
@@ -114,13 +114,14 @@ class LayerProblem:
 class Trial:
     """Some channels of a layer, to be solved without one fold of the samples and judged on it.
 
-    problem: with the quadratic of the other folds. held_out: the quadratic that the fold left out measures, of the same
-    channels. channels: which they are, int64, of the layer's outputs.
+    problem: with the quadratic of the other folds. held_out: moments of the fold left out. channels: which they are,
+    int64, of the layer's outputs. effective_rows: how many independent rows that fold is worth, at least 1.
     """
 
     problem: LayerProblem
     held_out: Moments
     channels: Tensor
+    effective_rows: float
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class OutputErrors:
 
     error: `(candidates, O)` float64, against the targets of the rounding. apart: likewise, against the outputs of the
     float layer on its float inputs, which is the same measure for every solver and asymmetry. energy: `(O,)`, of those
-    outputs. from_inputs: `(O,)`, of the part of them that the error of the inputs takes away. num_rows: rows that count.
+    outputs. from_inputs: `(O,)`, of the part of them that the error of the inputs takes away. num_rows: that count.
     """
 
     error: Tensor

@@ -25,7 +25,7 @@ class Expected:
 
     second: A `(G, J, J)`. cross: C likewise, or None. The two of a trial are without the samples of fold 0, and None
     where there is but one fold; held_out: what fold 0 shows. effective_rows: how many independent rows the samples are
-    worth, the least of all groups; at most as many as there are.
+    worth, the least of all groups; at most num_rows, as many as there are.
     """
 
     second: Tensor
@@ -34,6 +34,12 @@ class Expected:
     trial_cross: Tensor | None
     held_out: Moments | None
     effective_rows: float
+    num_rows: int
+
+    @property
+    def held_out_share(self) -> float:
+        """Of the rows."""
+        return 0.0 if self.held_out is None else self.held_out.num_rows / self.num_rows
 
 
 def expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: Comm) -> Expected:
@@ -57,7 +63,7 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         # Nothing tells how far the samples can be trusted: each input is judged by its own energy alone.
         second = torch.diag_embed(every.second.diagonal(dim1=1, dim2=2).clone())
         second = shrinkage.unscaled(shrinkage.scaled(second, scale), every.second)
-        return Expected(second, None, None, None, None, 1.0)
+        return Expected(second, None, None, None, None, 1.0, whole.num_rows)
     folds = ((around(moments.fold(k)), moments.rows[k] / whole.num_rows) for k in range(number))
     correlation = shrinkage.scaled(every.second, scale)
     noise, rows = shrinkage.share_of_noise(correlation, ((shrinkage.scaled(f.second, scale), w) for f, w in folds))
@@ -76,6 +82,7 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         trial_cross=None if others.cross is None else trust * others.cross,
         held_out=held_out,
         effective_rows=min(float(rows.min()), float(whole.num_rows)),
+        num_rows=whole.num_rows,
     )
 
 
@@ -97,7 +104,7 @@ def _by_spectrum(
     energies = scale.new_zeros(number, *scale.shape)
     vectors = torch.empty(0)
     for fold in range(comm.rank, number, comm.world_size):
-        _, found = shrinkage.eigenvectors(shrinkage.scaled(around(moments.without(fold)).second, scale))
+        found = shrinkage.eigenvectors(shrinkage.scaled(around(moments.without(fold)).second, scale))
         energies[fold] = shrinkage.energy_along(found, shrinkage.scaled(around(moments.fold(fold)).second, scale))
         vectors = found if fold == 0 else vectors
     energies = comm.all_reduce(energies)
@@ -105,7 +112,7 @@ def _by_spectrum(
     values = shrinkage.isotonic((shares[:, None, None] * energies).sum(dim=0)).clamp(min=_LEAST_EIGENVALUE)
     found, other = torch.zeros_like(correlation), torch.zeros_like(trial)
     if comm.rank == number % comm.world_size:
-        found = shrinkage.from_spectrum(shrinkage.eigenvectors(correlation)[1], values)
+        found = shrinkage.from_spectrum(shrinkage.eigenvectors(correlation), values)
     if comm.rank == 0:
         other = shrinkage.from_spectrum(vectors, values)
     return comm.all_reduce(found), comm.all_reduce(other)

@@ -59,7 +59,7 @@ def make_problem(
         geometry=site.geometry,
         weight=own,
         bias=None if site.bias_name is None else site.bias_of(walker.tensor(site.bias_name)).to(own),
-        grid=_grid(weight, layer_format, site.name).to(dtype, device),
+        grid=replace(_grid(weight, layer_format, site.name).to(dtype, device), keep_zeros=spec.quantize.keep_zeros),
         transform=_output_transform(walker, site, rounding, own),
         batches=batches,
         total_microbatches=total_microbatches,
@@ -83,7 +83,8 @@ def with_moments(problem: LayerProblem, moments: FoldedMoments, layer_format: La
         energy = expected(moments, False, problem.dtype, comm).second.diagonal(dim1=1, dim2=2)
         importance = energy[:, None, :].expand_as(problem.weight).float().cpu()
         grid = _grid(problem.weight, layer_format, problem.name, importance)
-        problem = replace(problem, grid=grid.to(problem.dtype, problem.device))
+        grid = replace(grid.to(problem.dtype, problem.device), keep_zeros=problem.grid.keep_zeros)
+        problem = replace(problem, grid=grid)
     problem = replace(problem, effective_rows=expects.effective_rows)
     if not problem.transform.is_affine:
         return problem
@@ -102,7 +103,7 @@ def _trial(problem: LayerProblem, expects: Expected) -> Trial | None:
     outputs = torch.arange(groups * channels, device=problem.device).view(groups, channels)[place].flatten()
     known = quadratic_of(weight, expects.trial_second, expects.trial_cross, problem.asymmetry)
     part = replace(problem, weight=weight, grid=problem.grid.part(place), quadratic=known)
-    return Trial(part, held_out, outputs)
+    return Trial(part, held_out, outputs, max(1.0, expects.effective_rows * expects.held_out_share))
 
 
 def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tensor | None = None) -> Grid:

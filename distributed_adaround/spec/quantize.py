@@ -91,6 +91,8 @@ class QuantizeSpec(Section):
     input."""
     percentile: Percentile = _DEFAULT_PERCENTILE
     """Share of the weights, in percent, that observer: percentile keeps in range."""
+    keep_zeros: bool = False
+    """Weights that are exactly 0 stay 0: a pruned network (2:4, say) keeps its pattern, with every solver."""
     ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field([])
     """Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular expression that must
     match from the start of the layer name."""

@@ -105,9 +105,7 @@ def round_as_job(
         problem = with_moments(problem, moments, layer_format, COMM)
         solver.moments_seconds = watch.seconds if solver.needs_moments else 0.0
     trial_solver = make_solver(spec.rounding.solver, spec.rounding.for_trials) if solver.needs_moments else None
-    return round_layer(
-        problem, solver, COMM, monitor, moments=moments, polishes=polishes, trial_solver=trial_solver
-    )
+    return round_layer(problem, solver, COMM, monitor, moments=moments, polishes=polishes, trial_solver=trial_solver)
 
 
 def warm_up(spec: MethodSpec, problem: LayerProblem, layer_format: LayerFormat) -> None:

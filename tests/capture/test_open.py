@@ -191,9 +191,8 @@ def test_a_transformer_with_a_cache_and_hidden_states_is_walked() -> None:
 
 def test_planned_layers_have_the_format_that_matches_them() -> None:
     walker = walker_of(Calling(plain), torch.randn(3, 6))
-    planned = plan_layers(
-        walker, QuantizeSpec(dtype="int4", overrides=[{"match": "second", "dtype": "uint3"}], ignore=["re:fir"])
-    )
+    quantize = QuantizeSpec(dtype="int4", overrides=[{"match": "second", "dtype": "uint3"}], ignore=["re:fir"])
+    planned = plan_layers(walker, quantize, {})
     assert [layer.site.name for layer in planned] == ["first", "second"]
     assert planned[0].format is None
     assert planned[1].format is not None
@@ -206,12 +205,12 @@ def test_planned_layers_have_the_format_that_matches_them() -> None:
 def test_plans_that_cannot_be(caplog: pytest.LogCaptureFixture) -> None:
     walker = walker_of(Calling(plain), torch.randn(3, 6))
     with pytest.raises(SpecError, match=r"group_size: 4 must divide the 6 inputs .* layer .?first"):
-        plan_layers(walker, QuantizeSpec(qscheme="per_group_symmetric", group_size=4))
+        plan_layers(walker, QuantizeSpec(qscheme="per_group_symmetric", group_size=4), {})
     with pytest.raises(InputError, match="none of the model's 2 linear and convolution layers"):
-        plan_layers(walker, QuantizeSpec(ignore=["Linear"]))
+        plan_layers(walker, QuantizeSpec(ignore=["Linear"]), {})
     with caplog.at_level(logging.WARNING):
-        plan_layers(walker, QuantizeSpec(ignore=["third"]))
+        plan_layers(walker, QuantizeSpec(ignore=["third"]), {})
     assert "'third' matches no layer" in caplog.text
     nothing = walker_of(nn.Sequential(nn.LayerNorm(6)), torch.randn(3, 6))
     with pytest.raises(InputError, match="none of the model's 0"):
-        plan_layers(nothing, QuantizeSpec())
+        plan_layers(nothing, QuantizeSpec(), {})

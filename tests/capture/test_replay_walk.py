@@ -360,7 +360,7 @@ def test_captured_tensors_are_own_copies_handed_to_the_store(monkeypatch: pytest
         return tensor
 
     monkeypatch.setattr(store, "keep", keep)
-    mask = torch.ones(2, 1)
+    mask = torch.ones(2, 3)
     walker = replayed(model, Batches([x], [mask]), store)
     found = reach(walker, sites_of(walker)[0])
     assert len(kept) == 3

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,14 @@ def job(bench: Bench) -> Job:
     return bench.job("transformer-gram")
 
 
+@pytest.mark.slow
 def test_killed_behind_a_layer(bench: Bench, job: Job) -> None:
     record = kills.one_job(bench, job, 1)
     assert record["problems"] == []
     assert len(record["kills"]) == 1
 
 
+@pytest.mark.slow
 def test_torchrun_dies_and_takes_its_ranks_along(bench: Bench, job: Job) -> None:
     output, verdict = bench.output(), Verdict()
     attempt, reached = bench.start(job, output, 2)
@@ -51,12 +54,14 @@ def test_killed_inside_a_save(bench: Bench, job: Job) -> None:
     assert saves.one_save(bench, job, Fault.parse("kill:half:commits/manifest.json:2:0"))["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_full_disk(bench: Bench, job: Job) -> None:
     """Only root may mount a small one; a limit on file sizes does for others."""
     kind = "full" if os.geteuid() == 0 else "file size"
     assert disk.one_case(bench, job, kind, 2)["problems"] == []
 
 
+@pytest.mark.slow
 def test_asked_to_stop_twice(bench: Bench, job: Job) -> None:
     assert stop.one_stop(bench, job, "twice", 2)["problems"] == []
 
@@ -98,18 +103,19 @@ def test_temporary_files_and_half_lines_are_noticed(bench: Bench, job: Job) -> N
 
 
 def test_orphans_and_spilled_files_are_noticed(tmp_path: Path) -> None:
-    environment = {**os.environ, launch.MARK: "orphan"}
+    mark = uuid.uuid4().hex  # others may run this test at the same time
+    environment = {**os.environ, launch.MARK: mark}
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)"
     process = subprocess.Popen([sys.executable, "-c", child + "; import os; os._exit(0)"], env=environment)
     process.wait()
     (tmp_path / "adaround-1.spill").touch()
-    attempt = launch.Attempt(process, "orphan", tmp_path / "log", tmp_path)
-    (pid,) = launch.marked("orphan") or (0,)
+    attempt = launch.Attempt(process, mark, tmp_path / "log", tmp_path)
+    (pid,) = launch.marked(mark) or (0,)
     found = attempt.leftovers(grace=0)
     assert [text for text in found if "adaround-1.spill" in text]
     assert [text for text in found if str(pid) in text] or pid == 0
     attempt.wait_for_ranks()
-    assert launch.marked("orphan") == []
+    assert launch.marked(mark) == []
 
 
 @pytest.mark.parametrize("text", ["kill:nowhere:x:1:0", "shout:talk:-:1:0", "term:half:x:1:0"])

@@ -17,7 +17,8 @@ from launched import SCRIPT, SHORT, committed, finish, kill_rank, killed_at_the_
 from distributed_adaround import cli
 
 # What the script calls: `validate`, `status`, torchrun, and real Python for the rest. Each start of torchrun does the
-# next line of the plan: its exit code, what the ranks leave in the status file ("-": nothing), the job's status line.
+# next line of the plan: its exit code ("wait": until a signal ends it), what the ranks leave in the status file ("-":
+# nothing), the job's status line.
 STAND_IN = """#!/bin/bash
 folder=$(dirname "$0")
 case "$*" in
@@ -29,6 +30,7 @@ case "$*" in
     echo "$*" >>"$folder/starts"
     read -r code said status <<<"$(sed -n "$(wc -l <"$folder/starts")p" "$folder/plan")"
     echo "$status" >"$folder/status"
+    [[ $code != wait ]] || exec sleep 600
     [[ $said == - ]] || echo "{\\"exit_code\\": $said}" >"$ADAROUND_STATUS_FILE"
     exit "$code" ;;
   *) exec REAL "$@" ;;
@@ -36,8 +38,11 @@ esac
 """
 
 
-def play(folder: Path, plan: Iterable[str], before: str = "", **variables: str) -> tuple[int, list[str], str]:
-    """Exit code of the script, the arguments of each start of torchrun, stderr. before: the job's status line."""
+def play(
+    folder: Path, plan: Iterable[str], before: str = "", stop: bool = False, **variables: str
+) -> tuple[int, list[str], str]:
+    """Exit code of the script, the arguments of each start of torchrun, stderr. before: the job's status line. stop:
+    SIGTERM to the script at its first start."""
     python = folder / "python"
     python.write_text(STAND_IN.replace("REAL", sys.executable), encoding="utf-8")
     python.chmod(0o755)
@@ -45,10 +50,16 @@ def play(folder: Path, plan: Iterable[str], before: str = "", **variables: str) 
     (folder / "starts").touch()
     (folder / "status").write_text(before, encoding="utf-8")
     environment = {**os.environ, "PYTHON": str(python), "NPROC": "2", **variables}
-    ended = subprocess.run(
-        [str(SCRIPT), "job.yaml", "--set", "a=b c"], env=environment, capture_output=True, text=True, check=False
+    process = subprocess.Popen(
+        [str(SCRIPT), "job.yaml", "--set", "a=b c"], env=environment, stderr=subprocess.PIPE, text=True
     )
-    return ended.returncode, (folder / "starts").read_text(encoding="utf-8").splitlines(), ended.stderr
+    with killed_at_the_end(process):
+        if stop:
+            # It has written the job's status when nothing but the signal is left to wait for.
+            until((folder / "status").read_text, "first start")
+            process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=launched.DEADLINE)
+    return process.returncode, (folder / "starts").read_text(encoding="utf-8").splitlines(), stderr
 
 
 def test_arguments_reach_torchrun_as_they_are(tmp_path: Path) -> None:
@@ -105,6 +116,12 @@ def test_a_job_that_was_done_is_done_although_torchrun_failed(tmp_path: Path) ->
     assert play(tmp_path, ["1 - 0:done, 8 of 8 layers"])[0] == 0
 
 
+def test_a_signal_ends_it_without_another_start(tmp_path: Path) -> None:
+    ended, starts, stderr = play(tmp_path, ["wait - 75:stopped, 3 of 8 layers"], stop=True)
+    assert (ended, len(starts)) == (75, 1)
+    assert "starts again" not in stderr
+
+
 def test_it_gives_up_when_no_layer_gets_done(tmp_path: Path) -> None:
     plan = ["1 - 75:running, 3 of 8 layers: port 1", "1 75 75:running, 3 of 8 layers: port 2"] * 2
     ended, starts, stderr = play(tmp_path, plan, RESTARTS="1")
@@ -146,6 +163,7 @@ def test_help_shows_the_variables() -> None:
     assert subprocess.run([str(SCRIPT)], capture_output=True, check=False).returncode == 64
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_one_start_and_no_byte(reference: dict[str, str], tmp_path: Path) -> None:
     job = prepare(tmp_path / "job")
     scratch = tmp_path / "scratch"
@@ -164,6 +182,7 @@ def test_a_killed_rank_costs_one_start_and_no_byte(reference: dict[str, str], tm
     assert {path.name.partition("_")[0] for path in scratch.iterdir()} <= {"torchinductor"}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_without_a_restart(reference: dict[str, str], tmp_path: Path) -> None:
     job = prepare(tmp_path / "job")
     output = job.parent / "adaround"

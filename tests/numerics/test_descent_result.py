@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from toy_quadratics import make_grid, make_quadratic, weights_of
+from toy_solving import raw_quadratic
 
 from distributed_adaround.formats import Strategy
 from distributed_adaround.numerics.descent import Descent
@@ -187,7 +188,7 @@ def test_an_input_that_never_changes_does_not_hold_up_its_block() -> None:
     x = torch.randn(2000, 16) @ torch.randn(16, 16) / 4 + 1
     x[:, 3] = 1.0
     moments = Moments((x.T @ x).double()[None] / 2000, x.sum(dim=0).double()[None] / 2000, None, None, 2000)
-    quadratic = moments.quadratic(torch.randn(1, 8, 16), 1.0, True)
+    quadratic = raw_quadratic(moments, torch.randn(1, 8, 16), 1.0, True)
     grid = make_grid(quadratic)
     in_blocks, one_by_one = (annealed(quadratic, grid, block=b, steps=4).losses().sum() for b in (16, 1))
     nearest = quadratic.loss(nearest_weights(quadratic, grid)).sum()

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import Tensor
+from toy_solving import raw_quadratic
 
 from distributed_adaround.numerics.moments import ExactSum, Moments, SymmetricSum
 
@@ -144,7 +145,7 @@ def test_quadratic_is_the_mean_squared_output_error(centred: bool, asymmetry: fl
     if streams == 1:
         x = x_hat
     weight = torch.randn(GROUPS, OUT, INPUTS).double()
-    quadratic = moments_of(x, x_hat).quadratic(weight, asymmetry, centred)
+    quadratic = raw_quadratic(moments_of(x, x_hat), weight, asymmetry, centred)
     assert (quadratic.linear is None) == (streams == 1 or asymmetry == 0)
 
     def expected(rounded: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def test_with_the_mean_in_the_bias_the_plain_quadratic_becomes_the_centred_one(a
         x = x_hat
     weight, difference = torch.randn(2, GROUPS, OUT, INPUTS).double()
     plain, centred = (
-        moments_of(x, x_hat).quadratic(weight, asymmetry, centred).loss(weight + difference)
+        raw_quadratic(moments_of(x, x_hat), weight, asymmetry, centred).loss(weight + difference)
         for centred in (False, True)
     )
     # The constants that the quadratics leave out differ by the mean error of the float weight.
@@ -181,7 +182,7 @@ def test_with_the_mean_in_the_bias_the_plain_quadratic_becomes_the_centred_one(a
 def test_channels_of_a_quadratic_are_parts_of_it(streams: int) -> None:
     x, x_hat = make_rows()
     weight, rounded = torch.randn(2, GROUPS, OUT, INPUTS).double()
-    whole = moments_of(x if streams == 2 else x_hat, x_hat).quadratic(weight, 1.0, False)
+    whole = raw_quadratic(moments_of(x if streams == 2 else x_hat, x_hat), weight, 1.0, False)
     for groups in (slice(0, 1), slice(1, 2), slice(0, 2)):
         for channels in (slice(0, 2), slice(2, 3)):
             place = (groups, channels)
@@ -192,14 +193,14 @@ def test_channels_of_a_quadratic_are_parts_of_it(streams: int) -> None:
 def test_copies_of_the_channels_have_their_losses(streams: int) -> None:
     x, x_hat = make_rows()
     weight, rounded = torch.randn(2, GROUPS, OUT, INPUTS).double()
-    whole = moments_of(x if streams == 2 else x_hat, x_hat).quadratic(weight, 1.0, False)
+    whole = raw_quadratic(moments_of(x if streams == 2 else x_hat, x_hat), weight, 1.0, False)
     copies = torch.cat([rounded, 2 * rounded], dim=1)
     expected = torch.cat([whole.loss(rounded), whole.loss(2 * rounded)], dim=1)
     torch.testing.assert_close(whole.repeated(2).loss(copies), expected)
 
 
 def test_quadratic_has_the_dtype_of_the_weight() -> None:
-    quadratic = moments_of(*make_rows()).quadratic(torch.randn(GROUPS, OUT, INPUTS), 1.0, True)
+    quadratic = raw_quadratic(moments_of(*make_rows()), torch.randn(GROUPS, OUT, INPUTS), 1.0, True)
     assert quadratic.linear is not None
     assert quadratic.second.dtype == quadratic.linear.dtype == torch.float32
 
@@ -214,7 +215,7 @@ def test_inputs_that_never_change_have_no_spread(constant: float) -> None:
     sums = ((x_hat.T @ x_hat), x_hat.sum(dim=0), change.T @ x_hat, change.sum(dim=0))
     moments = Moments(*(one.double()[None] / 2000 for one in sums), num_rows=2000)
     weight = torch.randn(1, 5, 8)
-    quadratic = moments.quadratic(weight, 1.0, True)
+    quadratic = raw_quadratic(moments, weight, 1.0, True)
     assert quadratic.linear is not None
     assert not quadratic.second[0, 3].any()
     assert not quadratic.second[0, :, 3].any()
@@ -224,7 +225,7 @@ def test_inputs_that_never_change_have_no_spread(constant: float) -> None:
     found, expected = quadratic.second[0][others][:, others], covariance[others][:, others]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     # Not centred it is an input like others.
-    assert bool(moments.quadratic(weight, 1.0, False).second[0, 3].any()) == (constant != 0)
+    assert bool(raw_quadratic(moments, weight, 1.0, False).second[0, 3].any()) == (constant != 0)
 
 
 @pytest.mark.parametrize("size", [1, 192, 193, 400])
@@ -238,7 +239,7 @@ def test_products_are_summed_in_panels_of_their_upper_triangle(size: int) -> Non
     # As ranks do.
     for ours, theirs in zip(first.totals, second.totals, strict=True):
         ours += theirs
-    found = first.mean(38)
+    found = SymmetricSum.mean_of([first], 38)
     exact = sum(part.double().transpose(1, 2) @ part.double() for part in parts) / 38
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
     if size == 400:

@@ -7,6 +7,7 @@ import pytest
 
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.job_log import JobLog
+from distributed_adaround.report.time_left import LayerCost, Rates, fit
 from distributed_adaround.solve.record import LayerFigures
 
 REPORT = LayerFigures(
@@ -55,7 +56,7 @@ def _screen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_left_is_weighed_by_cost(clock: Clock) -> None:
-    progress = Progress(3, io.StringIO(), costs=[1, 3, 6], clock=clock)
+    progress = Progress(3, io.StringIO(), costs=[LayerCost(1), LayerCost(3), LayerCost(6)], clock=clock)
     with progress:
         progress.layer(0, "a", 100)
         assert math.isnan(progress.seconds_left)
@@ -75,6 +76,39 @@ def test_time_left_is_weighed_by_cost(clock: Clock) -> None:
         progress.step(0, 0.1)
         progress.done(REPORT)
         assert progress.seconds_left == 0
+
+
+def test_passes_over_data_and_sweeps_have_rates_of_their_own() -> None:
+    """A convolution with many rows and a wide layer with few: weights alone would say the wide one takes longest."""
+    costs = [LayerCost(rows * i * o, i * i * o) for rows, i, o in ((60_000, 27, 16), (900, 144, 64), (64, 1024, 512))]
+    real = Rates(2e-9, 3e-10)
+    found = fit([(cost, real.seconds(cost)) for cost in costs[:2]])
+    assert found is not None
+    assert found.seconds(costs[2]) == pytest.approx(real.seconds(costs[2]))
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ([], None),
+        ([(LayerCost(0.0), 1.0)], None),
+        ([(LayerCost(2.0, 2.0), 8.0)], Rates(2.0, 2.0)),
+        ([(LayerCost(1.0, 0.0), 1.0), (LayerCost(1.0, 1.0), 0.5)], Rates(0.75, 0.0)),
+        ([(LayerCost(0.0, 1.0), 1.0), (LayerCost(1.0, 1.0), 0.5)], Rates(0.0, 0.75)),
+    ],
+)
+def test_rates_are_never_negative(measured: list[tuple[LayerCost, float]], expected: Rates | None) -> None:
+    assert fit(measured) == expected
+
+
+def test_what_other_data_say_and_warnings_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "distributed_adaround"), Progress(1, io.StringIO()) as progress:
+        progress.layer(0, "conv1", 0)
+        progress.done(replace(REPORT, held_out_error=0.5, warning="8 rows for 16 inputs"))
+    assert caplog.messages == [
+        "layer conv1: 8 rows for 16 inputs",
+        "layer 1 of 1 conv1: in 12.2 s, error 2.00e-02, nearest 4.00e-02, on other data 5.00e-01, 0:00:00 left",
+    ]
 
 
 def test_layers_from_commits_do_not_count_as_fast(clock: Clock) -> None:

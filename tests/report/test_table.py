@@ -1,9 +1,11 @@
 import json
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
 
+from distributed_adaround.capture.sites import FloatParameter
 from distributed_adaround.errors import InputError, shorten
 from distributed_adaround.report.table import LayerTable
 from distributed_adaround.solve.record import LayerFigures
@@ -79,7 +81,8 @@ def test_text() -> None:
         replace(SECOND, name="kept", kept_nearest=True, resumed=True, hard_error=0.0),
         replace(FIRST, name="again", resumed=True),
     ]
-    lines = str(LayerTable(rows)).splitlines()
+    coverage, *lines = str(LayerTable(rows)).splitlines()
+    assert coverage == "100.0 % of 1,344 parameters are quantized, in 5 layers"
     assert lines[0] == "int4 per_channel_symmetric, solver minibatch"
     header = lines[1].split()
     assert header[:6] == ["layer", "kind", "shape", "nearest", "soft", "hard"]
@@ -102,7 +105,7 @@ def test_text() -> None:
 
 
 def test_columns_are_aligned() -> None:
-    lines = str(LayerTable([FIRST, replace(SECOND, seconds=1234.5), replace(FIRST, name="x" * 20)])).splitlines()
+    _, *lines = str(LayerTable([FIRST, replace(SECOND, seconds=1234.5), replace(FIRST, name="x" * 20)])).splitlines()
     for name in ("nearest", "hard", "seconds"):
         end = lines[1].index(name) + len(name)
         column = [line[:end].split()[-1] for line in lines[3:6]]
@@ -125,6 +128,35 @@ def test_long_names_and_notes_fit_120_columns() -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
     assert "mode...inear" in text
     assert "model.short" in text
+
+
+def test_what_was_measured_on_other_data_and_warnings_are_shown() -> None:
+    rows = [replace(FIRST, held_out_error=0.03), replace(SECOND, warning="8 rows for 16 inputs")]
+    table = LayerTable(rows, output_error=0.5, held_out_output_error=0.75)
+    text = str(table)
+    _, _, header, _, first, second, *_ = text.splitlines()
+    assert header.split()[5:7] == ["hard", "held-out"]
+    assert first.split()[5:7] == ["2.00e-02", "3.00e-02"]
+    assert second.split()[6] == "-"
+    assert "1: warning: 8 rows for 16 inputs" in text
+    network = "Error of the network's outputs: 5.00e-01 on the calibration data, 7.50e-01 on other data."
+    assert network in text
+    assert table.totals.held_out_error == 0.03
+    page = table._repr_html_()
+    assert "<th>held-out</th>" in page
+    assert "7.50e-01" in page
+    assert "held-out" not in str(LayerTable([FIRST])).splitlines()[2]
+
+
+def test_little_coverage_is_warned_of_with_the_largest_parameters_first() -> None:
+    left = [FloatParameter("bias", (16,), "is a bias"), FloatParameter("head.weight", (100, 100), "ignored")]
+    table = LayerTable([FIRST], left)
+    assert table.float_parameters == tuple(left)
+    first, second, *_ = str(table).splitlines()
+    assert first == "4.1 % of 10,448 parameters are quantized, in 1 layers"
+    assert second.startswith("Warning: less than 80 % of the parameters are quantized; in float stay head.weight (10,0")
+    assert "Warning" not in str(LayerTable([FIRST], left[:1]))
+    assert pickle.loads(pickle.dumps(table)).coverage == table.coverage
 
 
 def test_an_empty_table_prints() -> None:

@@ -1,7 +1,8 @@
 """A pool of spawned workers that run a function as the ranks of a fresh gloo group.
 
-Workers are started when first needed, since importing torch costs seconds, and are never forked: autograd's threads do
-not survive that. After any failure the whole pool is killed; the next call starts another one.
+Workers are started when first needed. They are forked from a server that has imported what ranks import, which costs
+seconds, and has done nothing else: autograd's threads would not survive that. After any failure the whole pool is
+killed; the next call starts another one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# torch.export reads the last one when it is first called.
+_PRELOAD = ["torch", "torch.distributed", "distributed_adaround.job", "torch._dynamo", "torch.export._trace"]
 
 
 class WorkerError(AssertionError):
@@ -45,7 +49,8 @@ class RankPool:
             return self._collect(world_size, time.monotonic() + timeout)
 
     def _start(self, num_workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distributed_adaround.numerics.moments import Moments, Quadratic, quadratic_of
 from distributed_adaround.runtime.comm import Comm, SoloComm
 from distributed_adaround.runtime.imports import implementation
 from distributed_adaround.solve.layer import LayerResult, round_layer
@@ -37,10 +38,17 @@ def solver_of(name: str, **settings: Any) -> Solver:
     return solver(RoundingSpec(solver=name, **settings))
 
 
+def raw_quadratic(moments: Moments, weight: Tensor, asymmetry: float, centred: bool) -> Quadratic:
+    """The quadratic of the moments as they were measured, on calibration data. weight: `(G, R, J)`."""
+    if centred:
+        moments = moments.centred(moments.mean, moments.cross_mean, weight.dtype)
+    return quadratic_of(weight, moments.second, moments.cross, asymmetry)
+
+
 def with_quadratic(problem: LayerProblem, comm: Comm = SOLO) -> LayerProblem:
     """The problem with the quadratic of its moments. A collective."""
-    quadratic = measure(problem, comm).quadratic(problem.weight, problem.asymmetry, problem.correct_bias)
-    return replace(problem, quadratic=quadratic)
+    whole = measure(problem, comm).whole
+    return replace(problem, quadratic=raw_quadratic(whole, problem.weight, problem.asymmetry, problem.correct_bias))
 
 
 def solve(solver: Solver, problem: LayerProblem, comm: Comm = SOLO, monitor: Monitor = NO_PROGRESS) -> Solution:
@@ -61,7 +69,7 @@ def rounded(
         return round_layer(problem, solver, comm, monitor)
     moments = measure(problem, comm)
     if problem.transform.is_affine:
-        quadratic = moments.quadratic(problem.weight, problem.asymmetry, problem.correct_bias)
+        quadratic = raw_quadratic(moments.whole, problem.weight, problem.asymmetry, problem.correct_bias)
         problem = replace(problem, quadratic=quadratic)
     return round_layer(problem, solver, comm, monitor, moments=moments, polishes=polishes)
 
