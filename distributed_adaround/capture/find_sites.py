@@ -4,6 +4,7 @@ A parameter is followed through all operations that only look at it to the nodes
 layers, each part of the parameter that a layer reads is a site; calls that read the same part are calls of one layer.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -208,6 +209,9 @@ def _geometry(call: LayerCall) -> LayerGeometry:
 
 def _overlap(views: Collection[WeightView]) -> bool:
     """Whether two of the parts have a number in common."""
+    ordered = sorted(views, key=lambda view: view.offset)
+    if all(view.last < after.offset for view, after in itertools.pairwise(ordered)):
+        return False  # experts, one after the other: no need to mark each number
     taken = torch.zeros(1 + max(view.last for view in views), dtype=torch.bool)
     for view in views:
         part = view.of(taken)

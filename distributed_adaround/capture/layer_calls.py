@@ -28,15 +28,20 @@ _GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.defaul
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the model, by name, as a node reads it. whole: as it is, so that the view says nothing."""
+    """A tensor of the model, by name, as a node reads it. shape: of the tensor itself."""
 
     name: str
     view: WeightView
-    whole: bool
+    shape: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is read as it is, so that the view says nothing."""
+        return self.view == WeightView.like(torch.empty(self.shape, device="meta"))
 
     def transposed(self) -> "Operand":
         """`(I, O)` to `(O, I)`."""
-        return Operand(self.name, self.view.transposed(), self.view.shape == (1, 1) and self.whole)
+        return replace(self, view=self.view.transposed())
 
 
 @dataclass(frozen=True)
@@ -137,10 +142,8 @@ class Operands:
         if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
             return None  # expanded: one number in several places
         name, dtype = self._owners[node]
-        dtype = None if dtype == value.dtype else dtype
         base = value if value._base is None else value._base
-        whole = dtype is None and (value.shape, value.stride()) == (base.shape, base.stride())
-        return Operand(name, WeightView.like(value, dtype), whole)
+        return Operand(name, WeightView.like(value, None if dtype == value.dtype else dtype), tuple(base.shape))
 
     def owner(self, node: Node) -> str:
         """Name of the tensor that a node is, or is a part of."""
@@ -216,7 +219,7 @@ def _experts(call: LayerCall, transposed: bool) -> tuple[LayerCall, ...]:
     experts = call.weight.view.shape[0]
     calls = []
     for expert in range(experts):
-        weight = Operand(call.weight.name, call.weight.view.entry(expert), whole=False)
+        weight = replace(call.weight, view=call.weight.view.entry(expert))
         calls.append(
             replace(call, weight=weight.transposed() if transposed else weight, experts=experts, expert=expert)
         )

@@ -32,7 +32,7 @@ def texts(path: Path, num_samples: int = 11, seed: int = 0) -> Path:
     return path
 
 
-_DATA = {"cnn": images, "attention": texts, "mlp": vectors, "wide": vectors}
+_DATA = {"cnn": images, "attention": texts, "mlp": vectors, "wide": vectors, "mixture": vectors}
 
 
 def write_job(folder: Path, network: str = "cnn", **changes: Mapping[str, Any]) -> Path:

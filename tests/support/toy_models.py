@@ -75,6 +75,21 @@ class Wide(nn.Module):
         return self.int4(F.relu(self.fp4(F.relu(x))))
 
 
+class Mixture(nn.Module):
+    """Experts in one tensor, picked by a gate, and a weight that is stored transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.experts, self.last = nn.Parameter(torch.randn(3, 6, 8) / 3), nn.Parameter(torch.randn(6, 4) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        weights, picked = self.gate(x).softmax(dim=-1).topk(2)
+        share = torch.zeros_like(weights[:, :1]).repeat(1, 3).scatter(1, picked, weights)
+        return torch.einsum("ne,eoi,ni->no", share, self.experts, x) @ self.last
+
+
 def _seeded(build: type[nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -99,6 +114,10 @@ def mlp(seed: int = 0) -> nn.Module:
 
 def wide(seed: int = 0) -> nn.Module:
     return _seeded(Wide, seed)
+
+
+def mixture(seed: int = 0) -> nn.Module:
+    return _seeded(Mixture, seed)
 
 
 def unseeded() -> nn.Module:
