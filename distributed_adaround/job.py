@@ -176,9 +176,8 @@ def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
 
 def coverage(captured: CapturedModel) -> Coverage:
     """Which share of the parameters the job quantizes."""
-    sites = [site for planned in captured.planned if planned.format is not None for site in planned.sites]
-    shapes = [site.geometry.weight_shape for site in sites]
-    return Coverage.of(shapes, captured.float_parameters)
+    quantized = [site for planned in captured.planned if planned.format is not None for site in planned.sites]
+    return Coverage.of([site.geometry.weight_shape for site in quantized], captured.float_parameters)
 
 
 def tell_coverage(captured: CapturedModel, comm: Comm) -> None:
@@ -191,11 +190,11 @@ def tell_coverage(captured: CapturedModel, comm: Comm) -> None:
 
 
 def layer_costs(captured: CapturedModel) -> list[LayerCost]:
-    """Of the layers that are quantized, in the order of the walk."""
+    """Of the layers that are quantized, in the order of the walk. Those of one unit share its rows."""
     costs = []
     for planned in captured.planned:
+        rows = captured.walker.rows.get(planned.unit.name, 1.0) / len(planned.sites)
         for site in planned.sites if planned.format is not None else ():
-            rows = captured.walker.rows.get(planned.unit.name, 1.0) / len(planned.sites)
             inputs, outputs = float(site.geometry.inputs_per_output), float(site.geometry.out_channels)
             costs.append(LayerCost(rows * inputs * outputs, inputs**2 * outputs))
     return costs

@@ -74,7 +74,7 @@ class NetworkRounder:
         records: list[tuple[Site, LayerRecord]] = []
         for planned in captured.planned:
             if planned.format is None:
-                walker.commit(planned.unit, {})
+                self._pass(walker, planned.unit, {})
                 continue
             records += self._finish_unit(captured, planned.unit, planned.format, microbatches.total)
         error = self._output_error(walker, microbatches.total)
@@ -87,7 +87,12 @@ class NetworkRounder:
         walker = captured.walker
         records: list[tuple[Site, LayerRecord]] = []
         tensors: dict[str, Tensor] = {}
-        reach = functools.cache(lambda: walker.reach(unit))
+
+        @functools.cache
+        def reach() -> list[Batch]:
+            with phase(self.comm, f"reach layer {unit.name}"):
+                return walker.reach(unit)
+
         for site in unit.sites:
             with naming_layer(site.name):
                 record = self._finish(captured, unit, site, layer_format, reach, total)
@@ -98,8 +103,13 @@ class NetworkRounder:
             if record.shift is not None:
                 assert site.shift_name is not None
                 tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), record.shift)
-        walker.commit(unit, tensors)
+        self._pass(walker, unit, tensors)
         return records
+
+    def _pass(self, walker: Walker, unit: Unit, tensors: Mapping[str, Tensor]) -> None:
+        """Ranks have data of their own, so a forward may fail on one of them alone."""
+        with phase(self.comm, f"pass layer {unit.name}"):
+            walker.commit(unit, tensors)
 
     def _finish(
         self,
@@ -183,11 +193,12 @@ class NetworkRounder:
 
     def _output_error(self, walker: Walker, total: int) -> float:
         sums = torch.zeros(total, 2, dtype=torch.float64)
-        for index, before, after in walker.finish():
-            # Row by row, since logits are large: other ways to sum squares make copies or take ten times as long.
-            wide = torch.promote_types(before.dtype, torch.float32)
-            norms = [torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in (after - before, before)]
-            sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
+        with phase(self.comm, "run the end of the model"):
+            for index, before, after in walker.finish():
+                # Row by row, since logits are large: other ways to sum squares make copies or take ten times as long.
+                wide = torch.promote_types(before.dtype, torch.float32)
+                norms = [torch.linalg.vector_norm(values, dim=-1, dtype=wide) for values in (after - before, before)]
+                sums[index] += torch.stack([norm.double().square().sum() for norm in norms]).cpu()
         error, energy = self.comm.all_reduce(sums).sum(dim=0).tolist()
         return float(error / energy) if energy else float("nan")
 

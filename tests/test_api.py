@@ -438,6 +438,11 @@ def in_a_group(kind: str) -> Any:
             quantize(model, batches[: 3 + rank], **fields)
         elif kind == "other model":
             quantize(net(seed=rank), batches, **fields)
+        elif kind == "a token too many on one rank":
+            # Of the same shape as the others, so that it is found when the walk comes to it.
+            torch.manual_seed(0)
+            tokens = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+            quantize(tokens, [torch.full((3, 5), 99 * rank)], **fields, sharded=True)
         elif kind == "bad batch on one rank":
             quantize(model, [*batches, "text"] if rank == 1 else batches, **fields)
         else:
@@ -466,6 +471,7 @@ def test_two_ranks_learn_what_one_rank_learns(pool: RankPool, alone: dict[str, T
         ("other counts", ["InputError: ranks pass [3, 4] batches"] * 2),
         ("other model", ["InputError: the model on ranks [1] has other weights than on rank 0"] * 2),
         ("bad batch on one rank", ["PeerError: rank 1 failed to read the batches", "InputError: a batch is a str"]),
+        ("a token too many on one rank", ["PeerError: rank 1 failed to reach layer 1", "microbatch 1"]),
         ("nothing anywhere", ["InputError: batches is empty"] * 2),
     ],
 )

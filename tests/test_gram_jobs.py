@@ -1,4 +1,4 @@
-"""Whole jobs with gram: the same bytes on 1, 2 and 3 ranks and after a restart, outputs without mean error."""
+"""Whole jobs with gram: the same bytes on 1 and 3 ranks and after a restart, outputs without mean error."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def jobs(request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytes
     """Folder of the finished job by number of ranks."""
     folder = tmp_path_factory.mktemp(request.param)
     found = {}
-    for size in (1, 2, 3):
+    for size in (1, 3):
         path = write_job(folder / str(size), request.param, **JOBS[request.param])
         assert pool.run(run, size, str(path)) == [[False] * 4] * size
         found[size] = path.parent
@@ -80,8 +80,7 @@ def jobs(request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytes
 def test_files_are_the_same_on_any_number_of_ranks(jobs: dict[int, Path]) -> None:
     alone = contents(jobs[1])
     assert len(alone) == 3 + 4
-    for size in (2, 3):
-        assert contents(jobs[size]) == alone
+    assert contents(jobs[3]) == alone
     report = json.loads((jobs[1] / "out/report.json").read_text())
     assert [layer["solver"] for layer in report["layers"]] == ["gram"] * 4
     # It learned, and found other scales and biases than nearest rounding has.
@@ -212,7 +211,7 @@ def test_a_model_that_is_replayed_has_no_mean_error_either(tmp_path: Path) -> No
         ({"solver": "gram", "polish": False}, ["gram"] * 4, []),
         ({"solver": "minibatch", "polish": True}, ["minibatch"] * 4, ["head"]),
         ({"polish": True, "activation_in_loss": False}, ["minibatch"] * 4, ["conv", "depthwise", "up", "head"]),
-        ({"solver": "minibatch"}, ["minibatch"] * 4, []),
+        ({"solver": "minibatch"}, ["minibatch"] * 4, ["head"]),
         ({"solver": "gptq", "polish": True}, ["gptq"] * 4, ["conv", "depthwise", "up", "head"]),
         ({"solver": "gptq"}, ["gptq"] * 4, []),
         ({"solver": "nearest", "polish": True}, ["nearest"] * 4, ["conv", "depthwise", "up", "head"]),
@@ -240,9 +239,10 @@ def test_layers_with_an_activation_in_the_loss_are_left_to_minibatch_and_not_pol
     layers = json.loads((tmp_path / "out/report.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["conv", "depthwise", "up", "head"]
     assert [layer["solver"] for layer in layers] == solvers == [row.solver for row in table]
-    assert seen["polish"] == polished
+    # Once in its trial, where there is one, and once in whole.
+    assert list(dict.fromkeys(seen["polish"])) == polished
     # Nobody takes moments where nobody asks for them.
-    asks = rounding.get("polish", rounding.get("solver") == "gram")
+    asks = rounding.get("polish", rounding.get("solver", "minibatch") in ("gram", "minibatch"))
     with_moments = [asks or solver in ("gram", "gptq") for solver in solvers]
     assert seen["measure"] == [row.name for row, taken in zip(table, with_moments, strict=True) if taken]
 

@@ -37,7 +37,7 @@ class UnitCalls:
 
     @property
     def rows(self) -> float:
-        """Of all calls together, in the microbatch of the export."""
+        """Of all calls and sites together, in the microbatch of the export."""
         elements = sum(_num_elements(call.node.meta.get("val")) for call in self.calls)
         return elements / self.unit.sites[0].geometry.out_channels
 

@@ -177,7 +177,7 @@ class ReplayWalker:
         except _ReachedError:
             return None
         except Exception as error:
-            raise forward_failed(index, error) from error
+            raise forward_failed(index, error, inputs.hint) from error
 
     @contextmanager
     def _float_weights(self) -> Iterator[None]:

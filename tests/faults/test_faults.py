@@ -38,6 +38,7 @@ def test_killed_behind_a_layer(bench: Bench, job: Job) -> None:
     assert len(record["kills"]) == 1
 
 
+@pytest.mark.slow
 def test_torchrun_dies_and_takes_its_ranks_along(bench: Bench, job: Job) -> None:
     output, verdict = bench.output(), Verdict()
     attempt, reached = bench.start(job, output, 2)
@@ -53,12 +54,14 @@ def test_killed_inside_a_save(bench: Bench, job: Job) -> None:
     assert saves.one_save(bench, job, Fault.parse("kill:half:commits/manifest.json:2:0"))["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_full_disk(bench: Bench, job: Job) -> None:
     """Only root may mount a small one; a limit on file sizes does for others."""
     kind = "full" if os.geteuid() == 0 else "file size"
     assert disk.one_case(bench, job, kind, 2)["problems"] == []
 
 
+@pytest.mark.slow
 def test_asked_to_stop_twice(bench: Bench, job: Job) -> None:
     assert stop.one_stop(bench, job, "twice", 2)["problems"] == []
 

@@ -163,6 +163,7 @@ def test_help_shows_the_variables() -> None:
     assert subprocess.run([str(SCRIPT)], capture_output=True, check=False).returncode == 64
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_one_start_and_no_byte(reference: dict[str, str], tmp_path: Path) -> None:
     job = prepare(tmp_path / "job")
     scratch = tmp_path / "scratch"

@@ -39,7 +39,7 @@ def of_other_sizes(problem: LayerProblem, layer_format: LayerFormat) -> LayerPro
 
 
 def weighted_grid(problem: LayerProblem, layer_format: LayerFormat, comm: Any) -> LayerProblem:
-    return with_moments(problem, measure(problem, comm), layer_format)
+    return with_moments(problem, measure(problem, comm), layer_format, comm)
 
 
 def weighted(problem: LayerProblem, power: Tensor) -> Tensor:

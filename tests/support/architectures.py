@@ -26,7 +26,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 @dataclass(frozen=True)
 class Architecture:
     """model: class of transformers. config: its configuration class and fields. inputs: what a batch holds. left: what
-    stays in float, by pattern. fields: of a configuration inside, by its name."""
+    stays in float, by pattern. Heads of language models are quantized unless they are tied to an embedding."""
 
     model: str
     config: str
@@ -87,23 +87,31 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Mixtral": Architecture(
         "MixtralForCausalLM",
         "MixtralConfig",
-        {**_LLAMA, **_IDS, "num_local_experts": 3, "num_experts_per_tok": 2},
+        {**_LLAMA, **_IDS, "num_hidden_layers": 1, "num_local_experts": 3, "num_experts_per_tok": 2},
         _ids,
         {**_EMBEDDING, r".*\.gate\.weight": "router"},
     ),
     "Qwen3-MoE": Architecture(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
-        {**_LLAMA, **_IDS, **_EXPERTS, "num_experts": 3, "head_dim": 8},
+        {**_LLAMA, **_IDS, "num_hidden_layers": 1, **_EXPERTS, "num_experts": 3, "head_dim": 8},
         _ids,
         {**_EMBEDDING, r".*\.gate\.weight": "router"},
     ),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
         "GptOssConfig",
-        {**_LLAMA, **_IDS, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4},
+        {
+            **_LLAMA,
+            **_IDS,
+            "num_hidden_layers": 1,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "sliding_window": 4,
+        },
         _ids,
-        {**_EMBEDDING, r".*\.router\.weight": "router"},
+        {**_EMBEDDING, r".*\.router\.weight": "router", r".*\.experts\..*_proj_bias": "used by index"},
     ),
     "DeepSeek-V3": Architecture(
         "DeepseekV3ForCausalLM",
@@ -148,7 +156,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "BertConfig",
         {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 32},
         _ids,
-        {r"embeddings\..*": "embedding", r"pooler\.dense\.weight": ""},
+        {r"embeddings\..*": "embedding"},
     ),
     "ModernBERT": Architecture(
         "ModernBertModel",
@@ -183,28 +191,32 @@ ARCHITECTURES: dict[str, Architecture] = {
             "decoder_start_token_id": 1,
         },
         lambda: {"input_features": torch.randn(3, 8, 32), **_tokens("decoder_input_ids")()},
-        {r".*embed_tokens\.weight": "embedding", r".*embed_positions\.weight": ""},
+        {
+            r".*embed_tokens\.weight": "embedding",
+            r".*encoder\.embed_positions\.weight": "embedding",
+            r".*decoder\.embed_positions\.weight": "used by index",
+        },
     ),
     "ViT": Architecture(
         "ViTForImageClassification",
         "ViTConfig",
         {**_PICTURES, "num_labels": 5},
         _pixels,
-        {r".*position_embeddings": "", r".*cls_token": ""},
+        {r".*position_embeddings": "used by add", r".*cls_token": "used by expand"},
     ),
     "CLIP": Architecture(
         "CLIPModel",
         "CLIPConfig",
         {"text_config": {**_LLAMA, **_IDS}, "vision_config": _PICTURES, "projection_dim": 16},
         lambda: {**_ids(), **_pixels()},
-        {r".*(token|position)_embedding\.weight": ""},
+        {r".*(token|position)_embedding\.weight": "embedding"},
     ),
     "SigLIP": Architecture(
         "SiglipModel",
         "SiglipConfig",
         {"text_config": {**_LLAMA, **_IDS}, "vision_config": _PICTURES},
         lambda: {**_ids(), **_pixels()},
-        {r".*(token|position)_embedding\.weight": "", r".*head\.probe": ""},
+        {r".*(token|position)_embedding\.weight": "embedding", r".*head\.probe": "used by repeat"},
     ),
     "Wav2Vec2": Architecture(
         "Wav2Vec2Model",
@@ -220,7 +232,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_conv_pos_embedding_groups": 2,
         },
         lambda: {"input_values": torch.randn(3, 160)},
-        {r"masked_spec_embed": ""},
     ),
     "ResNet": Architecture(
         "ResNetForImageClassification",
