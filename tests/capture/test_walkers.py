@@ -149,9 +149,7 @@ def test_a_program_refuses_sizes_at_which_its_model_branches() -> None:
     model, data = case("length")
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     walker = walker_of(torch.export.export(model, (data[0],), dynamic_shapes={"x": sizes}, strict=False), data)
-    with pytest.raises(
-        InputError, match=r"microbatch 2: .* 'x' with sizes 2 to 8 in dimension 1, .* pad or cut"
-    ):
+    with pytest.raises(InputError, match=r"microbatch 2: .* 'x' with sizes 2 to 8 in dimension 1, .* pad or cut"):
         walker.start(Microbatches.of_list(data, SoloComm(), sharded=False))
     walker.start(Microbatches.of_list([*data[:2], torch.randn(1, 4, 8)], SoloComm(), sharded=False))
 
