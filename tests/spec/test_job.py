@@ -125,6 +125,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "scale_dtype": None,
             "observer": "mse",
             "percentile": 99.9,
+            "keep_zeros": False,
             "ignore": [],
             "overrides": [{"match": "a", "dtype": "int8"} | none],
         },
