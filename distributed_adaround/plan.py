@@ -101,7 +101,9 @@ class _Trial:
             batches = self._walker.reach(planned.unit)
             reached = time.monotonic()
             for site in planned.sites:
-                rows = choose_rows(planned.unit, site, batches, self._walker.tensor(site.weight_name), SoloComm())
+                parameter = self._walker.tensor(site.weight_name)
+                chosen = choose_rows(planned.unit, site, batches, parameter, SoloComm())
+                rows = ChosenRows.none() if site.is_table else chosen
                 yield self._layer(planned, site, rows)
             solved = time.monotonic()
             self._walker.commit(planned.unit, {})

@@ -129,7 +129,9 @@ class NetworkRounder:
         record = self.commits.load(site.name)
         if record is None:
             started = time.monotonic()
-            rows = choose_rows(unit, site, reach(), captured.walker.tensor(site.weight_name), self.comm)
+            rows = ChosenRows.none()
+            if not site.is_table:
+                rows = choose_rows(unit, site, reach(), captured.walker.tensor(site.weight_name), self.comm)
             result = self._solve(captured, site, layer_format, solver, rows, total)
             measured = {
                 key: value for key, value in vars(result).items() if key not in ("codes", "grid", "shift", "note")
@@ -169,7 +171,7 @@ class NetworkRounder:
             self.spec, captured.walker, site, layer_format, rows.batches, total * site.num_calls, captured.store
         )
         if not rows.any:
-            return without_rows(problem)
+            return without_rows(problem, "a table" if site.is_table else "no calibration data reach it")
         if rows.source is not None:
             problem = replace(problem, source=rows.source)
         moments = None

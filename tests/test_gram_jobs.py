@@ -211,7 +211,7 @@ def test_a_model_that_is_replayed_has_no_mean_error_either(tmp_path: Path) -> No
         ({"solver": "gram", "polish": False}, ["gram"] * 4, []),
         ({"solver": "minibatch", "polish": True}, ["minibatch"] * 4, ["head"]),
         ({"polish": True, "activation_in_loss": False}, ["minibatch"] * 4, ["conv", "depthwise", "up", "head"]),
-        ({"solver": "minibatch"}, ["minibatch"] * 4, []),
+        ({"solver": "minibatch"}, ["minibatch"] * 4, ["head"]),
         ({"solver": "gptq", "polish": True}, ["gptq"] * 4, ["conv", "depthwise", "up", "head"]),
         ({"solver": "gptq"}, ["gptq"] * 4, []),
         ({"solver": "nearest", "polish": True}, ["nearest"] * 4, ["conv", "depthwise", "up", "head"]),
@@ -239,9 +239,10 @@ def test_layers_with_an_activation_in_the_loss_are_left_to_minibatch_and_not_pol
     layers = json.loads((tmp_path / "out/report.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["conv", "depthwise", "up", "head"]
     assert [layer["solver"] for layer in layers] == solvers == [row.solver for row in table]
-    assert seen["polish"] == polished
+    # Once in its trial, where there is one, and once in whole.
+    assert list(dict.fromkeys(seen["polish"])) == polished
     # Nobody takes moments where nobody asks for them.
-    asks = rounding.get("polish", rounding.get("solver") == "gram")
+    asks = rounding.get("polish", rounding.get("solver", "minibatch") in ("gram", "minibatch"))
     with_moments = [asks or solver in ("gram", "gptq") for solver in solvers]
     assert seen["measure"] == [row.name for row, taken in zip(table, with_moments, strict=True) if taken]
 

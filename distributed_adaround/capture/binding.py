@@ -1,5 +1,6 @@
 """The data of a microbatch as the inputs of a captured graph, checked against what the graph was captured for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,23 @@ def bind(graph: GraphModule, inputs: ModelInputs, index: int) -> dict[Node, Any]
     bound = dict(zip((node for node in graph.graph.nodes if node.op == "placeholder"), values, strict=True))
     for node, value in bound.items():
         _check_fit(node, value, index)
+        _check_ranges(node, value, index, graph.meta.get("ranges", {}))
     return bound
+
+
+def _check_ranges(placeholder: Node, value: Any, index: int, ranges: Mapping[Any, Any]) -> None:
+    """Raises InputError for a size at which the model would take another branch than the one that was captured."""
+    captured = placeholder.meta.get("val")
+    if not isinstance(captured, Tensor) or not isinstance(value, Tensor):
+        return
+    for dim, (size, actual) in enumerate(zip(captured.shape, value.shape, strict=False)):
+        found = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        # torch.export says 2 where it means any size.
+        if found is not None and not (actual < 2 >= found.lower or found.lower <= actual <= found.upper):
+            raise InputError(
+                f"microbatch {index}: the model's graph takes {placeholder.target!r} with sizes {found.lower} to "
+                f"{found.upper} in dimension {dim}, the data has shape {tuple(value.shape)}; pad or cut the samples"
+            )
 
 
 def _check_fit(placeholder: Node, value: Any, index: int) -> None:

@@ -50,12 +50,14 @@ def straight_line(program: ExportedProgram) -> GraphModule:
     Raises InputError when the graph holds control flow or other calls of submodules.
     """
     with quiet_torch(), any_length():
-        module = program.run_decompositions(einsum_table(program)).module(check_guards=False)
+        flat = program.run_decompositions(einsum_table(program))
+        module = flat.module(check_guards=False)
     assert isinstance(module, GraphModule)
     for node in module.graph.nodes:
         if node.op in ("call_module", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise InputError("its graph holds control flow that cannot be walked node by node")
     open_recurrent(module)
+    module.meta["ranges"] = flat.range_constraints
     return module
 
 

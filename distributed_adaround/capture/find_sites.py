@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from distributed_adaround.capture.layer_calls import LayerCall, Operand, Operands, read_layers, unusable
+from distributed_adaround.capture.layer_calls import LayerCall, Operand, Operands, read_layers, read_table, unusable
 from distributed_adaround.capture.operations import layer_geometry, module_class, operation_name, what_follows
 from distributed_adaround.capture.recurrent import reads_along
 from distributed_adaround.capture.sites import BatchNormAfter, FloatParameter, Site, Unit, unusable_values
@@ -58,17 +58,23 @@ class Found:
     float_parameters: tuple[FloatParameter, ...]
 
 
-def find_sites(module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node]) -> Found:
-    return _Finder(module, nodes, constant).found()
+def find_sites(
+    module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node], embeddings: bool = False
+) -> Found:
+    """embeddings: tables that nothing but look-ups reads are sites too."""
+    return _Finder(module, nodes, constant, embeddings).found()
 
 
 class _Finder:
-    def __init__(self, module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node]) -> None:
+    def __init__(self, module: GraphModule, nodes: Sequence[Node], constant: frozenset[Node], embeddings: bool) -> None:
         self._constant = constant
         self._order = {node: position for position, node in enumerate(nodes)}
         self._parameters = dict(module.named_parameters())
         self._operands = operands = Operands(module, nodes)
         self._calls = {node: calls for node in nodes if (calls := read_layers(node, operands))}
+        if embeddings:
+            tables = {node: table for node in nodes if (table := read_table(node, operands)) is not None}
+            self._calls |= {node: (table,) for node, table in tables.items()}
         # What computes with each tensor of the model, and through which node it reads it.
         self._readers: dict[str, list[tuple[Node, Node]]] = defaultdict(list)
         for node in nodes:
@@ -125,6 +131,8 @@ class _Finder:
         return None, {view: tuple(calls) for view, calls in parts.items()}
 
     def _unusable_part(self, calls: tuple[LayerCall, ...]) -> str | None:
+        if len({call.is_table for call in calls}) > 1:
+            return "shared with embedding"
         if len({call.is_linear or call.node.target for call in calls}) > 1:
             return "used by layers of different kinds"
         found = (unusable(call, self._constant, self._parameters) for call in calls)
@@ -156,6 +164,7 @@ class _Finder:
             view=None if first.weight.whole else first.weight.view,
             bias_view=None if bias is None or bias.whole else bias.view,
             part=label,
+            is_table=first.is_table,
         )
 
     def _shift_name(

@@ -39,7 +39,7 @@ class CapturedGraph:
         return tuple(site for unit in self.units for site in unit.unit.sites)
 
 
-def capture(module: GraphModule) -> CapturedGraph:
+def capture(module: GraphModule, embeddings: bool = False) -> CapturedGraph:
     """Read the sites out of the graph that `straight_line` made."""
     # Checks, and writes into buffers: nothing reads them, and they would count as readers of what they look at.
     for node in reversed(module.graph.nodes):
@@ -52,7 +52,7 @@ def capture(module: GraphModule) -> CapturedGraph:
         if node.op == "get_attr":
             node.target = first_names.get(id(attribute(module, str(node.target))), node.target)
     constant = _constant_nodes(nodes)
-    found = find_sites(module, nodes, constant)
+    found = find_sites(module, nodes, constant, embeddings)
     calls = {call.node for unit in found.units for call in unit.calls}
     common = shared_nodes(nodes, constant, calls)
     picking = routers(nodes, common, calls)

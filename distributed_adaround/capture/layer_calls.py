@@ -64,6 +64,10 @@ class LayerCall:
         return not is_convolution(self.node)
 
     @property
+    def is_table(self) -> bool:
+        return self.node.target == _aten.embedding.default
+
+    @property
     def reads(self) -> tuple[Node, ...]:
         """What is needed of a call to learn from it, apart from its output."""
         return (self.source,) if self.offsets is None else (self.source, self.offsets)
@@ -183,6 +187,16 @@ def read_layers(node: Node, operands: Operands) -> tuple[LayerCall, ...]:
     if columns and _dims(source) != 2:
         return ()
     return (replace(call, weight=operand.transposed()) if transposed else call,)
+
+
+def read_table(node: Node, operands: Operands) -> LayerCall | None:
+    """A look-up of rows of a weight `(V, D)`; source: the row numbers."""
+    if node.target != _aten.embedding.default:
+        return None
+    operand, index = operands.get(node.args[0]), node.args[1]
+    if operand is None or not operand.whole or not isinstance(index, Node) or not isinstance(node.args[0], Node):
+        return None
+    return LayerCall(node, index, node.args[0], operand)
 
 
 def _grouped(node: Node, operands: Operands) -> tuple[LayerCall, ...]:

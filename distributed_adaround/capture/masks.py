@@ -61,7 +61,7 @@ class MaskedRows:
         """The mask of a node's rows, in their order; None: all count. channel_dim: the axis that is no row."""
         axes = self._axes.of(node)
         if axes is None:
-            return masks.by_shape
+            return None
         rows = [axis for place, axis in enumerate(axes) if place != channel_dim % len(axes)]
         atoms = tuple(atom for axis in rows for atom in axis)
         for axis, mask in masks.of_axis.items():
@@ -69,7 +69,9 @@ class MaskedRows:
                 return mask
             if len(atoms) == 1 + len(axis) and atoms[:-1] == axis:
                 return mask.t()
-        return None if any(set(axis) <= set(atoms) for axis in masks.other) else masks.by_shape
+        # Flat rows on no known axis may be in any order (sorted by expert, say), whatever their number.
+        known = len(rows) < 2 or any(set(axis) <= set(atoms) for axis in masks.other)
+        return None if known else masks.by_shape
 
 
 def _is_mask(node: Node, value: Tensor) -> bool:

@@ -87,7 +87,7 @@ def capture_model(
     folded = [] if isinstance(opened.model, ExportedProgram) else fold_parametrizations(opened.model)
     digest = _agree_on_weights(opened, comm)
     store = activation_store(runtime, context)
-    walker = make_walker(opened.model, microbatches, store, comm)
+    walker = make_walker(opened.model, microbatches, store, comm, quantize.embeddings)
     if folded:
         walker.notes.append(f"computed weights were folded into plain ones: {shorten(', '.join(folded), 200)}")
     with phase(comm, "plan the layers"):

@@ -143,7 +143,7 @@ def _open_layer(module: GraphModule, node: Node) -> None:
             output, *last = _open_direction(call, kind, x, first, weights[place * size : (place + 1) * size], options)
             outputs.append(output)
             ends.append(last)
-        x = outputs[0] if directions == 1 else call(_aten.cat.default, outputs, -1)
+        x = outputs[0] if directions == 1 else _joined(call, outputs)
     _replace_outputs(node, [x, *(call(_aten.cat.default, list(last), 0) for last in zip(*ends, strict=True))])
     module.graph.erase_node(node)
 
@@ -153,11 +153,26 @@ def _open_direction(
 ) -> list[Node]:
     """One direction of one layer; the nodes of its outputs and last states."""
     biases = weights[2:4] if options[0] else [None, None]
-    given = call(_aten.linear.default, x, weights[0], biases[0])
-    before = call(previous_states, kind, x, states, list(weights), options, given)
-    returned = call(_aten.linear.default, before, weights[1], biases[1])
+    gates, state = (weights[1].meta["val"].shape[place : place + 1] for place in (0, 1))
+    given = _with_shape(call(_aten.linear.default, x, weights[0], biases[0]), x, gates)
+    before = _with_shape(call(previous_states, kind, x, states, list(weights), options, given), x, state)
+    returned = _with_shape(call(_aten.linear.default, before, weights[1], biases[1]), x, gates)
     result = call(recurrence, kind, x, states, list(weights), options, returned)
-    return [call(operator.getitem, result, place) for place in range(1 + len(states))]
+    output, *last = [call(operator.getitem, result, place) for place in range(1 + len(states))]
+    return [_with_shape(output, x, state), *last]
+
+
+def _joined(call: Callable[..., Node], outputs: list[Node]) -> Node:
+    """Outputs of both directions side by side."""
+    width = sum(output.meta["val"].shape[-1] for output in outputs)
+    return _with_shape(call(_aten.cat.default, outputs, -1), outputs[0], (width,))
+
+
+def _with_shape(node: Node, rows: Node, width: Sequence[int]) -> Node:
+    """The node, known to have the leading sizes of `rows`: torch.export knows them of its own nodes."""
+    value: Tensor = rows.meta["val"]
+    node.meta["val"] = value.new_empty((*value.shape[:-1], *width))
+    return node
 
 
 def _open_cell(module: GraphModule, node: Node) -> None:
@@ -167,8 +182,12 @@ def _open_cell(module: GraphModule, node: Node) -> None:
     x, state, w_ih, w_hh, b_ih, b_hh, *_ = arguments
     states = list(state) if is_pair else [state]
     # A first state of zeros is a constant, of which no layer can be learned.
-    hidden = call(_beside, states[0], x)
-    products = call(_aten.linear.default, x, w_ih, b_ih), call(_aten.linear.default, hidden, w_hh, b_hh)
+    gates, width = (w_hh.meta["val"].shape[place : place + 1] for place in (0, 1))
+    hidden = _with_shape(call(_beside, states[0], x), x, width)
+    products = [
+        _with_shape(call(_aten.linear.default, source, weight, bias), x, gates)
+        for source, weight, bias in ((x, w_ih, b_ih), (hidden, w_hh, b_hh))
+    ]
     result = call(function, *products, states[1] if is_pair else hidden)
     if is_pair:
         _replace_outputs(node, [call(operator.getitem, result, place) for place in (0, 1)])

@@ -39,7 +39,7 @@ class Site:
     name of what its input is; sites with the same source have the same inputs. None: not known. view, bias_view: how
     weight and bias lie in the tensors of these names, None: they are the whole tensors. part: which part of the
     parameter, "[0:16]", where it holds several weights; the name ends in it. is_router: its output only picks which
-    rows later layers see.
+    rows later layers see. is_table: an embedding, with a channel for each row; no layer.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Site:
     bias_view: WeightView | None = None
     part: str = ""
     is_router: bool = False
+    is_table: bool = False
 
     @property
     def stored_name(self) -> str:

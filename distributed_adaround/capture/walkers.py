@@ -27,16 +27,21 @@ _REASON_LENGTH = 160
 
 
 def make_walker(
-    model: nn.Module | ExportedProgram, microbatches: Microbatches, store: ActivationStore, comm: Comm
+    model: nn.Module | ExportedProgram,
+    microbatches: Microbatches,
+    store: ActivationStore,
+    comm: Comm,
+    embeddings: bool = False,
 ) -> Walker:
     """Walk through the exported graph; by hooks and replay where the model cannot be exported, or no single graph does
-    for all kinds of microbatches, with a note. A collective. store: its device is that of the walk.
+    for all kinds of microbatches, with a note. A collective. store: its device is that of the walk. embeddings: tables
+    of a graph are sites too.
 
     Raises InputError for a program that cannot be walked, or a model whose forward fails.
     """
     if isinstance(model, ExportedProgram):
         with phase(comm, "capture the model"):
-            return GraphWalker(capture(straight_line(model)), store)
+            return GraphWalker(capture(straight_line(model), embeddings), store)
     logger.info("looking at the shapes of the calibration data")
     with phase(comm, "read the calibration data"):
         own = microbatches.kinds()
@@ -60,7 +65,7 @@ def make_walker(
     reason = next((each for each in comm.all_gather_object(reason) if each is not None), None)
     with phase(comm, "capture the model"):
         if reason is None:
-            return GraphWalker(capture(graph), store)
+            return GraphWalker(capture(graph, embeddings), store)
         module = model.to(store.device).eval()
         layers, _ = find_layers(module)
         logger.info("finding the layers by hooks")

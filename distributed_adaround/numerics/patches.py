@@ -80,7 +80,8 @@ def unfolded_pieces(x: Tensor, geometry: LayerGeometry, first: int = 0, every: i
     size, channels = tuple(features.shape[1:-1]), features.shape[-1]
     starts = row_positions(size, _output_size(size, geometry), geometry).to(x.device)
     offsets = kernel_offsets(size, geometry).to(x.device)
-    chosen = torch.arange(first, x.shape[0] * len(starts), every, device=x.device)
+    every_row = torch.arange(x.shape[0] * len(starts), device=x.device)
+    chosen = every_row[first::every]
     for rows in torch.split(chosen, max(1, _PIECE // (geometry.groups * inputs))):
         sample, place = rows // len(starts), rows % len(starts)
         positions = (sample * math.prod(size) + starts[place])[:, None] + offsets

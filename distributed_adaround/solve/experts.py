@@ -25,6 +25,10 @@ class ChosenRows:
     any: bool
     note: str = ""
 
+    @classmethod
+    def none(cls) -> "ChosenRows":
+        return cls([], None, 0, any=False)
+
 
 def choose_rows(unit: Unit, site: Site, reached: Sequence[Batch], parameter: Tensor, comm: Comm) -> ChosenRows:
     """Rows of one site of a unit. A collective. reached: batches of the unit; parameter: with the site's weight."""

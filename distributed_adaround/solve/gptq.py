@@ -10,10 +10,10 @@ from distributed_adaround.solve.by_channel import ChannelProblem, ChannelSolutio
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution
 from distributed_adaround.spec.rounding import RoundingSpec
 
-# Channels are tried at scales from this share of the observer's to that one. An observer minimizes the rounding of
+# Channels are tried at the first of these shares of the observer's scales. An observer minimizes the rounding of
 # single weights: here other weights make up for one that is clipped, so that less is better; but an observer also clips
 # what large inputs depend on (of SmolLM2's weights mse leaves 0.65 of the range), so that more is better.
-_LEAST_SHARE, _LARGEST_SHARE = 0.85, 1.4
+SHARES = (1.0, 0.85, 1.2, 1.4, 0.925, 1.1, 1.3, 1.6)
 
 
 class NearestSolver:
@@ -55,12 +55,9 @@ class GptqSolver:
 
 
 def start_shares(grid: Grid, starts: int) -> list[float]:
-    """Of the observer's scales, one for each start, evenly on a logarithmic axis. Powers of two have nothing in
-    between, and scales that channels share stay."""
-    if starts == 1 or not grid.per_channel or grid.scale_format.powers_of_two:
-        return [1.0]
-    ratio = (_LARGEST_SHARE / _LEAST_SHARE) ** (1 / (starts - 1))
-    return [_LEAST_SHARE * ratio**start for start in range(starts)]
+    """Of the observer's scales, one for each start. Powers of two have nothing in between, and scales that channels
+    share stay."""
+    return list(SHARES[: 1 if not grid.per_channel or grid.scale_format.powers_of_two else starts])
 
 
 def layer_factors(problem: LayerProblem, damping: float) -> GptqFactors:

@@ -71,8 +71,9 @@ class LayerResult:
         return ""
 
 
-def without_rows(problem: LayerProblem) -> LayerResult:
-    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on."""
+def without_rows(problem: LayerProblem, why: str) -> LayerResult:
+    """Nearest rounding, for a layer that no calibration data reach: there is nothing to compare it on. why: for the
+    report."""
     return LayerResult(
         codes=problem.grid.quantize(problem.weight),
         grid=problem.grid,
@@ -86,7 +87,7 @@ def without_rows(problem: LayerProblem) -> LayerResult:
         kept_nearest=True,
         rows=0,
         effective_rows=0.0,
-        note="no calibration data reach it: rounded to nearest",
+        note=f"{why}: rounded to nearest",
     )
 
 
@@ -201,7 +202,8 @@ class Tried:
 
     @property
     def learned_wins(self) -> bool:
-        return bool(self.learned.sum() < self.nearest.sum())
+        """By more than the few rows left out may show by chance: their share of the error, one over their number."""
+        return bool(self.learned.sum() < self.nearest.sum() * (1 - 1 / self.trial.effective_rows))
 
     def relative(self, solved: OutputErrors, problem: LayerProblem, *, nearest: bool) -> float:
         """Distance from the float outputs over their energy. solved: what the layer's data show of both."""
@@ -289,7 +291,7 @@ def restore_outputs(
     if not (scales or problem.correct_bias):
         return grid, None
     rounded = grid.dequantize(codes)
-    mean, spread, trust = _mean_and_spread(problem, rounded, comm)
+    mean, spread = _mean_and_spread(problem, rounded, comm)
     if scales:
         ratio = spread[0] / spread[1] * _expected_change(problem, rounded, moments)
         # A channel without any spread has a ratio of 0, NaN or infinity: none makes a scale, so it keeps its own.
@@ -298,9 +300,9 @@ def restore_outputs(
             mean[1] *= (restored.scale.double() / grid.scale)[:, :, 0].flatten()
         elif problem.correct_bias:
             # Rounding to fewer bits changes the scales of a channel's groups by different shares.
-            mean, _, trust = _mean_and_spread(problem, restored.dequantize(codes), comm)
+            mean, _ = _mean_and_spread(problem, restored.dequantize(codes), comm)
         grid = restored
-    return grid, (trust * (mean[0] - mean[1])).to(problem.dtype) if problem.correct_bias else None
+    return grid, (mean[0] - mean[1]).to(problem.dtype) if problem.correct_bias else None
 
 
 def _expected_change(problem: LayerProblem, rounded: Tensor, moments: FoldedMoments | None) -> Tensor | float:
@@ -316,9 +318,8 @@ def _expected_change(problem: LayerProblem, rounded: Tensor, moments: FoldedMome
     return (expects(before) / expects(after) * seen(after) / seen(before)).flatten()
 
 
-def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance, `(2, O)` float64, of the float and of the rounded layer's outputs, without the bias; and the
-    share `(O,)` of the difference of the means that is more than its spread between microbatches (James and Stein).
+def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
+    """Mean and variance, `(2, O)` float64, of the float and of the rounded layer's outputs, without the bias.
 
     Over all rows of all ranks, with the same bits on any number of them: each microbatch has a place of its own in what
     is summed. Where no bias is corrected, the mean square takes the place of the variance.
@@ -340,10 +341,7 @@ def _mean_and_spread(problem: LayerProblem, rounded: Tensor, comm: Comm) -> tupl
     rows, means, squares = torch.split(comm.all_reduce(parts), [1, 2, 2], dim=1)
     share = rows / rows.sum(dim=0)
     mean = (share * means).sum(dim=0)
-    apart, number = mean[0] - mean[1], int(torch.count_nonzero(rows[:, 0, 0]))
-    noise = (share[:, 0] * (means[:, 0] - means[:, 1] - apart)).square().sum(dim=0) * number / max(1, number - 1)
-    trust = torch.where(noise < apart.square(), 1 - noise / apart.square(), 0.0)
     variance = squares.sum(dim=0) / rows.sum(dim=0) + (share * (means - mean).square()).sum(dim=0)
     if problem.bias is not None:
         mean[0] -= problem.bias
-    return mean, variance if problem.correct_bias else variance + mean.square(), trust
+    return mean, variance if problem.correct_bias else variance + mean.square()

@@ -213,12 +213,13 @@ def _pieces(problem: LayerProblem, differs: bool, step: int, folds: int) -> Iter
         first = int(batch.index * 0.6180339887498949 % 1 * every)
         for fold, part in _fold_parts(batch.index // problem.num_calls, units, problem, folds):
             own = None if keep is None else keep[part.start * per_unit : part.stop * per_unit]
-            start = 0
-            pieces = (unfolded_pieces(stream[part], geometry, first, every) for stream in streams)
+            # The rows that would be taken of the whole microbatch.
+            start, begin = 0, (first - part.start * per_unit) % every
+            pieces = (unfolded_pieces(stream[part], geometry, begin, every) for stream in streams)
             for parts in zip(*pieces, strict=True):
                 stop = start + parts[0].shape[1]
                 if own is not None:
-                    parts = tuple(rows[:, own[first::every][start:stop]] for rows in parts)
+                    parts = tuple(rows[:, own[begin::every][start:stop]] for rows in parts)
                 yield fold, parts[0], (parts[1] if differs else None)
                 start = stop
 

@@ -114,13 +114,14 @@ class LayerProblem:
 class Trial:
     """Some channels of a layer, to be solved without one fold of the samples and judged on it.
 
-    problem: with the quadratic of the other folds. held_out: the quadratic that the fold left out measures, of the same
-    channels. channels: which they are, int64, of the layer's outputs.
+    problem: with the quadratic of the other folds. held_out: moments of the fold left out. channels: which they are,
+    int64, of the layer's outputs. effective_rows: how many independent rows that fold is worth, at least 1.
     """
 
     problem: LayerProblem
     held_out: Moments
     channels: Tensor
+    effective_rows: float
 
 
 @dataclass(frozen=True)

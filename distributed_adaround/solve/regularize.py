@@ -25,7 +25,7 @@ class Expected:
 
     second: A `(G, J, J)`. cross: C likewise, or None. The two of a trial are without the samples of fold 0, and None
     where there is but one fold; held_out: what fold 0 shows. effective_rows: how many independent rows the samples are
-    worth, the least of all groups; at most as many as there are.
+    worth, the least of all groups; at most num_rows, as many as there are.
     """
 
     second: Tensor
@@ -34,6 +34,12 @@ class Expected:
     trial_cross: Tensor | None
     held_out: Moments | None
     effective_rows: float
+    num_rows: int
+
+    @property
+    def held_out_share(self) -> float:
+        """Of the rows."""
+        return 0.0 if self.held_out is None else self.held_out.num_rows / self.num_rows
 
 
 def expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: Comm) -> Expected:
@@ -57,7 +63,7 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         # Nothing tells how far the samples can be trusted: each input is judged by its own energy alone.
         second = torch.diag_embed(every.second.diagonal(dim1=1, dim2=2).clone())
         second = shrinkage.unscaled(shrinkage.scaled(second, scale), every.second)
-        return Expected(second, None, None, None, None, 1.0)
+        return Expected(second, None, None, None, None, 1.0, whole.num_rows)
     folds = ((around(moments.fold(k)), moments.rows[k] / whole.num_rows) for k in range(number))
     correlation = shrinkage.scaled(every.second, scale)
     noise, rows = shrinkage.share_of_noise(correlation, ((shrinkage.scaled(f.second, scale), w) for f, w in folds))
@@ -76,6 +82,7 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         trial_cross=None if others.cross is None else trust * others.cross,
         held_out=held_out,
         effective_rows=min(float(rows.min()), float(whole.num_rows)),
+        num_rows=whole.num_rows,
     )
 
 

@@ -27,6 +27,8 @@ _TRIAL_CHANNELS = 64
 
 def solver_name(rounding: RoundingSpec, site: Site) -> str:
     """Moments know nothing of an activation: with one inside the loss gram leaves a layer to steps on samples."""
+    if site.is_table:
+        return "nearest"
     needs_samples = rounding.solver == "gram" and rounding.sees_activation and site.activation != "identity"
     return "minibatch" if needs_samples else rounding.solver
 
@@ -101,7 +103,7 @@ def _trial(problem: LayerProblem, expects: Expected) -> Trial | None:
     outputs = torch.arange(groups * channels, device=problem.device).view(groups, channels)[place].flatten()
     known = quadratic_of(weight, expects.trial_second, expects.trial_cross, problem.asymmetry)
     part = replace(problem, weight=weight, grid=problem.grid.part(place), quadratic=known)
-    return Trial(part, held_out, outputs)
+    return Trial(part, held_out, outputs, max(1.0, expects.effective_rows * expects.held_out_share))
 
 
 def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tensor | None = None) -> Grid:

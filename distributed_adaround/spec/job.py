@@ -39,11 +39,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "pytorch": {
         "quantize": _QINT8 | {"observer": "minmax"},
         "rounding": _ADAROUND
-        | {"batch_size": 256, "reg_param": 0.001, "normalization": "mean", "activation_in_loss": False},
+        | {
+            "batch_size": 256,
+            "reg_param": 0.001,
+            "normalization": "mean",
+            "activation_in_loss": False,
+            "polish": False,
+        },
     },
     "paper": {
         "quantize": {"observer": "mse"},
-        "rounding": _ADAROUND | {"batch_size": 32, "reg_param": 0.01, "normalization": "sum"},
+        "rounding": _ADAROUND | {"batch_size": 32, "reg_param": 0.01, "normalization": "sum", "polish": False},
     },
 }
 

@@ -96,6 +96,9 @@ class QuantizeSpec(Section):
     ignore: list[Annotated[Text, AfterValidator(_check_patterns)]] = Field([])
     """Layers that stay in float: class names (Linear), exact layer names, or 're:' and a regular expression that must
     match from the start of the layer name."""
+    embeddings: bool = False
+    """Whether tables of embeddings that no layer shares are quantized too, each row with scales of its own, to the
+    nearest values; only of models that torch.export turns into a graph."""
     routers: bool = False
     """Whether layers whose output only picks experts are quantized too. They are small, and an error of theirs sends
     tokens to other experts."""

@@ -35,12 +35,13 @@ class RoundingSpec(Section):
     sweeps: PositiveInt = 100
     """With gram: how often all inputs of a layer are visited, each time for the cost of one and a half steps on all
     calibration data."""
-    starts: PositiveInt = 4
+    starts: int = Field(4, ge=1, le=8)
     """With gram and gptq: from how many scales each channel starts, some below the observer's and some above; the best
     result is kept. Where layers are large the time grows with it."""
     polish: bool | None = None
     """After the solver, move single codes to better grid values and refit scales while that lowers the error on all
-    calibration data; not in layers with an activation in the loss. null: true for gram."""
+    calibration data; not in layers with an activation in the loss. null: true for gram and minibatch, whose last open
+    values it settles by what the error says."""
     correct_bias: bool | None = None
     """Restore the mean of each output channel in the float network, by the layer's bias or by the mean of the batch
     norm behind it, where it has one of its own. null: true for gram."""
@@ -99,7 +100,7 @@ class RoundingSpec(Section):
 
     @property
     def polishes(self) -> bool:
-        return self.solver == "gram" if self.polish is None else self.polish
+        return self.solver in ("gram", "minibatch") if self.polish is None else self.polish
 
     @property
     def corrects_bias(self) -> bool:

@@ -194,3 +194,34 @@ def test_the_same_bytes_on_two_ranks(pool: RankPool) -> None:
         assert rows == alone[0]
         for name, tensor in alone[1].items():
             assert torch.equal(weights[name], tensor), name
+
+
+def test_embeddings_on_request_are_rounded_to_nearest_row_by_row() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(20, 6), nn.Embedding(9, 6)
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 20, bias=False)
+            self.tied = nn.Embedding(20, 6)
+            self.head.weight = self.tied.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.words(x) + self.places(torch.arange(x.shape[1])) + self.tied(x)
+            return self.head(self.a(h))
+
+    torch.manual_seed(0)
+    model, batches = Words().eval(), [torch.randint(20, (4, 7)) for _ in range(3)]
+    assert [row.name for row in quantize(model, batches, dtype="int4", sweeps=2, progress=False)[1]] == ["a"]
+    found, table = quantize(
+        model, batches, dtype="int4", observer="minmax", embeddings=True, solver="gram", sweeps=2, progress=False
+    )
+    assert [(row.name, row.note, row.solver) for row in table] == [
+        ("words", "a table: rounded to nearest", "nearest"), ("a", "", "gram")
+    ]  # fmt: skip
+    weight = model.words.weight.detach()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 7.5
+    steps = found.words.weight / found.words.weight.abs().amax(dim=1, keepdim=True)
+    assert all(row.unique().numel() <= 6 for row in steps)
+    assert ((found.words.weight - weight).abs() <= 0.51 * scale * 7.5 / 7).all()
+    for name in ("places.weight", "tied.weight"):
+        assert torch.equal(found.get_parameter(name), model.get_parameter(name))

@@ -109,6 +109,26 @@ def test_masks_follow_their_rows_through_shapes_and_stop_where_they_end(attends:
     assert attends or found["pooled"] is None
 
 
+def test_rows_in_another_order_have_no_mask() -> None:
+    class Sorted(nn.Module):
+        """Tokens sorted by their first number, as for experts, are as many as before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            flat = self.a(x).reshape(-1, 8)
+            order = flat[:, 0].argsort()
+            rows = self.b(flat[order])
+            back = torch.zeros_like(flat).index_add(0, order, rows)
+            return self.c(back.view(x.shape)) * attention_mask[..., None]
+
+    found = masks_found(Sorted(), {"x": torch.randn(N, T, 8), "attention_mask": MASK}, MASK)
+    assert found["b"] is None
+    assert found["a"] is found["c"] is MASK
+
+
 def test_a_mask_that_the_model_does_not_take_belongs_to_the_only_input_of_its_shape() -> None:
     class Rows(nn.Module):
         def __init__(self) -> None:
@@ -124,17 +144,23 @@ def test_a_mask_that_the_model_does_not_take_belongs_to_the_only_input_of_its_sh
     assert masks_found(Rows(), alike, MASK) == {"a": None, "b": None}
 
 
-def rows_of(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, int]:
-    _, table = quantize(model, batches, dtype="int4", solver="gram", progress=False)
-    return {layer["name"]: layer["rows"] for layer in table.to_dicts()}
+def test_padding_changes_nothing_and_rows_of_the_other_input_all_count() -> None:
+    torch.manual_seed(0)
+    model = Crossed()
+    batches = [{"x": torch.randn(N, T, 8), "attention_mask": MASK, "y": torch.randn(N, T, 8)} for _ in range(2)]
 
+    def solved(spoiled: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        given = batches
+        if spoiled:
+            given = [b | {spoiled: torch.where(MASK[..., None] != 0, b[spoiled], 10 * b[spoiled])} for b in batches]
+        quantized, table = quantize(model, given, dtype="int4", solver="gram", progress=False)
+        return dict(quantized.state_dict()), {layer["name"]: layer["hard_error"] for layer in table.to_dicts()}
 
-def test_rows_that_are_learned_from() -> None:
-    batch = {"x": torch.randn(N, T, 8), "attention_mask": MASK, "y": torch.randn(N, T, 8)}
-    rows = rows_of(Crossed(), [batch, batch])
-    real = 2 * int(MASK.sum())
-    assert [rows[name] for name in ("enc", "flat", "turned", "conv")] == [real] * 4
-    assert [rows[name] for name in ("dec", "last", "pooled")] == [2 * N * T, 2 * N * T, 2 * N]
+    (weights, errors), x_spoiled, y_spoiled = (solved(name) for name in ("", "x", "y"))
+    assert all(torch.equal(weight, x_spoiled[0][name]) for name, weight in weights.items())
+    assert errors == x_spoiled[1]
+    assert errors["dec"] != y_spoiled[1]["dec"]
+    assert errors["enc"] == y_spoiled[1]["enc"]
 
 
 def test_hooks_use_a_mask_only_where_one_input_can_be_meant() -> None:

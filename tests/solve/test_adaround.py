@@ -22,7 +22,7 @@ from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.adaround import MinibatchSolver, channel_weights
 from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.learner import add_regularizer, fill_bucket
-from distributed_adaround.solve.problem import Monitor, OutputErrors
+from distributed_adaround.solve.problem import Monitor
 from distributed_adaround.solve.rows import BatchPlan, CalibrationRows
 from distributed_adaround.spec.rounding import RoundingSpec
 
@@ -174,10 +174,9 @@ def test_a_loss_that_is_not_finite_is_flagged() -> None:
 
 @pytest.mark.parametrize("normalization", ["sum", "mean", "nearest"])
 def test_channel_weights(normalization: Any) -> None:
-    ones = torch.ones(3).double()
-    errors = OutputErrors(torch.tensor([[4.0, 0.0, 10.0]]).double(), energy=ones, asymmetric=ones, num_rows=20)
+    nearest = torch.tensor([0.2, 0.0, 0.5], dtype=torch.float64)
     expected = {"sum": [1.0, 1, 1], "mean": [1 / 3] * 3, "nearest": [8 / 0.2, 0, 8 / 0.5]}[normalization]
-    assert channel_weights(errors, normalization, 24).tolist() == pytest.approx(expected, rel=1e-15)
+    assert channel_weights(nearest, normalization, 24).tolist() == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])
@@ -236,12 +235,6 @@ def test_the_whole_solver_is_plain_adam_on_the_loss(
     low, high = problem.grid.neighbours(problem.weight)
     assert torch.equal(solutions[0].codes, torch.where(up, high, low))
     assert (solutions[0].codes != problem.grid.quantize(problem.weight)).any(), "the problem is too easy to test much"
-    # The solver has measured what it gives back, and nearest rounding.
-    hard = problem.grid.dequantize(solutions[0].codes)
-    errors = output_errors(problem, [hard, solutions[0].soft_weight], SoloComm())
-    for solution in solutions:
-        torch.testing.assert_close(solution.errors.error, errors.error, rtol=1e-9, atol=1e-18)
-        torch.testing.assert_close(solution.nearest.error, nearest.error, rtol=1e-9, atol=1e-18)
     assert [step for step, _ in seen] == [num_steps] * world_size
     assert seen[0][1] == pytest.approx(loss.item(), rel=1e-6)
 

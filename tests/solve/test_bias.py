@@ -71,8 +71,9 @@ def test_no_mean_error_is_left(solver: str, asymmetry: float, make_problem: Any)
     result = rounded(problem, SOLVERS[solver])
     check_mean(problem, result)
     # The report's figure is that of the layer as it will be.
-    energy = sum(float(target.square().sum()) for target in targets(problem))
-    error = float(output_difference(problem, result, targets(problem)).square().sum())
+    floats = [batch.y for batch in problem.batches]
+    energy = sum(float(y.square().sum()) for y in floats)
+    error = float(output_difference(problem, result, floats).square().sum())
     assert result.hard_error == pytest.approx(error / energy, rel=1e-9)
     plain = rounded(replace(problem, correct_bias=False), SOLVERS[solver])
     assert plain.shift is None

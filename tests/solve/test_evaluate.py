@@ -102,7 +102,7 @@ def test_activations_that_are_not_finite(where: str, value: float, make_problem:
 
 def test_relative_error_without_energy() -> None:
     zeros = torch.zeros(2)
-    errors = OutputErrors(torch.tensor([[2.0, 1.0], [0.0, 0.0]]), energy=zeros, asymmetric=zeros, num_rows=4)
+    errors = OutputErrors(zeros, torch.tensor([[2.0, 1.0], [0.0, 0.0]]), energy=zeros, from_inputs=zeros, num_rows=4)
     assert errors.relative(0) == 3.0
     assert errors.relative(1) == 0.0
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from toy_solving import rounded, solve, solver_of
 
-from distributed_adaround.errors import InputError
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve import by_channel
 from distributed_adaround.solve.evaluate import output_errors
+from distributed_adaround.solve.gptq import SHARES
 from distributed_adaround.solve.measure import measure
 from distributed_adaround.solve.problem import LayerProblem, Solution
 
 
 def solver(damping: float = 0.01) -> Any:
-    return solver_of("gptq", damping=damping)
+    return solver_of("gptq", damping=damping, starts=1)
 
 
 def mixed(samples: int, channels: int) -> Tensor:
@@ -71,7 +71,7 @@ def test_every_kind_of_layer(case: Any, make_problem: Any) -> None:
     layer, inputs = case
     problem = make_problem(layer, [x + x.roll(1, dims=1) for x in inputs])
     codes = solve(solver(), problem).codes
-    second = measure(problem, SoloComm()).second
+    second = measure(problem, SoloComm()).whole.second
     for moment, found, weight, scale in zip(second, codes, problem.weight, problem.grid.scale, strict=True):
         assert torch.equal(found, by_hand(weight, scale, moment, 0.01))
 
@@ -88,38 +88,39 @@ def test_same_bytes_on_any_number_of_ranks_in_float32(
     assert all(torch.equal(result.codes, results[0].codes) for result in results)
 
 
-# All inputs alike, in whole numbers: what is left of A after one step of Cholesky is exactly 0.
-SINGULAR = (
-    "layer block.layer: the second moment of its inputs is singular at rounding.damping 1e-30; raise it, 0.01 is usual"
-)
-
-
-def test_moments_that_are_singular_are_an_error_of_one_line(make_problem: Any) -> None:
-    problem = make_problem(nn.Linear(3, 2), [torch.ones(4, 3)])
-    with pytest.raises(InputError) as caught:
-        rounded(problem, solver(1e-30))
-    assert str(caught.value) == SINGULAR
-    result = rounded(problem, solver())
-    assert result.hard_error <= result.nearest_error
-
-
 @pytest.mark.parametrize("singular", [0, 1])
-def test_moments_that_are_singular_in_one_group_are_told_once(
+def test_where_moments_are_singular_the_damping_is_raised(
     singular: int, make_problem: Any, share: Any, run_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks factor the moments of all groups, so all find it, and rank 0 tells the user."""
+    """All inputs of a group alike, in whole numbers: what is left of A after one step of Cholesky is exactly 0."""
     monkeypatch.setattr(by_channel, "_BLOCK_CHANNELS", {"cpu": 2})
     inputs = [torch.randn(4, 6, 5) for _ in range(2)]
     for x in inputs:
         x[:, 3 * singular : 3 * singular + 3] = 1
     problem = make_problem(nn.Conv1d(6, 4, 1, groups=2), inputs)
+    alone = solve(solver(1e-30), problem)
+    assert "singular at damping 1e-30" in alone.note
+    for found in run_ranks(2, lambda comm: solve(solver(1e-30), share(problem, comm.rank, 2), comm)):
+        assert found.note == alone.note
+        assert torch.equal(found.codes, alone.codes)
+    assert solve(solver(), problem).note == ""
+    result = rounded(problem, solver(1e-30))
+    assert result.note == alone.note
+    assert result.hard_error <= result.nearest_error
 
-    def work(comm: Any) -> tuple[str, int | None]:
-        with pytest.raises(InputError) as caught:
-            solve(solver(1e-30), share(problem, comm.rank, 2), comm)
-        return str(caught.value), caught.value.reported_by
 
-    assert run_ranks(2, work) == [(SINGULAR, 0)] * 2
+@pytest.mark.parametrize("starts", [1, 2, 4, 8])
+def test_each_channel_keeps_the_best_of_its_scales(starts: int, make_problem: Any) -> None:
+    problem = make_problem(nn.Linear(24, 12).double(), [mixed(100, 24), mixed(60, 24)])
+    found = solve(solver_of("gptq", starts=starts), problem)
+    tried = []
+    for share in SHARES[:starts]:
+        grid = problem.grid.with_scale(problem.grid.scale * share)
+        codes = solve(solver(), replace(problem, grid=grid)).codes
+        tried.append(output_errors(problem, [grid.dequantize(codes)], SoloComm()).error[0])
+    assert found.grid is not None
+    ours = output_errors(problem, [found.grid.dequantize(found.codes)], SoloComm()).error[0]
+    torch.testing.assert_close(ours, torch.stack(tried).amin(dim=0), rtol=1e-9, atol=0)
 
 
 def test_the_linear_part_is_followed(make_problem: Any) -> None:

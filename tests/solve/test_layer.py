@@ -188,13 +188,14 @@ def test_the_error_of_nearest_rounding_follows_from_moments(
 ) -> None:
     problem, nearest = measured_and_nearest(make_problem, layer, streams, norm)
     problem = replace(problem, asymmetry=asymmetry)
-    moments = measure(problem, SOLO)
-    found = moments.error_sums(nearest - problem.weight, problem.weight, asymmetry).flatten()
-    if norm is not None:
-        found *= problem.transform.scale.square()
+    moments = measure(problem, SOLO).whole
     errors = output_errors(problem, [nearest], SOLO)
-    assert bool(errors.asymmetric.any()) == (asymmetry > 0 and streams == "two streams")
-    torch.testing.assert_close(found + errors.asymmetric, errors.error[0], rtol=1e-10, atol=0)
+    assert bool(errors.from_inputs.any()) == (streams == "two streams")
+    for share, expected in ((asymmetry, errors.error[0]), (1.0, errors.apart[0])):
+        found = moments.error_sums(nearest - problem.weight, problem.weight, share).flatten()
+        if norm is not None:
+            found *= problem.transform.scale.square()
+        torch.testing.assert_close(found + share**2 * errors.from_inputs, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -222,7 +223,7 @@ def test_nearest_rounding_is_passed_over_the_data_only_where_moments_do_not_tell
     monkeypatch.setattr(layer_file, "output_errors", watched)
     result = rounded(problem, solver_of("gram", sweeps=5))
     every_row = rows_per_input is None
-    assert passed == [1 if asymmetry < 1 and every_row else 2]
+    assert passed == [1 if every_row else 2]
     assert result.nearest_error == pytest.approx(output_errors(problem, [nearest], SOLO).relative(0), rel=1e-9)
 
 

@@ -279,13 +279,6 @@ def test_no_cross_moments_where_both_streams_are_the_same(make_problem: Any) -> 
     assert one.cross.any()
 
 
-def test_no_cross_moments_without_asymmetry(make_problem: Any) -> None:
-    inputs = [torch.randn(4, 5)]
-    problem = make_problem(nn.Linear(5, 3), inputs, float_inputs=[inputs[0] + 1])
-    found = measure(replace(problem, asymmetry=0.0), SoloComm())
-    assert (found.cross, found.cross_mean) == (None, None)
-
-
 @pytest.mark.parametrize("correct_bias", [False, True])
 @pytest.mark.parametrize("asymmetry", [1.0, 0.5, 0.0])
 def test_the_quadratic_is_the_output_error(asymmetry: float, correct_bias: bool, case: Any, make_problem: Any) -> None:

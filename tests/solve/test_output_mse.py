@@ -39,7 +39,7 @@ def of_other_sizes(problem: LayerProblem, layer_format: LayerFormat) -> LayerPro
 
 
 def weighted_grid(problem: LayerProblem, layer_format: LayerFormat, comm: Any) -> LayerProblem:
-    return with_moments(problem, measure(problem, comm), layer_format)
+    return with_moments(problem, measure(problem, comm), layer_format, comm)
 
 
 def weighted(problem: LayerProblem, power: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def test_scales_are_the_best_of_those_tried(make_problem: Any) -> None:
 
 
 def test_inputs_of_a_convolution_in_groups(make_problem: Any) -> None:
-    """Each group has inputs of its own: with channels of the second group silent but one, that one decides."""
-    x = torch.randn(20, 4, 9).double() * torch.tensor([1.0, 1.0, 0.0, 3.0])[:, None]
+    """Each group has inputs of its own: with channels of the second group quiet but one, that one decides."""
+    x = torch.randn(20, 4, 9).double() * torch.tensor([1.0, 1.0, 0.01, 3.0])[:, None]
     layer_format = format_of("output_mse", dtype="int3")
     problem = make_problem(nn.Conv1d(4, 6, 1, groups=2).double(), [x])
     found = weighted_grid(problem, layer_format, SoloComm())
@@ -113,7 +113,9 @@ def test_other_observers_leave_the_grid_alone(observer: str, make_problem: Any) 
     assert found.grid is problem.grid
     assert found.quadratic is not None
     with_relu = replace(problem, transform=OutputTransform(activation="relu"))
-    assert weighted_grid(with_relu, format_of(observer, dtype="int3"), SoloComm()) is with_relu
+    found = weighted_grid(with_relu, format_of(observer, dtype="int3"), SoloComm())
+    assert found.grid is problem.grid
+    assert found.quadratic is None
 
 
 def test_moments_of_a_layer_with_an_activation_in_the_loss_make_its_grid_alone(make_problem: Any) -> None:

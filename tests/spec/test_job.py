@@ -65,6 +65,7 @@ def test_preset_pytorch_is_the_pytorch_ancestor() -> None:
         normalization="mean",
         asymmetry=1.0,
         activation_in_loss=False,
+        polish=False,
     )
 
 
@@ -79,6 +80,7 @@ def test_preset_paper_leaves_the_grid_alone() -> None:
         reg_param=0.01,
         normalization="sum",
         asymmetry=1.0,
+        polish=False,
     )
 
 
@@ -144,7 +146,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "asymmetry": 0.5,
             "compute_dtype": "float32",
             "sweeps": 100,
-            "polish": False,
+            "polish": True,
             "correct_bias": False,
             "correct_scale": False,
             "damping": 0.01,
@@ -174,7 +176,7 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
     digest = JobSpec(**JOB).result_digest()
     same = [
         ("rounding.lr", 0.05), ("rounding.beta", [20, 2]), ("rounding.reg_param", 10),
-        ("rounding.polish", False), ("rounding.correct_bias", False),
+        ("rounding.polish", True), ("rounding.correct_bias", False),
         ("rounding.correct_scale", False), ("rounding.asymmetry", 0.5),
         ("rounding.activation_in_loss", True),
         ("data.uri", ["x", "y"]), ("data.prefetch", 0),
@@ -187,7 +189,7 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
         assert JobSpec(**job_with(path, value)).result_digest() == digest, path
     different = [
         ("rounding.lr", 0.002), ("rounding.max_iter", 9999), ("rounding.compute_dtype", "float64"),
-        ("rounding.solver", "gram"), ("rounding.polish", True), ("rounding.correct_bias", True),
+        ("rounding.solver", "gram"), ("rounding.polish", False), ("rounding.correct_bias", True),
         ("rounding.correct_scale", True),
         ("rounding.sweeps", 7), ("rounding.damping", 0.1), ("rounding.rows_per_input", None), ("rounding.asymmetry", 1),
         ("rounding.activation_in_loss", False), ("quantize.observer", "output_mse"),

@@ -15,7 +15,7 @@ JOB: dict[str, Any] = {"model": {"factory": "a:b"}, "data": {"uri": "x.npz"}, "o
 NULLS = ("polish", "correct_bias", "correct_scale", "activation_in_loss", "asymmetry")
 # (polishes, corrects_bias, corrects_scale, sees_activation, damped_asymmetry)
 DEFAULTS = {
-    "minibatch": (False, False, False, True, 0.5),
+    "minibatch": (True, False, False, True, 0.5),
     "gram": (True, True, True, False, 0.5),
     "gptq": (False, False, False, False, 0.0),
     "nearest": (False, False, False, False, 0.5),
