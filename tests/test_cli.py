@@ -58,9 +58,11 @@ def test_run_is_the_default_command(finished: tuple[Path, "subprocess.CompletedP
     first = next(place for place, line in enumerate(told) if line.startswith("layer 1 of 2"))
     assert coverage in told[:first]
     assert re.fullmatch(r"first layer after \d+ s: first", told[first - 1])
-    assert {"loading the model", "exporting the model as a graph", "checking the graph on 2 shapes of data"} <= set(
-        told
-    )
+    assert {
+        "loading the model",
+        "exporting the model as a graph",
+        "checking the graph on each shape of the data: 2",
+    } <= set(told)
 
 
 def test_validate_and_schema_need_no_torch(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_events_tell_the_job_in_order(attention: tuple[Path, LayerTable]) -> Non
     folder, table = attention
     lines = (folder / "out" / "events" / "rank-0.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
-    assert [event["event"] for event in events] == ["start", *["layer"] * 4, "done"]
+    assert [event["event"] for event in events] == ["start", "first_layer", *["layer"] * 4, "done"]
+    first = events.pop(1)
+    assert (first["name"], first["seconds"] > 0) == (table[0].name, True)
     assert [event["name"] for event in events[1:-1]] == [row.name for row in table]
     assert [(event["index"], event["of"]) for event in events[1:-1]] == [(index, 4) for index in range(1, 5)]
     assert events[0]["owned"] == list(range(6))
@@ -292,8 +294,8 @@ def test_a_finished_job_run_again_takes_its_commits_and_writes_the_same_bytes(fi
     assert all(row.resumed for row in table)
     assert digests(finished.parent) == before
     events = (finished.parent / "out" / "events" / "rank-0.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["event"] for line in events] == ["start", "layer", "layer", "done"] * 2
-    assert json.loads(events[4])["finished"] == 2
+    assert [json.loads(line)["event"] for line in events] == ["start", "first_layer", "layer", "layer", "done"] * 2
+    assert json.loads(events[5])["finished"] == 2
 
 
 def test_a_job_that_stopped_between_layers_gives_the_same_bytes(

@@ -53,7 +53,7 @@ def make_walker(
             # Only what torch and the model do is tried here: an error of our own in reading the graph is not hidden.
             graph = _graph(model, _beside(model, example), first_of)
             reason = None
-            logger.info("checking the graph on %d shapes of data", len(first_of))
+            logger.info("checking the graph on each shape of the data: %d", len(first_of))
             for index in first_of.values():
                 if index in microbatches.owned:
                     _check_same_output(model, graph, microbatches.load(index), index)

@@ -50,6 +50,7 @@ def test_torchrun_dies_and_takes_its_ranks_along(bench: Bench, job: Job) -> None
     assert jobs.committed(output) < jobs.committed(bench.reference(job))
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save(bench: Bench, job: Job) -> None:
     assert saves.one_save(bench, job, Fault.parse("kill:half:commits/manifest.json:2:0"))["problems"] == []
 
