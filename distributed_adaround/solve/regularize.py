@@ -65,9 +65,9 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         same = (_diagonal(every) > 0).to(scale.dtype)
         return Expected(shrinkage.unscaled(torch.diag_embed(same), same), None, None, None, None, 1.0, whole.num_rows)
 
-    def energies(of: Moments, rest: Sequence[int]) -> Tensor:
-        parts = ((_diagonal(around(moments.fold(k))), moments.rows[k] / of.num_rows) for k in rest)
-        return shrinkage.expected_energies(_diagonal(of), parts) if len(rest) > 1 else (_diagonal(of) > 0).to(scale)
+    def energies(of: Moments, folds: Sequence[int]) -> Tensor:
+        parts = ((_diagonal(around(moments.fold(k))), moments.rows[k] / of.num_rows) for k in folds)
+        return shrinkage.expected_energies(_diagonal(of), parts) if len(folds) > 1 else _diagonal(of)
 
     folds = ((around(moments.fold(k)), moments.rows[k] / whole.num_rows) for k in range(number))
     correlation = shrinkage.scaled(every.second, scale)

@@ -106,3 +106,19 @@ def test_toward_the_diagonal(first: float, later: float) -> None:
     torch.testing.assert_close(less.diagonal(), correlation[0].diagonal())
     torch.testing.assert_close(less * off, (1 - first) * correlation[0] * off)
     assert (more * off).norm() < (less * off).norm()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_energies_that_differ_by_chance_become_alike_and_others_stay(silent: bool) -> None:
+    alike = torch.randn(24, 300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    sizes = torch.logspace(-3, 3, 300, dtype=torch.float64)
+    for rows, low, high in ((alike, 0.0, 0.35), (alike * sizes, 0.95, 1.0)):
+        if silent:
+            rows[:, 7] = 0
+        parts = [part.square().mean(dim=0)[None] for part in rows.chunk(4)]
+        measured = rows.square().mean(dim=0)[None]
+        found = shrinkage.expected_energies(measured, ((part, 0.25) for part in parts))
+        speaks = measured > 0
+        assert torch.equal(found > 0, speaks)
+        assert low <= float(found[speaks].log().std() / measured[speaks].log().std()) <= high
+        torch.testing.assert_close(found[speaks].log().mean(), measured[speaks].log().mean())
