@@ -53,12 +53,12 @@ def test_what_is_left_out_is_given_back_and_silent_inputs_stand_alone() -> None:
     rows[:, 2] = 0
     whole = second(rows)
     scale = shrinkage.correlation_scale(whole)
-    found = shrinkage.unscaled(shrinkage.scaled(whole, scale), whole)[0]
+    found = shrinkage.unscaled(shrinkage.scaled(whole, scale), whole.diagonal(dim1=1, dim2=2))[0]
     speaking = [0, 1, 3, 4, 5]
     torch.testing.assert_close(found[speaking][:, speaking], whole[0][speaking][:, speaking])
     assert found[2, 2] == whole[0].diagonal()[speaking].median()
     assert torch.count_nonzero(found[2]) == 1
-    nothing = shrinkage.unscaled(torch.zeros(1, 6, 6).double(), torch.zeros(1, 6, 6).double())[0]
+    nothing = shrinkage.unscaled(torch.zeros(1, 6, 6).double(), torch.zeros(1, 6).double())[0]
     assert torch.equal(nothing, torch.eye(6).double())
 
 
