@@ -90,7 +90,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def test_the_callers_model_stays_and_the_copy_is_on_the_grid() -> None:
     model, batches = net(), data()
     before = state_of(model)
-    quantized, table = quantize(model, batches, **QUICK)
+    # Polish would refit the scales that are looked at.
+    quantized, table = quantize(model, batches, polish=False, **QUICK)
     assert_same_state(state_of(model), before)
     assert quantized is not model
     assert isinstance(table, LayerTable)

@@ -12,9 +12,11 @@ from toy_batches import Batches
 from walks import commit, plenty, reach, sites_of
 
 from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.calls import count_calls
 from distributed_adaround.capture.exported import export_model, straight_line
 from distributed_adaround.capture.graph import capture
 from distributed_adaround.capture.graph_walk import GraphWalker
+from distributed_adaround.capture.layer_modules import find_layers
 from distributed_adaround.capture.replay_walk import ReplayWalker
 from distributed_adaround.capture.sites import Walker
 from distributed_adaround.data.microbatches import ModelInputs
@@ -41,7 +43,9 @@ def by_graph(model: nn.Module, x: Tensor) -> Walker:
 
 
 def by_replay(model: nn.Module, x: Tensor) -> Walker:
-    return ReplayWalker(model, ModelInputs((x,), {}), "a test", plenty())
+    model.eval()
+    calls = count_calls(model, find_layers(model)[0], [(0, ModelInputs((x,), {}))], CPU)
+    return ReplayWalker(model, calls, "a test", plenty())
 
 
 def linear(bias: bool = True) -> nn.Linear:

@@ -141,7 +141,7 @@ def test_replay_gives_what_the_graph_gives(forward: Any) -> None:
 
 
 def test_errors_of_our_own_are_not_taken_for_a_failed_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Any) -> None:
+    def broken(*_: Any) -> None:
         raise KeyError("a bug of ours")
 
     monkeypatch.setattr(walkers, "capture", broken)

@@ -50,7 +50,6 @@ def test_they_are_nearer_to_those_of_fresh_rows(
     fresh = torch.cat(text(4000, 6, 24, seed=2)).flatten(0, 1).double()
     truth = fresh.T @ fresh / len(fresh)
     measured, found = measure(problem, SOLO).whole.second[0], expected_of(problem).second[0]
-    assert torch.allclose(found.diagonal(), measured.diagonal())
     scale = truth.diagonal().rsqrt()
     away, before = (((one - truth) * scale * scale[:, None]).norm() for one in (found, measured))
     assert away < (1.0 if spectral else 1.05) * before
