@@ -97,9 +97,10 @@ class NetworkRounder:
             with naming_layer(site.name):
                 record = self._finish(captured, unit, site, layer_format, reach, total)
             records.append((site, record))
-            parameter = tensors.get(site.weight_name, walker.tensor(site.weight_name))
+            parameter = walker.tensor(site.weight_name)
             weight = record.dequantize(site.weight_of(parameter).dtype)
-            tensors[site.weight_name] = site.stored(parameter, weight)
+            # Experts lie in one tensor, which is copied once for all of them.
+            tensors[site.weight_name] = site.stored(parameter, weight, tensors.get(site.weight_name))
             if record.shift is not None:
                 assert site.shift_name is not None
                 tensors[site.shift_name] = site.shifted(walker.tensor(site.shift_name), record.shift)

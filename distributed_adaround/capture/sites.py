@@ -67,11 +67,12 @@ class Site:
         """The weight in the shape of the geometry, as the layer computes with it."""
         return parameter if self.view is None else self.view.value(parameter)
 
-    def stored(self, parameter: Tensor, weight: Tensor) -> Tensor:
-        """The parameter with a weight, in the shape of the geometry, in its place."""
+    def stored(self, parameter: Tensor, weight: Tensor, changed: Tensor | None = None) -> Tensor:
+        """The parameter with a weight, in the shape of the geometry, in its place. changed: a copy of it that has the
+        weights of other sites in their places already, and takes this one too."""
         if self.view is None:
             return weight
-        changed = parameter.clone()
+        changed = parameter.clone() if changed is None else changed
         self.view.of(changed).copy_(weight)
         return changed
 
