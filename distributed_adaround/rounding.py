@@ -30,7 +30,7 @@ from distributed_adaround.solve.layer import LayerResult, round_layer, without_r
 from distributed_adaround.solve.measure import SharedMoments
 from distributed_adaround.solve.problem import Monitor, Solver
 from distributed_adaround.solve.record import LayerFigures, LayerRecord
-from distributed_adaround.solve.setup import make_problem, make_solver, solver_name, with_moments
+from distributed_adaround.solve.setup import make_problem, make_solver, make_trial_solver, solver_name, with_moments
 from distributed_adaround.spec.job import MethodSpec
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,6 @@ class NetworkRounder:
             moments = self.moments.measure(problem, self.comm)
             problem = with_moments(problem, moments, layer_format, self.comm)
         monitor = LayerMonitor(site.name, self.log, self.stop, self.commits, 60 * self.spec.runtime.save_minutes)
-        trial_solver = make_solver(solver_name(rounding, site), rounding.for_trials) if solver.needs_moments else None
         result = round_layer(
             problem,
             solver,
@@ -188,7 +187,7 @@ class NetworkRounder:
             monitor,
             moments=moments,
             polishes=rounding.polishes,
-            trial_solver=trial_solver,
+            trial_solver=make_trial_solver(solver_name(rounding, site), rounding),
         )
         found = [result.codes, result.grid.scale, *(() if result.shift is None else (result.shift,))]
         same_everywhere(self.comm, found, f"layer {site.name}: the rounding")

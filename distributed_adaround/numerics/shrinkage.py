@@ -79,16 +79,18 @@ def share_of_noise(whole: Tensor, folds: Iterable[tuple[Tensor, float]]) -> tupl
     other as these do. whole: the correlation `(G, J, J)` of all rows; folds: of at least 2, each with its share of the
     rows, on the same scale.
     """
-    size, number = whole.shape[1], 0
-    spread = whole.new_zeros(len(whole))
-    for fold, share in folds:
-        spread += share**2 * _off_diagonal_energy(fold - whole)
-        number += 1
-    # Of folds of one size exactly unbiased.
-    noise, signal = spread * number / (number - 1), _off_diagonal_energy(whole)
+    size, signal = whole.shape[1], _off_diagonal_energy(whole)
+    noise = variance_of_mean((_off_diagonal_energy(fold - whole), share) for fold, share in folds)
     # Of independent normal rows an entry varies by (1 + r²) / rows.
     rows = torch.where(noise > 0, (size * (size - 1) + signal) / noise, torch.inf)
     return torch.where(signal > 0, noise / signal, 1.0).clamp(max=1.0), rows
+
+
+def variance_of_mean(deviations: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """How much the mean over all rows varies, of any shape. deviations: of at least 2 folds, the squared distance from
+    that mean and the share of the rows; of folds of one size exactly unbiased."""
+    parts = [share**2 * squares for squares, share in deviations]
+    return torch.stack(parts).sum(dim=0) * len(parts) / (len(parts) - 1)
 
 
 def _off_diagonal_energy(matrix: Tensor) -> Tensor:
@@ -109,12 +111,10 @@ def expected_energies(measured: Tensor, folds: Iterable[tuple[Tensor, float]]) -
     measured: of all rows. folds: of at least 2, each with its share of the rows.
     """
     speaks = measured > 0
-    each, noise, number = torch.where(speaks, measured, 1.0), torch.zeros_like(measured), 0
-    for fold, share in folds:
-        noise += (share * (fold / each - 1)).square()
-        number += 1
+    each = torch.where(speaks, measured, 1.0)
     count = speaks.sum(dim=1, keepdim=True).clamp(min=1)
-    noise = torch.where(speaks, noise, 0.0).sum(dim=1, keepdim=True) / count * number / (number - 1)
+    noise = variance_of_mean(((fold / each - 1).square(), share) for fold, share in folds)
+    noise = torch.where(speaks, noise, 0.0).sum(dim=1, keepdim=True) / count
     logs = each.log()
     mean = torch.where(speaks, logs, 0.0).sum(dim=1, keepdim=True) / count
     spread = torch.where(speaks, logs - mean, 0.0).square().sum(dim=1, keepdim=True) / count

@@ -117,7 +117,8 @@ def round_layer(
     tried = None
     if problem.trial is not None and trial_solver is not None:
         tried = hold_trial(problem.trial, trial_solver, comm, monitor, polishes=polishes)
-    if tried is not None and not tried.learned_wins:
+    nearest_wins = tried is not None and not tried.learned_wins
+    if nearest_wins:
         solution, grid, shift = Solution(nearest_codes), problem.grid, None
     else:
         solution = solver.solve(problem, comm, monitor)
@@ -125,7 +126,7 @@ def round_layer(
             solution = polish(problem, solution, comm, monitor)
         grid, shift = restore_outputs(problem, solution.codes, solution.grid or problem.grid, comm, moments)
     nearest, solved = _compare(problem, nearest_codes, solution, grid, shift, moments, comm)
-    kept_nearest = (tried is not None and not tried.learned_wins) or float(solved.error[0].sum()) > nearest.error
+    kept_nearest = nearest_wins or float(solved.error[0].sum()) > nearest.error
     codes = nearest_codes if kept_nearest else solution.codes
     return LayerResult(
         codes=codes,
@@ -134,7 +135,7 @@ def round_layer(
         nearest_error=nearest.relative,
         soft_error=solved.relative(0 if solution.soft_weight is None else 1),
         hard_error=nearest.relative if kept_nearest else solved.relative(0),
-        held_out_error=float("nan") if tried is None else tried.relative(solved, problem, nearest=kept_nearest),
+        held_out_error=math.nan if tried is None else tried.relative(solved, problem, nearest=kept_nearest),
         flipped=float(torch.count_nonzero(codes != nearest_codes)) / codes.numel(),
         unsettled=solution.unsettled,
         kept_nearest=kept_nearest,
@@ -186,10 +187,12 @@ def _compare(
     return _NearestErrors(error(problem.asymmetry), over_energy(error(1.0), float(solved.energy.sum()))), solved
 
 
-def _squared_scale(problem: LayerProblem) -> Tensor | float:
+def _squared_scale(problem: LayerProblem) -> Tensor:
     """What the squared outputs are multiplied by after the layer, `(O,)` float64."""
     scale = problem.transform.scale
-    return 1.0 if scale is None else scale.double().square()
+    if scale is None:
+        return torch.ones(problem.geometry.out_channels, dtype=torch.float64, device=problem.device)
+    return scale.double().square()
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,8 @@ class Tried:
 
     def relative(self, solved: OutputErrors, problem: LayerProblem, *, nearest: bool) -> float:
         """Distance from the float outputs over their energy. solved: what the layer's data show of both."""
-        channels, scale = self.trial.channels, _squared_scale(problem)
-        scale = scale if isinstance(scale, float) else scale[channels]
+        channels = self.trial.channels
+        scale = _squared_scale(problem)[channels]
         constant, energy = (part[channels] / solved.num_rows for part in (solved.from_inputs, solved.energy))
         return over_energy(float((self.apart[int(nearest)] * scale + constant).sum()), float(energy.sum()))
 

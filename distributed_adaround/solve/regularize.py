@@ -65,8 +65,11 @@ def _expected(moments: FoldedMoments, centred: bool, dtype: torch.dtype, comm: C
         same = (_diagonal(every) > 0).to(scale.dtype)
         return Expected(shrinkage.unscaled(torch.diag_embed(same), same), None, None, None, None, 1.0, whole.num_rows)
 
+    # Of each fold; its matrices are large, and made again where they are needed.
+    diagonals = [_diagonal(around(moments.fold(k))).clone() for k in range(number)]
+
     def energies(of: Moments, folds: Sequence[int]) -> Tensor:
-        parts = ((_diagonal(around(moments.fold(k))), moments.rows[k] / of.num_rows) for k in folds)
+        parts = ((diagonals[k], moments.rows[k] / of.num_rows) for k in folds)
         return shrinkage.expected_energies(_diagonal(of), parts) if len(folds) > 1 else _diagonal(of)
 
     folds = ((around(moments.fold(k)), moments.rows[k] / whole.num_rows) for k in range(number))
@@ -140,11 +143,13 @@ def _trust_in_cross(
     """
     if every.cross is None:
         return 0.0
-    number, spread = len(moments.rows), 0.0
-    for fold, rows in enumerate(moments.rows):
+    whole = every.cross
+
+    def away(fold: int) -> Tensor:
         cross = around(moments.fold(fold)).cross
         assert cross is not None, "all folds have what all rows have"
-        away = (cross - every.cross) * scale[:, None, :]
-        spread += (rows / every.num_rows) ** 2 * float(away.square().sum())
-    energy = float((every.cross * scale[:, None, :]).square().sum())
-    return max(0.0, 1 - spread * number / (number - 1) / energy) if energy > 0 else 0.0
+        return ((cross - whole) * scale[:, None, :]).square().sum()
+
+    spread = shrinkage.variance_of_mean((away(k), rows / every.num_rows) for k, rows in enumerate(moments.rows))
+    energy = float((whole * scale[:, None, :]).square().sum())
+    return max(0.0, 1 - float(spread) / energy) if energy > 0 else 0.0

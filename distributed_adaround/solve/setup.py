@@ -39,6 +39,13 @@ def make_solver(name: str, rounding: RoundingSpec) -> Solver:
     return solver(rounding)
 
 
+def make_trial_solver(name: str, rounding: RoundingSpec) -> Solver | None:
+    """The solver of that name with less effort, for the trials of layers; None: it works on no moments, which they are
+    made of."""
+    solver = make_solver(name, rounding.for_trials)
+    return solver if solver.needs_moments else None
+
+
 def make_problem(
     spec: MethodSpec,
     walker: Walker,

@@ -29,7 +29,7 @@ from distributed_adaround.solve.evaluate import output_errors
 from distributed_adaround.solve.layer import LayerResult, round_layer
 from distributed_adaround.solve.measure import measure
 from distributed_adaround.solve.problem import LayerProblem, Monitor, Solution, Solver
-from distributed_adaround.solve.setup import make_problem, make_solver, with_moments
+from distributed_adaround.solve.setup import make_problem, make_solver, make_trial_solver, with_moments
 from distributed_adaround.spec.job import MethodSpec
 from tests.benchmarks import records
 from tests.benchmarks.cases import batches, load_case
@@ -104,7 +104,7 @@ def round_as_job(
         moments = measure(problem, COMM)
         problem = with_moments(problem, moments, layer_format, COMM)
         solver.moments_seconds = watch.seconds if solver.needs_moments else 0.0
-    trial_solver = make_solver(spec.rounding.solver, spec.rounding.for_trials) if solver.needs_moments else None
+    trial_solver = make_trial_solver(spec.rounding.solver, spec.rounding)
     return round_layer(problem, solver, COMM, monitor, moments=moments, polishes=polishes, trial_solver=trial_solver)
 
 
