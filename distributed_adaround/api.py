@@ -11,12 +11,13 @@ from torch import nn
 from distributed_adaround.capture.open import capture_model
 from distributed_adaround.data.microbatches import CallerBatch, Microbatches
 from distributed_adaround.errors import InputError, SpecError
-from distributed_adaround.job import layer_costs, tell_coverage
 from distributed_adaround.model.parametrizations import computed_tensors
 from distributed_adaround.model.source import OpenedModel, check_module
 from distributed_adaround.report.console import Progress
+from distributed_adaround.report.coverage import tell_coverage
 from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.report.table import LayerTable
+from distributed_adaround.report.time_left import layer_costs
 from distributed_adaround.rounding import NetworkRounder
 from distributed_adaround.runtime.comm import phase
 from distributed_adaround.runtime.context import RankContext, process_group

@@ -25,11 +25,11 @@ from distributed_adaround.export.result import Exporter, ExportResult, exporters
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.report.console import Progress
-from distributed_adaround.report.coverage import Coverage
+from distributed_adaround.report.coverage import tell_coverage
 from distributed_adaround.report.job_log import EventLog, JobLog
 from distributed_adaround.report.status import JobStatus
 from distributed_adaround.report.table import LayerTable
-from distributed_adaround.report.time_left import LayerCost
+from distributed_adaround.report.time_left import layer_costs
 from distributed_adaround.rounding import NetworkResult, NetworkRounder
 from distributed_adaround.runtime.comm import Comm, phase
 from distributed_adaround.runtime.context import RankContext, process_group
@@ -172,32 +172,6 @@ def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
         remedy = f"set data.microbatch_size={size} and data.num_samples to a multiple of it"
         what = f"model.program takes batches of exactly {size} samples, the data is cut into {sorted(sizes)}"
         raise InputError(f"{what}: {remedy}, or export with a dynamic batch")
-
-
-def coverage(captured: CapturedModel) -> Coverage:
-    """Which share of the parameters the job quantizes."""
-    quantized = [site for planned in captured.planned if planned.format is not None for site in planned.sites]
-    return Coverage.of([site.geometry.weight_shape for site in quantized], captured.float_parameters)
-
-
-def tell_coverage(captured: CapturedModel, comm: Comm) -> None:
-    """Among the first lines of a job, and in a script too: by rank 0."""
-    found = coverage(captured)
-    if comm.rank == 0:
-        logger.info("%s", found)
-        if found.warning:
-            logger.warning("%s", found.warning)
-
-
-def layer_costs(captured: CapturedModel) -> list[LayerCost]:
-    """Of the layers that are quantized, in the order of the walk. Those of one unit share its rows."""
-    costs = []
-    for planned in captured.planned:
-        rows = captured.walker.rows.get(planned.unit.name, 1.0) / len(planned.sites)
-        for site in planned.sites if planned.format is not None else ():
-            inputs, outputs = float(site.geometry.inputs_per_output), float(site.geometry.out_channels)
-            costs.append(LayerCost(rows * inputs * outputs, inputs**2 * outputs))
-    return costs
 
 
 def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:

@@ -14,7 +14,7 @@ from distributed_adaround.capture.activation_store import ActivationStore
 from distributed_adaround.capture.open import PlannedUnit
 from distributed_adaround.capture.sites import Batch, FloatParameter, Site
 from distributed_adaround.formats import LayerFormat
-from distributed_adaround.job import PreparedJob, coverage, prepare
+from distributed_adaround.job import PreparedJob, prepare
 from distributed_adaround.report.coverage import Coverage
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.solve.evaluate import output_errors
@@ -73,7 +73,7 @@ def plan_job(spec: JobSpec, folder: Path | None, world_size: int) -> JobPlan:
         return JobPlan(
             layers=layers,
             float_parameters=job.captured.float_parameters,
-            coverage=coverage(job.captured),
+            coverage=Coverage.of_model(job.captured),
             notes=tuple(job.captured.walker.notes),
             samples_per_rank=samples,
             activation_bytes=int(trial.frontier_bytes * trial.rank_share) + max(layer.cache_bytes for layer in layers),
@@ -101,9 +101,10 @@ class _Trial:
             batches = self._walker.reach(planned.unit)
             reached = time.monotonic()
             for site in planned.sites:
-                parameter = self._walker.tensor(site.weight_name)
-                chosen = choose_rows(planned.unit, site, batches, parameter, SoloComm())
-                rows = ChosenRows.none() if site.is_table else chosen
+                rows = ChosenRows.none()
+                if not site.is_table:
+                    parameter = self._walker.tensor(site.weight_name)
+                    rows = choose_rows(planned.unit, site, batches, parameter, SoloComm())
                 yield self._layer(planned, site, rows)
             solved = time.monotonic()
             self._walker.commit(planned.unit, {})

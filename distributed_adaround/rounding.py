@@ -7,7 +7,6 @@ Job files (`job.py`) and Python callers (`api.py`) meet here.
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,18 +38,17 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class NetworkResult:
     """Records of all quantized layers in the order of the walk. output_error: squared error of the model's outputs over
-    their squared values, on the calibration data; NaN where the walk does not see the outputs. held_out_output_error:
-    on other data, NaN without any. float_parameters: what stayed in float, and why."""
+    their squared values, on the calibration data; NaN where the walk does not see the outputs. float_parameters: what
+    stayed in float, and why."""
 
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
-    held_out_output_error: float = math.nan
     float_parameters: tuple[FloatParameter, ...] = ()
 
     @property
     def table(self) -> LayerTable:
         rows = (record.figures for _, record in self.records if record.figures is not None)
-        return LayerTable(rows, self.float_parameters, self.output_error, self.held_out_output_error)
+        return LayerTable(rows, self.float_parameters, self.output_error)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class NetworkRounder:
                 continue
             records += self._finish_unit(captured, planned.unit, planned.format, microbatches.total)
         error = self._output_error(walker, microbatches.total)
-        return NetworkResult(tuple(records), error, float_parameters=captured.float_parameters)
+        return NetworkResult(tuple(records), error, captured.float_parameters)
 
     def _finish_unit(
         self, captured: CapturedModel, unit: Unit, layer_format: LayerFormat, total: int

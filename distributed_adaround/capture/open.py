@@ -1,7 +1,6 @@
 """From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from distributed_adaround.capture.activation_store import ActivationStore
-from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker
+from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker, largest_first
 from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, shorten
@@ -38,10 +37,6 @@ class PlannedUnit:
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.unit.sites
-
-    @property
-    def site(self) -> Site:
-        return self.unit.site
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ def _tell_unmatched(quantize: QuantizeSpec, planned: Sequence[PlannedUnit], modu
 
 def _all_reasons(parameters: Sequence[FloatParameter]) -> str:
     """In one line, the largest first."""
-    largest = sorted(parameters, key=lambda parameter: -math.prod(parameter.shape))
-    named = [f"{shorten(each.name, 80)} {'x'.join(map(str, each.shape))}: {each.reason}" for each in largest]
+    shapes = ((each, "x".join(map(str, each.shape))) for each in largest_first(parameters))
+    named = [f"{shorten(each.name, 80)} {shape}: {each.reason}" for each, shape in shapes]
     more = [f"{len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
     return "; ".join([*named[:_MOST_NAMED], *more]) or "it has no parameters"

@@ -4,7 +4,8 @@ A *site* is one layer whose weight is rounded, a *unit* the sites that are learn
 of torch.export, and hooks) describe a model with the same words, so nothing above them knows which one is at work.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -117,6 +118,15 @@ class FloatParameter:
     shape: tuple[int, ...]
     reason: str
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def largest_first(parameters: Iterable[FloatParameter]) -> list[FloatParameter]:
+    """What a user should look at first."""
+    return sorted(parameters, key=lambda parameter: -parameter.numel)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -154,7 +164,8 @@ class Walker(Protocol):
     """Two streams through a model, float and quantized, unit by unit.
 
     units: in the order in which they are reached, that of their last calls. float_parameters: those that are not the
-    weight of a site. notes: what a user should know about this capture (for instance that export failed and why).
+    weight of a site. notes: what a user should know about this capture (for instance that export failed and why). rows:
+    of each unit in a microbatch, by name, where they are known before the walk.
     """
 
     units: tuple[Unit, ...]

@@ -51,7 +51,7 @@ def make_walker(
     with phase(comm, "capture the model"):
         try:
             # Only what torch and the model do is tried here: an error of our own in reading the graph is not hidden.
-            graph = _graph(model, _beside(model, example), first_of)
+            graph = _graph(model, example.to(_device_of(model)), first_of)
             reason = None
             logger.info("checking the graph on each shape of the data: %d", len(first_of))
             for index in first_of.values():
@@ -115,15 +115,14 @@ def _varying(kinds: dict[Kind, int]) -> bool:
     return len(without_batch) > 1
 
 
-def _beside(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
-    """The inputs on the model's device."""
-    return inputs.to(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _check_same_output(model: nn.Module, graph: GraphModule, inputs: ModelInputs, index: int) -> None:
     """Raises InputError when the graph does not take such inputs, or computes something else from them."""
     bind(graph, inputs, index)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = _device_of(model)
     with quiet_torch():
         # Other seeds: random numbers in a forward would differ between the streams of a walk.
         ours, theirs = (real_tensors(run_once(m, inputs, device, seed)) for seed, m in enumerate((graph, model)))

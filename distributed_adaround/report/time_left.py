@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from distributed_adaround.capture.open import CapturedModel
+
 _SAME_DIRECTION = 1e-3
 
 
@@ -47,3 +49,14 @@ def fit(measured: Iterable[tuple[LayerCost, float]]) -> Rates | None:
     if data < 0:
         return Rates(0.0, pt / pp)
     return Rates(data, products) if products >= 0 else Rates(dt / dd, 0.0)
+
+
+def layer_costs(captured: CapturedModel) -> list[LayerCost]:
+    """Of the layers that are quantized, in the order of the walk. Those of one unit share its rows."""
+    costs = []
+    for planned in captured.planned:
+        rows = captured.walker.rows.get(planned.unit.name, 1.0) / len(planned.sites)
+        for site in planned.sites if planned.format is not None else ():
+            inputs, outputs = float(site.geometry.inputs_per_output), float(site.geometry.out_channels)
+            costs.append(LayerCost(rows * inputs * outputs, inputs**2 * outputs))
+    return costs

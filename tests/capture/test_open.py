@@ -193,7 +193,7 @@ def test_planned_layers_have_the_format_that_matches_them() -> None:
     walker = walker_of(Calling(plain), torch.randn(3, 6))
     quantize = QuantizeSpec(dtype="int4", overrides=[{"match": "second", "dtype": "uint3"}], ignore=["re:fir"])
     planned = plan_layers(walker, quantize, {})
-    assert [layer.site.name for layer in planned] == ["first", "second"]
+    assert [layer.unit.site.name for layer in planned] == ["first", "second"]
     assert planned[0].format is None
     assert planned[1].format is not None
     assert str(planned[1].format) == "uint3 per_channel_symmetric"
