@@ -66,7 +66,7 @@ def make_problem(
         geometry=site.geometry,
         weight=own,
         bias=None if site.bias_name is None else site.bias_of(walker.tensor(site.bias_name)).to(own),
-        grid=replace(_grid(weight, layer_format, site.name).to(dtype, device), keep_zeros=spec.quantize.keep_zeros),
+        grid=_grid(weight, layer_format, site.name, own, spec.quantize.keep_zeros),
         transform=_output_transform(walker, site, rounding, own),
         batches=batches,
         total_microbatches=total_microbatches,
@@ -89,9 +89,8 @@ def with_moments(problem: LayerProblem, moments: FoldedMoments, layer_format: La
     if layer_format.observer == "output_mse":
         energy = expected(moments, False, problem.dtype, comm).second.diagonal(dim1=1, dim2=2)
         importance = energy[:, None, :].expand_as(problem.weight).float().cpu()
-        grid = _grid(problem.weight, layer_format, problem.name, importance)
-        grid = replace(grid.to(problem.dtype, problem.device), keep_zeros=problem.grid.keep_zeros)
-        problem = replace(problem, grid=grid)
+        weight, keep_zeros = problem.weight, problem.grid.keep_zeros
+        problem = replace(problem, grid=_grid(weight, layer_format, problem.name, weight, keep_zeros, importance))
     problem = replace(problem, effective_rows=expects.effective_rows)
     if not problem.transform.is_affine:
         return problem
@@ -113,9 +112,16 @@ def _trial(problem: LayerProblem, expects: Expected) -> Trial | None:
     return Trial(part, held_out, outputs, max(1.0, expects.effective_rows * expects.held_out_share))
 
 
-def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tensor | None = None) -> Grid:
-    """Chosen on the host, so that it is the same on every rank and device. Raises InputError when a scale is not a
-    positive finite number, on every rank alike."""
+def _grid(
+    weight: Tensor,
+    layer_format: LayerFormat,
+    name: str,
+    like: Tensor,
+    keep_zeros: bool,
+    importance: Tensor | None = None,
+) -> Grid:
+    """Chosen on the host, so that it is the same on every rank and device, and brought to where `like` is. Raises
+    InputError when a scale is not a positive finite number, on every rank alike."""
     grid = choose_grid(weight.float().cpu(), layer_format, importance)
     bad = ~(torch.isfinite(grid.scale) & (grid.scale > 0)).flatten(0, 1)
     if bool(bad.any()):
@@ -124,7 +130,7 @@ def _grid(weight: Tensor, layer_format: LayerFormat, name: str, importance: Tens
         wrong = f"the scale of output channel {channel} is {value}, which must be positive and finite"
         advice = "the weights are too large for float32: leave the layer in float by quantize.ignore"
         raise agreed(InputError(f"layer {name}: {wrong}; {advice}"))
-    return grid
+    return replace(grid.to(like.dtype, like.device), keep_zeros=keep_zeros)
 
 
 def _output_transform(walker: Walker, site: Site, rounding: RoundingSpec, like: Tensor) -> OutputTransform:
