@@ -16,6 +16,7 @@ from torch import Tensor
 from distributed_adaround import __version__
 from distributed_adaround.capture.open import CapturedModel, capture_model
 from distributed_adaround.checkpoint.commits import JobCommits
+from distributed_adaround.data.encoder import Encoder, EncoderContext, make_encoder
 from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, prove_coverage
@@ -23,6 +24,8 @@ from distributed_adaround.data.microbatches import Microbatches, ModelInputs, bi
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.result import Exporter, ExportResult, exporters, result_files
 from distributed_adaround.files import jsontext, storage, uris
+from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.model.huggingface import model_directory
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.coverage import tell_coverage
@@ -33,9 +36,9 @@ from distributed_adaround.report.time_left import layer_costs
 from distributed_adaround.rounding import NetworkResult, NetworkRounder
 from distributed_adaround.runtime.comm import Comm, phase
 from distributed_adaround.runtime.context import RankContext, process_group
-from distributed_adaround.runtime.imports import implementation, load_callable
+from distributed_adaround.runtime.imports import load_callable
 from distributed_adaround.runtime.signals import StopRequest
-from distributed_adaround.spec.data import ENCODERS, DataSpec
+from distributed_adaround.spec.data import DataSpec
 from distributed_adaround.spec.job import JobSpec
 
 logger = logging.getLogger(__name__)
@@ -74,20 +77,24 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
+        files = stack.enter_context(_shared_files(context, comm))
         logger.info("listing the calibration data")
-        manifest = _deal_data(spec.data, comm)
+        with phase(comm, "list the calibration data"):
+            encoder = make_encoder(EncoderContext(spec.data, files, _processor(spec, spec.data, files)))
+        manifest = _deal_data(spec.data, encoder, files, comm)
         logger.info("loading the model")
         with phase(comm, "load the model"):
-            opened = open_model(spec.model, folder)
+            opened = open_model(spec.model, folder, files)
             _check_batch_size(opened, manifest)
         with phase(comm, "read the calibration data"):
             loader = SampleLoader(
                 manifest,
                 manifest.owned(comm.rank, comm.world_size),
+                encoder,
+                files,
                 pad_value=spec.data.pad_value,
                 mask_field=spec.data.mask_field,
                 prefetch=spec.data.prefetch,
-                encoder=implementation(ENCODERS, spec.data.encoder)(spec.data.encoder_args),
             )
             stack.enter_context(loader)
             microbatches = Microbatches.of_files(
@@ -126,18 +133,38 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
     return result.table
 
 
-def _deal_data(data: DataSpec, comm: Comm) -> Manifest:
+@contextmanager
+def _shared_files(context: RankContext, comm: Comm) -> Iterator[LocalFiles]:
+    """What the ranks of one machine share: the first of them makes the folder, and removes it. A collective."""
+    with ExitStack() as stack:
+        own = stack.enter_context(LocalFiles.temporary()) if context.local_rank == 0 else None
+        folders = comm.all_gather_object(None if own is None else str(own.folder))
+        first = folders[max(0, comm.rank - context.local_rank)]
+        if own is None:
+            # Ranks of one machine may be in containers, each with files of its own.
+            seen = first is not None and Path(first).is_dir()
+            own = LocalFiles(Path(str(first))) if seen else stack.enter_context(LocalFiles.temporary())
+        yield own
+
+
+def _processor(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Path | None:
+    """Local directory with the tokenizer or processor of the data; None: the job names none."""
+    uri = data.processor or spec.model.hf
+    return None if uri is None else model_directory(uri, files)
+
+
+def _deal_data(data: DataSpec, encoder: Encoder, files: LocalFiles, comm: Comm) -> Manifest:
     """The coordinator lists, checks and cuts the data; all ranks get its manifest and prove that they cover it."""
     text = ""
     with phase(comm, "list the calibration data"):
         if comm.rank == 0:
             text = build_manifest(
                 data.uri,
+                encoder,
+                files,
                 num_samples=data.num_samples,
                 microbatch_size=data.microbatch_size,
                 virtual_shards=data.virtual_shards,
-                fields=data.fields,
-                one_sample_per_file=data.one_sample_per_file,
                 checksums=data.checksums,
             ).to_json()
     manifest = Manifest.from_json(comm.broadcast_object(text))

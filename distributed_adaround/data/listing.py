@@ -4,12 +4,15 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
+from distributed_adaround.data.encoder import Encoder
 from distributed_adaround.data.manifest import DataFile, Manifest, cut, take
-from distributed_adaround.data.readers import SUFFIXES, has_reader, open_samples
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files import storage, uris
+from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.spec.data import SECTION_OF
 
 logger = logging.getLogger(__name__)
 
@@ -72,37 +75,37 @@ class Checksums:
 
 def build_manifest(
     uri: str | Sequence[str],
+    encoder: Encoder,
+    local: LocalFiles,
     *,
     num_samples: int | None,
     microbatch_size: int,
     virtual_shards: int,
-    fields: Mapping[str, str] | None,
-    one_sample_per_file: bool,
     checksums: str | None = None,
 ) -> Manifest:
     """List, read and hash the files, and cut their samples into microbatches.
 
     Args:
         uri: one or several files, folders or globs.
+        encoder: says what the files hold.
+        local: local copies of the files.
         num_samples: how many to take; None: all.
         microbatch_size: samples of a microbatch.
         virtual_shards: parts that are dealt to the ranks.
-        fields: model input name -> field in the file; None: all numeric fields under their own names.
-        one_sample_per_file: the arrays have no sample axis.
         checksums: URI of a list of the SHA-256 that the files must have.
 
     Raises: InputError when nothing matches, or a file is empty, damaged, unlike the others or not as the list says.
     """
-    usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri)
+    usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri, encoder.suffixes)
     expected = None if checksums is None else Checksums.read(checksums)
     files = []
     for found in usable:
-        with storage.local_file(found) as path:
-            sha256 = storage.sha256_file(path)
-            if expected is not None:
-                expected.check(found, sha256)
-            file = open_samples(path, shown=redact(found), fields=fields, one_sample_per_file=one_sample_per_file)
-            files.append(DataFile(found, path.stat().st_size, sha256, file.num_samples, file.fields))
+        path = local.path(found)
+        sha256 = local.sha256(path)
+        if expected is not None:
+            expected.check(found, sha256)
+        samples = encoder.open(path, redact(found))
+        files.append(DataFile(found, path.stat().st_size, sha256, samples.num_samples, samples.fields))
     unused = [] if expected is None else expected.unused(usable)
     if unused:
         message = "data.checksums lists %d files that data.uri does not name, the first is %s"
@@ -113,26 +116,37 @@ def build_manifest(
         num_available=num_available,
         microbatches=cut(take(num_available, num_samples), microbatch_size, virtual_shards),
         num_shards=virtual_shards,
-        one_sample_per_file=one_sample_per_file,
+        encoding=encoder.digest,
         skipped=tuple(other for other in skipped if other != checksums),
     )
     assert manifest.fields  # merging them proves that the files agree
     return manifest
 
 
-def _list_data(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Files that have a reader, and those that have none. A file named by the user must have one."""
+def _list_data(given: Sequence[str], suffixes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files of these types, and the others. A file named by the user must be of one of them."""
+
+    def known(uri: str) -> bool:
+        return Path(uris.file_name(uri)).suffix.lower() in suffixes
+
     found: set[str] = set()
     for uri in given:
         matches = storage.list_files(uri)
         if not matches:
             raise InputError(f"{redact(uri)}: no file matches; check the path, the wildcards and the mounts")
-        if matches == [uri] and not has_reader(uri):
-            raise InputError(f"{redact(uri)}: unknown file type; supported are {', '.join(SUFFIXES)}")
+        if matches == [uri] and not known(uri):
+            raise InputError(f"{redact(uri)}: unknown file type; supported are {', '.join(suffixes)}{_hint(uri)}")
         found.update(matches)
-    usable = sorted(filter(has_reader, found))
+    usable = sorted(filter(known, found))
     skipped = sorted(found.difference(usable))
     if not usable:
         what = f"{len(skipped)} files of unknown type, for example {redact(skipped[0])}"
-        raise InputError(f"{', '.join(map(redact, given))}: {what}; supported are {', '.join(SUFFIXES)}")
+        names = ", ".join(map(redact, given))
+        raise InputError(f"{names}: {what}; supported are {', '.join(suffixes)}{_hint(skipped[0])}")
     return usable, skipped
+
+
+def _hint(uri: str) -> str:
+    """Which encoder reads a file like this one."""
+    section = SECTION_OF.get(Path(uris.file_name(uri)).suffix.lower())
+    return f"; for such files write data.{section}: {{}}" if section else ""

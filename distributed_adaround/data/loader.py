@@ -6,20 +6,19 @@ that reads ahead is what a walk through a model needs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 
+from distributed_adaround.data.encoder import Encoder, Samples
 from distributed_adaround.data.manifest import FieldInfo, Manifest
-from distributed_adaround.data.readers import SampleFile, open_samples
 from distributed_adaround.errors import InputError, redact
-from distributed_adaround.files import storage
+from distributed_adaround.files.local_files import LocalFiles
 
 # Some readers hold their file's content. The samples come in file order, so few files are in use at once.
 _OPEN_FILES = 4
@@ -27,34 +26,20 @@ _OPEN_FILES = 4
 Loaded = dict[str, Tensor]
 
 
-class Encoder:
-    """Base of what makes the tensors of a sample from a record of a file. This one: the arrays as they are."""
-
-    def __init__(self, args: Mapping[str, Any]) -> None:
-        """args: `data.encoder_args`."""
-
-    def fields(self, fields: tuple[FieldInfo, ...]) -> tuple[FieldInfo, ...]:
-        """What every encoded sample has, from what every record has. A size that differs between samples is None."""
-        return fields
-
-    def __call__(self, record: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one sample, without a batch axis. Raises InputError."""
-        return dict(record)
-
-
 class SampleLoader(AbstractContextManager["SampleLoader"]):
     """Any microbatch by index, and those of one rank in order. Close it, or use it as a context manager.
 
     total: microbatches of the whole job. varying: samples differ in size. Each file is compared with the manifest's
-    size and checksum before its first sample is used; remote files are downloaded once, and removed by `close`.
+    size and checksum before its first sample is used.
 
     Args:
         manifest: all data of the job.
         owned: indices of this rank's microbatches; may be empty.
+        encoder: makes the tensors of each sample.
+        files: local copies of the files.
         pad_value: fills fields that vary in size, at the end, up to the longest sample of the microbatch.
         mask_field: padded with 0; made where a field varies and it is not in the data: int64 `(N, T)`, 0 for padding.
         prefetch: microbatches read ahead by a thread; 0 for none.
-        encoder: makes the tensors of each sample; None: arrays as they are.
 
     Raises: InputError for a pad_value that a field's dtype cannot hold, and for a file that changed or is damaged.
     """
@@ -63,21 +48,23 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
         self,
         manifest: Manifest,
         owned: Sequence[int],
+        encoder: Encoder,
+        files: LocalFiles,
         *,
         pad_value: int | float = 0,
         mask_field: str,
         prefetch: int = 2,
-        encoder: Encoder | None = None,
     ) -> None:
         self._manifest = manifest
-        self._encode = encoder or Encoder({})
-        self._fields = self._encode.fields(manifest.fields)
+        self._encoder = encoder
+        self._files = files
+        self._fields = manifest.fields
         self._mask_field = mask_field
         self._prefetch = prefetch
         varying = [info for info in self._fields if None in info.shape]
         names = {info.name for info in self._fields}
         self._masked_by = varying[0] if varying and mask_field not in names else None
-        self._pad_values = {info.name: 0 if info.name == mask_field else pad_value for info in varying}
+        self._pad_values = {info.name: pad_value for info in varying} | {mask_field: 0} | dict(encoder.pad_values)
         for info in varying:
             _check_pad_value(info, self._pad_values[info.name])
         self.total = len(manifest.microbatches)
@@ -85,7 +72,6 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
         self.varying = bool(varying)
         self._lock = Lock()
         self._closed = False
-        self._resources = ExitStack()
         self._paths: dict[int, Path] = {}
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
 
@@ -95,7 +81,7 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
             assert not self._closed, "the loader is closed"
             assert 0 <= index < self.total, f"microbatch {index} of {self.total}"
             located = map(self._manifest.locate, self._manifest.microbatches[index].samples)
-            samples = [self._encode(self._open(file).read(row)) for file, row in located]
+            samples = [self._open(file).read(row) for file, row in located]
         return self._collate(samples)
 
     def __iter__(self) -> Iterator[tuple[int, Loaded]]:
@@ -120,29 +106,26 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
             return error
 
     def close(self) -> None:
-        """Close all files and remove the downloads. Waits for a read in progress."""
+        """Close all files. Waits for a read in progress."""
         with self._lock:
             self._closed = True
             self._open.cache_clear()
-            self._resources.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_file(self, index: int) -> SampleFile:
+    def _open_file(self, index: int) -> Samples:
         file = self._manifest.files[index]
         shown = redact(file.uri)
         if index not in self._paths:
-            path = self._resources.enter_context(storage.local_file(file.uri))
+            path = self._files.path(file.uri)
             size = path.stat().st_size
-            if size != file.size or storage.sha256_file(path) != file.sha256:
+            if size != file.size or self._files.sha256(path) != file.sha256:
                 found = f"{size} bytes, {file.size} expected, or another SHA-256"
                 what = f"the file is not the one in the manifest ({found}): it changed while the job ran"
                 raise InputError(f"{shown}: {what}; start the job again")
             self._paths[index] = path
-        fields = {info.name: info.source or info.name for info in file.fields}
-        whole = self._manifest.one_sample_per_file
-        return open_samples(self._paths[index], shown=shown, fields=fields, one_sample_per_file=whole)
+        return self._encoder.open(self._paths[index], shown)
 
     def _collate(self, samples: Sequence[Mapping[str, Tensor]]) -> Loaded:
         batch = {}

@@ -62,7 +62,8 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All calibration data of a job. num_available: samples in the files; num_samples of them are taken.
+    """All calibration data of a job. num_available: samples in the files; num_samples of them are taken. encoding: the
+    encoder's digest.
 
     skipped: URIs of files in the folder that no reader knows; for the report, not part of the digest.
     """
@@ -71,7 +72,7 @@ class Manifest:
     num_available: int
     microbatches: tuple[Microbatch, ...]
     num_shards: int
-    one_sample_per_file: bool = False
+    encoding: str = ""
     skipped: tuple[str, ...] = ()
 
     @property

@@ -22,7 +22,6 @@ from distributed_adaround.data import arrays, tables
 from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.errors import InputError, shorten
-from distributed_adaround.files import uris
 
 _READERS: dict[str, Callable[[Path], Columns]] = {
     ".npy": arrays.read_npy,
@@ -55,11 +54,6 @@ class SampleFile:
             for name, value in sample.items():
                 _check_finite(name, value)
             return sample
-
-
-def has_reader(uri: str) -> bool:
-    """Whether the file's suffix is a known one."""
-    return Path(uris.file_name(uri)).suffix.lower() in _READERS
 
 
 def open_samples(path: Path, *, shown: str, fields: Mapping[str, str] | None, one_sample_per_file: bool) -> SampleFile:

@@ -22,13 +22,13 @@ from distributed_adaround.spec.job import EXPORTERS
 class ExportResult:
     """A quantized model. weights: the model's tensors under its own names, dequantized. records: (name of the weight,
     its record), in the order of the walk. float_parameters: JSON values, each parameter left in float with its reason.
-    files: URIs of what belongs beside the weights. parts: of weights that are not a whole tensor of the model under
-    that name, the tensor's name and how they lie in it."""
+    files: what belongs beside the weights, by their names. parts: of weights that are not a whole tensor of the model
+    under that name, the tensor's name and how they lie in it."""
 
     weights: Mapping[str, Tensor]
     records: Sequence[tuple[str, LayerRecord]]
     float_parameters: Sequence[Mapping[str, object]] = ()
-    files: Sequence[str] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
     parts: Mapping[str, tuple[str, WeightView]] = field(default_factory=dict)
 
 

@@ -112,6 +112,19 @@ def list_files(uri: str) -> list[str]:
     return sorted(uri[:start] + join(prefix, tail) + uri[end:] for tail in visible)
 
 
+def list_folder(uri: str) -> dict[str, str]:
+    """URIs of all files below a folder, by their names relative to it, sorted; what is hidden is left out.
+
+    Raises InputError when there is no such folder, or it is empty.
+    """
+    start, end = path_span(uri)
+    prefix, after = uri[start:end].rstrip("/") + "/", len(uri) - end
+    found = {file[start + len(prefix) : len(file) - after]: file for file in list_files(uri) if file != uri}
+    if not found:
+        raise InputError(f"{redact(uri)}: no such folder, or it is empty; check the path and the mounts")
+    return found
+
+
 @_attempt("read", InputError)
 def exists(uri: str) -> bool:
     """Whether there is a file or folder. An error when that cannot be found out."""
@@ -127,17 +140,18 @@ def read_bytes(uri: str) -> bytes:
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
     """The file itself when it is local, else a download that is removed at the end. OutputError: no room for it."""
-    if (path := _local_path(uri)) is not None:
+    if (path := local_path(uri)) is not None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder, file_name(uri))
-        _download(uri, copy)
+        download(uri, copy)
         yield copy
 
 
 @_attempt("read", InputError)
-def _local_path(uri: str) -> Path | None:
+def local_path(uri: str) -> Path | None:
+    """The file itself when it is local; None: it lies elsewhere."""
     fs, path = _resolve(uri)
     if not isinstance(fs, LocalFileSystem):
         return None
@@ -147,7 +161,8 @@ def _local_path(uri: str) -> Path | None:
 
 
 @_attempt("read", InputError)
-def _download(uri: str, copy: Path) -> None:
+def download(uri: str, copy: Path) -> None:
+    """Copy a file to a local path. OutputError: no room for it."""
     fs, path = _resolve(uri)
     try:
         fs.get_file(path, str(copy))

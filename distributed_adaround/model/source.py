@@ -1,4 +1,4 @@
-"""Where a trained network comes from: a factory with weights, or an exported program.
+"""Where a trained network comes from: a factory with weights, or an exported program; huggingface.py has the third.
 
 Each source is a function of the section `model` of a job and the folder of the job file. A factory is an import path,
 so it runs code; only the author of the job names it. A program is read without running anything.
@@ -6,9 +6,8 @@ so it runs code; only the author of the job names it. A program is read without 
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn.parameter import is_lazy
 
 from distributed_adaround.errors import InputError, first_line, redact
-from distributed_adaround.files import storage
 from distributed_adaround.files.integrity import check_zip, is_zip
+from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.model.archive import unsafe_content
 from distributed_adaround.model.weights import explained, load_weights, model_digest, refuse_expanded, refuse_non_finite
 from distributed_adaround.runtime.imports import implementation, importable, load_callable
@@ -29,10 +28,10 @@ from distributed_adaround.spec.model import SOURCES, ModelSpec
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in memory. files: URIs of what belongs beside its weights (configuration, tokenizer)."""
+    """A model in memory. files: what belongs beside its weights (configuration, tokenizer), local, by their names."""
 
     model: nn.Module | ExportedProgram
-    files: tuple[str, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -69,14 +68,15 @@ class OpenedModel:
 class ModelSource(Protocol):
     """One way to name a model in a job."""
 
-    def __call__(self, spec: ModelSpec, folder: Path | None) -> OpenedModel:
-        """Open it. folder: of the job file. Raises InputError when what the job names cannot be found or used."""
+    def __call__(self, spec: ModelSpec, folder: Path | None, files: LocalFiles) -> OpenedModel:
+        """Open it. folder: of the job file. files: local copies of files. Raises InputError when what the job names
+        cannot be found or used."""
 
 
-def open_model(spec: ModelSpec, folder: Path | None) -> OpenedModel:
+def open_model(spec: ModelSpec, folder: Path | None, files: LocalFiles) -> OpenedModel:
     """The model that a job names. Raises InputError."""
     source: ModelSource = implementation(SOURCES, spec.source_name)
-    return source(spec, folder)
+    return source(spec, folder, files)
 
 
 def fixed_batch_size(program: ExportedProgram) -> int | None:
@@ -89,21 +89,20 @@ def fixed_batch_size(program: ExportedProgram) -> int | None:
     return None
 
 
-@contextmanager
-def checked_file(uri: str, sha256: str | None) -> Iterator[Path]:
+def checked_file(uri: str, sha256: str | None, files: LocalFiles) -> Path:
     """A file of weights as a local path. Raises InputError when its SHA-256 is another one."""
-    with storage.local_file(uri) as path:
-        if sha256 is not None and storage.sha256_file(path) != sha256.lower():
-            what = "its SHA-256 is not model.sha256: it is damaged or another file"
-            raise InputError(f"{redact(uri)}: {what}; get it again, or correct the field")
-        yield path
+    path = files.path(uri)
+    if sha256 is not None and files.sha256(path) != sha256.lower():
+        what = "its SHA-256 is not model.sha256: it is damaged or another file"
+        raise InputError(f"{redact(uri)}: {what}; get it again, or correct the field")
+    return path
 
 
-def open_factory(spec: ModelSpec, folder: Path | None) -> OpenedModel:
+def open_factory(spec: ModelSpec, folder: Path | None, files: LocalFiles) -> OpenedModel:
     """`model.factory`, called with `model.factory_args`, and `model.weights`."""
     assert spec.factory is not None
-    with nullcontext() if spec.weights is None else checked_file(spec.weights, spec.sha256) as weights:
-        return OpenedModel(load_factory(spec.factory, spec.factory_args, weights, folder))
+    weights = None if spec.weights is None else checked_file(spec.weights, spec.sha256, files)
+    return OpenedModel(load_factory(spec.factory, spec.factory_args, weights, folder))
 
 
 def load_factory(
@@ -142,11 +141,10 @@ def check_module(module: nn.Module, named: str) -> None:
             raise InputError(f"{named} has {name!r} on the meta device, without values; load its weights before")
 
 
-def open_program(spec: ModelSpec, folder: Path | None) -> OpenedModel:
+def open_program(spec: ModelSpec, folder: Path | None, files: LocalFiles) -> OpenedModel:
     """`model.program`."""
     assert spec.program is not None
-    with checked_file(spec.program, spec.sha256) as path:
-        return OpenedModel(load_program(path))
+    return OpenedModel(load_program(checked_file(spec.program, spec.sha256, files)))
 
 
 def load_program(path: Path) -> ExportedProgram:

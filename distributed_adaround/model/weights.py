@@ -69,7 +69,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     complete = {name: state[source] for name, source in tied.items()} | state
     counters = [name for name in own if name not in complete and name.endswith("num_batches_tracked")]
     complete |= {name: own[name] for name in counters}
-    said += [_counted("kept the model's own", counters)] if counters else []
+    said += [counted("kept the model's own", counters)] if counters else []
     problems = {
         "missing": [name for name in own if name not in complete],
         "unexpected": [name for name in complete if name not in own],
@@ -79,7 +79,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
             if name in state and isinstance(tensor, Tensor) and state[name].shape != tensor.shape
         ],
     }
-    texts = [_counted(label, names) for label, names in problems.items() if names]
+    texts = [counted(label, names) for label, names in problems.items() if names]
     if texts:
         raise InputError(f"{named} does not fit the model: {'; '.join(texts)}")
     try:
@@ -103,7 +103,7 @@ def _as_the_model_names_it(
     extra = [name for name, tensor in state.items() if name in unsaved or (name not in own and _is_counter(tensor))]
     if extra:
         state = {name: tensor for name, tensor in state.items() if name not in extra}
-        said.append(_counted("left out the buffers", extra))
+        said.append(counted("left out the buffers", extra))
     return state, said
 
 
@@ -155,10 +155,10 @@ def refuse_non_finite(named: Iterable[tuple[str, Tensor]], parameters: Container
         if (~values.isfinite() if name in parameters else values.isnan()).any():
             bad.append(name)
     if bad:
-        raise InputError(f"{what} has values that are not finite: {_counted('in', bad)}")
+        raise InputError(f"{what} has values that are not finite: {counted('in', bad)}")
 
 
-def _counted(label: str, names: Sequence[str]) -> str:
+def counted(label: str, names: Sequence[str]) -> str:
     """ "missing a, b, c and 7 more (10)" """
     more = len(names) - _NUM_NAMED
     named = ", ".join(shorten(name, 120) for name in names[:_NUM_NAMED])

@@ -1,0 +1,67 @@
+"""The parts `text`, `images` and `audio` of a section of data: how the tensors of a sample are made from its file."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from distributed_adaround.spec.explain import ContradictionError, Section, one_rule
+from distributed_adaround.spec.fields import PositiveInt, Text
+
+_Channels = Annotated[
+    list[float], Field(min_length=1, max_length=4), one_rule("must be a list of numbers, one for each channel")
+]
+
+
+class TextSpec(Section):
+    """Texts in .txt, .jsonl or .parquet files, through the tokenizer of the model."""
+
+    column: Text | None = None
+    """Column of .jsonl and .parquet files: texts, or chats (lists of messages with role and content), which go through
+    the chat template of the tokenizer. null: messages, else text, else the only one that holds texts."""
+    packed: bool | None = None
+    """true: texts are joined and cut into windows of sequence_length tokens. false: each text is a sample (in .txt
+    files each line), padded to the longest of its microbatch. null: true for causal language models, else false."""
+    sequence_length: PositiveInt | None = None
+    """Tokens of a window, and most tokens of a text that is a sample. null: 512, or what the model takes if that is
+    less."""
+    target_column: Text | None = None
+    """For encoder-decoders: column with what the decoder is to write. null: the text itself."""
+    label_column: Text | None = None
+    """For evaluate.metric accuracy: column with the class of a text, its number or its name in config.json. null:
+    label."""
+
+
+class ImagesSpec(Section):
+    """Pictures (.jpg, .png, .webp) in folders or webdataset archives (.tar), through the image processor of the model,
+    or as these fields say."""
+
+    resize: PositiveInt | None = None
+    """Pixels of the shorter side; null: not resized."""
+    crop: PositiveInt | None = None
+    """Pixels of both sides of the square that is cut from the middle; null: not cut."""
+    mean: _Channels | None = Field(None, examples=[[0.485, 0.456, 0.406]])
+    """Mean of each channel, from 0 to 1, that is subtracted."""
+    std: _Channels | None = Field(None, examples=[[0.229, 0.224, 0.225]])
+    """Standard deviation of each channel, from 0 to 1, by which the rest is divided."""
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether these fields say what is done, instead of an image processor."""
+        return bool(self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _mean_with_std(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            name, other = ("mean", "std") if self.std is None else ("std", "mean")
+            raise ContradictionError((name,), getattr(self, name), f"needs {other} beside it; give both or none")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            text = f"has {len(self.std)} channels, mean has {len(self.mean)}; give as many"
+            raise ContradictionError(("std",), self.std, text)
+        return self
+
+
+class AudioSpec(Section):
+    """Recordings (.wav, .flac), alone or in webdataset archives (.tar), through the feature extractor of the model."""
+
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Longest piece: longer recordings are cut into several samples of this length. null: 30."""
