@@ -4,12 +4,9 @@ The directory is data: `trust_remote_code` stays off, nothing is looked up in th
 files are compared with each other before transformers sees them, since it fills what is missing with random numbers.
 """
 
-import importlib
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from distributed_adaround.files.integrity import check_safetensors
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.model.weights import counted, refuse_non_finite
+from distributed_adaround.runtime.transformers_library import offline_transformers
 from distributed_adaround.spec.model import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -145,26 +143,6 @@ def _files(directory: Path) -> dict[str, Path]:
     """All files that are not hidden, by their names relative to the directory, sorted."""
     found = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
     return {name: found[name] for name in sorted(found) if not any(part.startswith(".") for part in name.split("/"))}
-
-
-@contextmanager
-def offline_transformers(shown: str) -> Iterator[Any]:
-    """The library transformers, quiet, and without network. shown: what needs it, in the message. Raises InputError."""
-    # Read when the library is first imported.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise InputError(f"{shown} needs transformers: pip install 'distributed_adaround[hf]' ({error})") from error
-    level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bar:
-            transformers.logging.enable_progress_bar()
 
 
 def _from_pretrained(
