@@ -121,14 +121,15 @@ class JobSpec(MethodSpec):
     def result_digest(self) -> str:
         """SHA-256, in hex, of everything here that changes the result, nulls resolved.
 
-        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; data.uri and
-        data.checksums, since the manifest has checksums of the files.
+        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; what the
+        manifest has checksums of: the files of data, and what the encoder takes from the processor.
         """
+        data = self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch", "processor"})
         content = {
             "quantize": self.quantize.model_dump(mode="json"),
             "rounding": self.rounding.resolved(),
             "seed": self.runtime.seed,
-            "data": self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch"}),
+            "data": data | {"encoder": self.data.encoder_name},
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
