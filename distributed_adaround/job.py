@@ -231,7 +231,18 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
     records = [(site.stored_name, record) for site, record in result.records]
     parts = {site.stored_name: (site.weight_name, site.view) for site, _ in result.records if site.view is not None}
     for exporter in job.exporters:
-        exporter.write(ExportResult(job.opened.weights, records, described, job.opened.files, parts), uri)
+        exporter.write(
+            ExportResult(
+                job.opened.weights,
+                records,
+                described,
+                job.opened.files,
+                parts,
+                job.opened.model,
+                job.opened.shard_bytes,
+            ),
+            uri,
+        )
     report = {
         "version": __version__,
         "spec": spec.model_dump(mode="json", include={"quantize", "preset"}) | {"rounding": spec.rounding.resolved()},
