@@ -1,4 +1,7 @@
-"""Command line: run | plan | validate | status | schema | launch. What needs torch is imported where it is used."""
+"""Command line: run | quantize | init | plan | validate | status | schema | launch.
+
+What needs torch is imported where it is used.
+"""
 
 import argparse
 import glob
@@ -10,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distributed_adaround import __version__
 from distributed_adaround.errors import AdaRoundError, PeerError, SpecError, StoppedError, redact
@@ -22,7 +26,10 @@ from distributed_adaround.runtime.signals import StopRequest, end_with_launcher
 from distributed_adaround.spec.job import JobSpec, json_schema
 from distributed_adaround.spec.reference import markdown
 
-COMMANDS = ("run", "plan", "validate", "status", "schema", "launch")
+if TYPE_CHECKING:
+    from distributed_adaround.quickstart import Request
+
+COMMANDS = ("run", "quantize", "init", "plan", "validate", "status", "schema", "launch")
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -78,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if name == "plan":
             sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
+    _add_quickstart(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of job files")
     schema.add_argument("--markdown", action="store_true", help="print a table of all fields instead")
     schema.set_defaults(command=_schema)
@@ -85,9 +93,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quickstart(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands that need no job file."""
+    given = argparse.ArgumentParser(add_help=False)
+    add = given.add_argument
+    add("directory", metavar="DIR", help="HuggingFace model directory; a path or a URI")
+    add("--dtype", help="number format of the weights (default: int4; init chooses by the kind of model)")
+    add(
+        "--group-size",
+        type=_positive,
+        metavar="N",
+        help="inputs that share a scale (default: all of a channel)",
+    )
+    add("--out", metavar="OUT", help="folder for the results (default: the model's name and the dtype)")
+    add("--samples", type=_positive, metavar="N", help="calibration samples, at most (default: by the kind of data)")
+    add("--sequence-length", type=_positive, metavar="T", help="tokens of a sample of text (default: 512)")
+    add("--evaluate", nargs="+", default=[], metavar="FILES", help="other data, to compare the model before and after")
+    what = "change a field of the job; may be given several times"
+    add("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=what)
+    add("--debug", action="store_true", help="more log lines, and tracebacks of errors")
+    files = "texts, pictures, recordings or arrays: files, folders or globs, paths or URIs"
+    text = "quantize a HuggingFace model directory, without a job file"
+    sub = commands.add_parser("quantize", help=text, description=text, parents=[given])
+    sub.add_argument("--data", nargs="+", required=True, metavar="FILES", help=files)
+    sub.set_defaults(command=_quantize)
+    text = "print a job file for a HuggingFace model directory, with what the job would do"
+    sub = commands.add_parser("init", help=text, description=text, parents=[given])
+    sub.add_argument("--data", nargs="+", default=[], metavar="FILES", help=files)
+    sub.set_defaults(command=_init)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
 
 
@@ -102,12 +140,34 @@ def _load(options: argparse.Namespace) -> JobSpec:
 
 
 def _run(options: argparse.Namespace) -> None:
-    spec = _load(options)
+    _run_job(_load(options), options)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from distributed_adaround.quickstart import job_of
+
+    spec = options.spec = job_of(_request(options))
+    _run_job(spec, options)
+
+
+def _init(options: argparse.Namespace) -> None:
+    from distributed_adaround.quickstart import commented_job
+
+    print(commented_job(_request(options)), end="")
+
+
+def _request(options: argparse.Namespace) -> "Request":
+    from distributed_adaround.quickstart import Request
+
+    return Request(**{name: getattr(options, name) for name in Request.__dataclass_fields__})
+
+
+def _run_job(spec: JobSpec, options: argparse.Namespace) -> None:
     from distributed_adaround.job import run_job
 
     options.stop = StopRequest()
     with options.stop.listening():
-        table = run_job(spec, _folder(options.job), options.stop)
+        table = run_job(spec, _folder(getattr(options, "job", "")), options.stop)
     if options.rank == 0:
         print(table)
         print(f"\nResults are in {redact(spec.output.uri)}")
@@ -225,6 +285,6 @@ def _report(error: Exception, code: int, options: argparse.Namespace) -> None:
         content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with suppress(OSError):
             Path(path).write_text(json.dumps(content), encoding="utf-8")
-    if options.command is _run:
+    if options.command in (_run, _quantize):
         uri, job = (None, "") if options.spec is None else (options.spec.output.uri, options.spec.job_digest())
         record_failure(uri, job, error, code, line)
