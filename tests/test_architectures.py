@@ -1,5 +1,5 @@
-"""Directories of tiny random transformers, through whole jobs: which weights are quantized (all of two and more dimensions
-but what support/architectures.py lists, each with its reason), and that the directory that comes out loads as it is."""
+"""Directories of tiny random transformers, through whole jobs: which weights are quantized (all of two and more
+dimensions but what support/architectures.py lists, each with its reason), and what comes out loads as it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distributed_adaround.spec.job import JobSpec
 # What the libraries warn about is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# A few of each kind of storage; the others take two minutes: `pytest -m slow tests/test_architectures.py` runs them too.
+# A few of each kind of storage; the others take minutes: `pytest -m slow tests/test_architectures.py` runs them too.
 QUICK = ("Llama", "GPT-2", "gpt-oss", "T5", "Wav2Vec2", "SegFormer")
 
 
