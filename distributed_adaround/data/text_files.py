@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
+from distributed_adaround.data.readers import explained
 from distributed_adaround.data.tables import first_rows, open_parquet
 from distributed_adaround.errors import InputError, first_line, shorten
 from distributed_adaround.spec.encoders import TextSpec
@@ -71,15 +72,17 @@ class _LineFile:
         start = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                text = _decode(line, start)
-                if text.strip():
-                    yield Row(start, number, self._values(text, number))
+                with explained(f"line {number}"):
+                    text = _decode(line, start)
+                    values = self._values(text) if text.strip() else None
+                if values is not None:
+                    yield Row(start, number, values)
                 start += len(line)
 
     def read(self, place: int, columns: Sequence[str]) -> Values:
         with self._path.open("rb") as file:
             file.seek(place)
-            return self._values(_decode(file.readline(), place), 0)
+            return self._values(_decode(file.readline(), place))
 
 
 class _ParquetFile:
@@ -120,17 +123,17 @@ def _decode(data: bytes, start: int) -> str:
     return text.removeprefix(_BOM) if start == 0 else text
 
 
-def _line(text: str, number: int) -> Values:
+def _line(text: str) -> Values:
     return {"text": text.rstrip("\r\n")}
 
 
-def _object(text: str, number: int) -> Values:
+def _object(text: str) -> Values:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise InputError(f"line {number} is not JSON: {first_line(error)}; correct it") from None
+        raise InputError(f"is not JSON: {first_line(error)}; correct it") from None
     if not isinstance(values, dict):
-        raise InputError(f'line {number} is not an object of columns; write {{"text": ...}} on every line')
+        raise InputError('is not an object of columns; write {"text": ...} on every line')
     return values
 
 
@@ -164,14 +167,12 @@ class TextColumns:
     def text_of(self, values: Values) -> str | Chat:
         """The text or chat of a row. Raises InputError when it holds something else."""
         value = values.get(self.text)
-        if self.chats:
-            if not _is_chat(value):
-                raise InputError(
-                    f"the column {self.text!r} holds no list of messages with role and content; correct it"
-                )
-            chat: Chat = value
-            return chat
-        return _text(self.text, value)
+        if not self.chats:
+            return _text(self.text, value)
+        if not _is_chat(value):
+            rule = "it must be a list of messages with role and content"
+            raise InputError(f"the column {self.text!r} is {_shown(value)}; {rule}")
+        return value
 
     def target_of(self, values: Values) -> str | None:
         """The text to write; None where the job names no column. Raises InputError."""
