@@ -70,9 +70,8 @@ class TextEncoder(Encoder):
         most, least = tokenizer.most_tokens, 0 if self._packed else tokenizer.num_special
         if self._packed and self._labels:
             raise InputError("data.text.packed is true, but windows of joined texts have no class; make it false")
-        if spec.target_column is not None and (self._packed or not tokenizer.is_encoder_decoder):
-            reason = "windows have no target; make data.text.packed false" if self._packed else "remove it"
-            raise InputError(f"data.text.target_column is for encoder-decoders whose texts are not packed; {reason}")
+        if spec.target_column is not None and not tokenizer.is_encoder_decoder:
+            raise InputError("data.text.target_column is for encoder-decoders, which this model is not; remove it")
         if most is not None and self._length > most:
             raise InputError(f"data.text.sequence_length is {self._length}; the model takes at most {most}, lower it")
         if self._length <= least:

@@ -1,4 +1,4 @@
-"""Texts: the tokens that the tokenizer makes, in windows or padded, the same on any number of ranks; what is refused."""
+"""Texts: the tokens of the tokenizer, in windows or padded, the same on any number of ranks; what is refused."""
 
 from __future__ import annotations
 
@@ -132,6 +132,13 @@ def test_windows_of_a_document_are_the_usual_ones(texts: Texts, caplog: pytest.L
     ]
 
 
+def test_long_documents_are_no_reason_to_warn(texts: Texts, capfd: pytest.CaptureFixture[str]) -> None:
+    processor = save_tokenizer(texts.folder / "other", {}, model_max_length=4)
+    assert texts.open("a.txt", "a " * 40, processor, packed=True).num_samples == 10
+    assert texts.open("b.txt", "a " * 40, processor).num_samples == 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_line_ends_become_those_of_python(texts: Texts) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "\n": 1, "\r": 2}, []))
     folder = texts.folder / "bytes"
@@ -172,11 +179,13 @@ def test_rows_are_documents_with_bounds(texts: Texts, kind: str, marked: bool, j
     assert [window[0] for window in listed(samples)] == ids(joined)
 
 
-def test_many_rows_are_joined_across_batches(texts: Texts) -> None:
+@pytest.mark.parametrize("parallel", ["true", "false"])
+def test_many_rows_are_joined_across_batches(texts: Texts, parallel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
     rows = [WORDS[4 + i % 5] for i in range(600)]
     expected = ids(" <eos> ".join(rows))
     samples = texts.open("a.jsonl", [{"text": row} for row in rows], sequence_length=100)
-    assert sum(listed(samples), []) == expected[:1100]
+    assert [token for window in listed(samples) for token in window] == expected[:1100]
 
 
 def test_a_file_shorter_than_a_window_is_refused(texts: Texts) -> None:
@@ -382,3 +391,296 @@ def test_classes_by_number_or_name(
     samples = texts.open("a.jsonl", rows, processor, labels=True, **named)
     assert samples.fields[-1] == FieldInfo(LABELS, "int64", ())
     assert listed(samples, LABELS) == expected
+
+
+# The same for everyone
+
+
+def test_two_ranks_get_what_one_rank_gets(texts: Texts) -> None:
+    processor = save_tokenizer(texts.folder / "other", {}, marked=True)
+    rng = np.random.default_rng(0)
+    rows = [" ".join(rng.choice(WORDS[4:9], size)) for size in rng.integers(1, 9, 23)]
+    folder = texts.folder / "data"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n".join(rows[:10]))
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[10:17]))
+    write_parquet(folder / "c.parquet", {"text": rows[17:]})
+    first = texts.encoder(processor)
+    manifest = build_manifest(str(folder), first, texts.files, num_samples=None, microbatch_size=3, virtual_shards=4)
+    loaded: dict[int, dict[str, Tensor]] = {}
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        # As on two machines, each with its own encoder and files.
+        encoder, files = texts.encoder(processor), LocalFiles(texts.folder / f"{rank} of {world_size}")
+        with SampleLoader(manifest, manifest.owned(rank, world_size), encoder, files, mask_field="mask") as loader:
+            for index, batch in loader:
+                known = loaded.setdefault(index, batch)
+                assert all(torch.equal(known[name], batch[name]) for name in ("input_ids", "mask"))
+    found = [
+        batch["input_ids"][i][batch["mask"][i] == 1].tolist()
+        for _, batch in sorted(loaded.items())
+        for i in range(len(batch["mask"]))
+    ]
+    assert found == [[CLS, *ids(row), EOS] for row in rows]
+
+
+@pytest.fixture
+def remote() -> Iterator[str]:
+    """The URI of an empty folder in a store of this process."""
+    MemoryFileSystem.store.clear()
+    yield "memory://bucket"
+    MemoryFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_each_remote_file_is_fetched_once(
+    texts: Texts, remote: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryFileSystem()
+    for path in sorted(texts.causal.iterdir()):
+        store.pipe_file(f"/bucket/model/{path.name}", path.read_bytes())
+    for name in ("a.txt", "b.txt"):
+        store.pipe_file(f"/bucket/data/{name}", b"a b c\nd e\n")
+    fetched: list[str] = []
+    download = storage.download
+    monkeypatch.setattr(storage, "download", lambda uri, to: (fetched.append(uri), download(uri, to)))
+    for _ in range(2):
+        processor = texts.files.directory(f"{remote}/model", lambda name: True)
+        encoder = texts.encoder(processor, packed=packed, sequence_length=2)
+        uri = f"{remote}/data"
+        manifest = build_manifest(uri, encoder, texts.files, num_samples=None, microbatch_size=1, virtual_shards=2)
+        with SampleLoader(manifest, manifest.owned(0, 1), encoder, texts.files, mask_field="attention_mask") as loader:
+            found = [batch["input_ids"].tolist()[0] for _, batch in loader]
+        assert found == ([[4, 5], [6, 7]] if packed else [[4, 5], [7, 8]]) * 2
+    expected = [f"model/{path.name}" for path in texts.causal.iterdir()] + ["data/a.txt", "data/b.txt"]
+    assert sorted(uri.removeprefix("memory://").partition("bucket/")[2] for uri in fetched) == sorted(expected)
+
+
+def test_files_are_tokenized_once_for_all_encoders_of_a_machine(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    tokenize = TextTokenizer.ids
+    monkeypatch.setattr(
+        TextTokenizer, "ids", lambda self, *args, **options: (calls.append(1), tokenize(self, *args, **options))[1]
+    )
+    windows = [texts.open("a.txt", "a b c d", sequence_length=length) for length in (2, 2, 4)]
+    assert [samples.num_samples for samples in windows] == [2, 2, 1]
+    assert len(calls) == 2
+
+
+def test_the_digest_is_of_what_decides_about_tokens(texts: Texts) -> None:
+    digests = [texts.encoder().digest]
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json", "generation_config.json"):
+        path = texts.causal / name
+        old = path.read_text() if path.exists() else "{}"
+        path.write_text(old + " ")
+        digests.append(texts.encoder().digest)
+    assert len(set(digests)) == len(digests)
+    (texts.causal / "README.md").write_text("no matter")
+    assert texts.encoder().digest == digests[-1]
+    same = save_tokenizer(texts.folder / "elsewhere", CAUSAL)
+    assert texts.encoder(same).digest == digests[0]
+
+
+# What is refused, in one line
+
+
+def refused(texts: Texts, name: str, content: Any, **fields: Any) -> str:
+    with pytest.raises(InputError) as error:
+        read(texts.open(name, content, **fields))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fields", "message"),
+    [
+        ("a.txt", b"", {}, "shown/a.txt: holds no text; remove the file"),
+        ("a.txt", b"\xef\xbb\xbf \n\n", {}, "shown/a.txt: holds no text; remove the file"),
+        ("a.txt", b"", {"packed": False}, "shown/a.txt: holds no text; remove the file"),
+        ("a.jsonl", b"\n", {}, "shown/a.jsonl: holds no text; remove the file"),
+        ("a.jsonl", [{"text": " "}], {}, "shown/a.jsonl: holds no text; remove the file"),
+        ("a.txt", b"abc\nd\xe9f", {}, "shown/a.txt: is not UTF-8 at byte 5; convert it"),
+        ("a.txt", b"abc\nd\xe9f", {"packed": False}, "shown/a.txt: line 2: is not UTF-8 at byte 5; convert it"),
+        ("a.txt", "abc".encode("utf-16"), {}, "shown/a.txt: is not UTF-8 at byte 0; convert it"),
+        ("a.txt", "abc".encode("utf-16-le"), {}, "shown/a.txt: holds a zero at byte 1, so it is not text in UTF-8"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": \n',
+            {},
+            "shown/a.jsonl: line 2: is not JSON: JSONDecodeError: Expecting",
+        ),
+        ("a.jsonl", [["a"]], {}, "shown/a.jsonl: line 1: is not an object of columns; write {"),
+        ("a.jsonl", [{"n": 1}], {}, "shown/a.jsonl: has no column messages or text, and none of its columns holds"),
+        (
+            "a.jsonl",
+            [{"x": "a", "y": "b", "n": 1}],
+            {},
+            "shown/a.jsonl: has no column messages or text, and texts are in x, y; choose one by data.text.column",
+        ),
+        ("a.jsonl", [{"x": "a", "n": 1}], {"column": "z"}, "shown/a.jsonl: has no column 'z'; it has x, n"),
+        (
+            "a.jsonl",
+            [{"text": "a"}, {"text": None}],
+            {"packed": False},
+            "shown/a.jsonl: line 2: the column 'text' is null, not a text; correct or remove it",
+        ),
+        ("a.jsonl", [{"text": "a"}, {}], {}, "shown/a.jsonl: line 2: the column 'text' is null, not a text"),
+        ("a.jsonl", [{"text": "a\ud800"}], {}, "shown/a.jsonl: line 1: the column 'text' holds half of a surrogate"),
+        (
+            "a.jsonl",
+            [{"messages": CHAT}, {"messages": [{"role": "x"}]}],
+            {},
+            "shown/a.jsonl: line 1: data.processor 'the/processor' has no chat template, which messages need; give",
+        ),
+        ("a.parquet", b"PAR1 and nothing else", {}, "shown/a.parquet: cannot be read, damaged or not of this type: "),
+        ("a.txt", b"a", {"labels": True}, "shown/a.txt: has no column 'label'; it has text"),
+        (
+            "a.jsonl",
+            [{"text": "a", "label": 0}, {"text": "a", "label": -1}],
+            {"labels": True},
+            "shown/a.jsonl: line 2: the column 'label' is -1; it must be a number from 0",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used(texts: Texts, name: str, content: Any, fields: dict[str, Any], message: str) -> None:
+    found = refused(texts, name, content, **fields)
+    assert found.startswith(message), found
+
+
+def test_a_chat_that_is_none_is_named(texts: Texts) -> None:
+    template = "{{ raise_exception('users\nonly') if messages[0]['role'] != 'user' }}" + TEMPLATE
+    processor = save_tokenizer(texts.folder / "other", {}, chat_template=template)
+    rows = [{"messages": CHAT}, {"messages": [{"role": "user"}]}]
+    message = refused(texts, "a.jsonl", rows, processor=processor)
+    assert message.startswith("shown/a.jsonl: line 2: the column 'messages' is [{'role': 'user'}]; it must be a list")
+    rows = [{"messages": CHAT}, {"messages": CHAT[::-1]}]
+    message = refused(texts, "a.jsonl", rows, processor=processor)
+    expected = "shown/a.jsonl: line 2: the chat template refuses the messages: TemplateError: users; correct them"
+    assert message == expected
+
+
+def test_a_class_that_the_model_has_not_is_named(texts: Texts) -> None:
+    processor = save_tokenizer(texts.folder / "other", {"label2id": {"bad": 0, "good": 1}})
+    for value, shown in (("fair", "'fair'"), (2, "2"), (None, "null"), (True, "True"), (1.0, "1.0")):
+        rows = [{"text": "a", "label": value}]
+        message = refused(texts, "a.jsonl", rows, processor=processor, labels=True)
+        rule = "it must be a class of config.json, bad, good, or its number"
+        assert message == f"shown/a.jsonl: line 1: the column 'label' is {shown}; {rule}"
+
+
+def test_a_text_without_tokens_is_named(texts: Texts) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    folder = texts.folder / "bytes"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    samples = texts.open("a.txt", "a\n\nzzz\n", folder)
+    assert samples.read(0)["input_ids"].tolist() == [0]
+    with pytest.raises(InputError) as error:
+        samples.read(1)
+    expected = "shown/a.txt: line 3: the tokenizer makes no token of its text; correct or remove it"
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        ({}, {"packed": True, "labels": True}, "data.text.packed is true, but windows of joined texts have no class"),
+        (
+            {},
+            {"target_column": "x"},
+            "data.text.target_column is for encoder-decoders, which this model is not; remove",
+        ),
+        (
+            {"max_position_embeddings": 8},
+            {"sequence_length": 9},
+            "data.text.sequence_length is 9; the model takes at most 8, lower it",
+        ),
+        ({"n_positions": 8}, {"sequence_length": 9}, "data.text.sequence_length is 9; the model takes at most 8"),
+        (
+            {},
+            {"sequence_length": 2},
+            "data.text.sequence_length is 2, but the tokenizer adds 2 tokens of its own to every text; raise it",
+        ),
+    ],
+)
+def test_fields_that_contradict_the_model(
+    texts: Texts, config: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    processor = save_tokenizer(texts.folder / "other", config, marked=True)
+    with pytest.raises(InputError) as error:
+        texts.encoder(processor, **fields)
+    assert str(error.value).startswith(message)
+
+
+def test_t5_has_no_limit_of_positions(texts: Texts) -> None:
+    processor = save_tokenizer(texts.folder / "other", {"is_encoder_decoder": True, "n_positions": 8})
+    assert listed(texts.open("a.txt", "a " * 9, processor, sequence_length=9)) == [[4] * 9]
+    assert listed(texts.open("a.txt", "a " * 9, processor)) == [[4] * 8]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({}, "has no tokenizer that can be loaded: ValueError: "),
+        # transformers makes tokenizers of five words for these.
+        (
+            {"config.json": '{"model_type": "bert"}'},
+            "has no files of a tokenizer; give a directory with tokenizer.json",
+        ),
+        (
+            {"config.json": '{"model_type": "gpt2"}'},
+            "has no files of a tokenizer; give a directory with tokenizer.json",
+        ),
+        ({"tokenizer.json": "{"}, "has no tokenizer that can be loaded: JSONDecodeError: "),
+        ({"tokenizer.json": "{}"}, "has no tokenizer that can be loaded: "),
+        ({"config.json": "{"}, ": config.json cannot be read: JSONDecodeError: "),
+        ({"config.json": "[]"}, ": config.json holds no object; get it again"),
+        (
+            {"config.json": '{"is_encoder_decoder": true}', "special": ""},
+            ": config.json has no decoder_start_token_id, and its tokenizer no pad_token; add one",
+        ),
+    ],
+)
+def test_directories_without_a_whole_tokenizer(texts: Texts, contents: dict[str, str], message: str) -> None:
+    folder = texts.folder / "other"
+    folder.mkdir()
+    if "special" in contents:
+        save_tokenizer(folder, pad_token=None)
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    with pytest.raises(InputError) as error:
+        texts.encoder(folder)
+    found = str(error.value)
+    assert found.removeprefix("data.processor 'the/processor'").lstrip().startswith(message), found
+    assert "\n" not in found
+
+
+def test_code_in_the_directory_is_not_run(texts: Texts) -> None:
+    named = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (texts.causal / "tokenizer_config.json").write_text(json.dumps(named))
+    (texts.causal / "mine.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()")
+    with pytest.raises(InputError, match=r"has no tokenizer that can be loaded: ValueError: .*custom code"):
+        texts.encoder()
+    assert not (texts.causal / "ran").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(texts: Texts) -> None:
+    processor = save_tokenizer(texts.folder / "other", CAUSAL | {"vocab_size": 6})
+    assert listed(texts.open("a.txt", "a b", processor, sequence_length=2)) == [[4, 5]]
+    message = refused(texts, "b.txt", "a b c", processor=processor, sequence_length=2)
+    expected = "shown/b.txt: data.processor 'the/processor': the tokenizer makes the token 6, config.json says"
+    assert message.startswith(f"{expected} vocab_size 6; ")
+
+
+def test_texts_need_a_processor(local: LocalFiles) -> None:
+    spec = DataSpec.model_validate({"uri": "x", "text": {}})
+    with pytest.raises(InputError, match=r"name its directory by data\.processor or model\.hf"):
+        TextEncoder(EncoderContext(spec, local))
+
+
+def test_tokenizers_of_bytes_need_no_files(texts: Texts) -> None:
+    folder = texts.folder / "other"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    # A byte is itself plus the three special tokens, of which 1 ends a text.
+    assert listed(texts.open("a.txt", "ab", folder)) == [[97 + 3, 98 + 3, 1]]
