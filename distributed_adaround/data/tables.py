@@ -4,7 +4,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,12 @@ def _read_row(path: Path, offsets: list[int], name: str, dtype: torch.dtype, row
 
 def read_parquet(path: Path) -> Columns:
     """One row group at a time is in memory."""
+    file = open_parquet(path)
+    return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
+
+
+def open_parquet(path: Path) -> Any:
+    """A pyarrow.parquet.ParquetFile. Raises InputError when it would unpack to far more than its size."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -106,7 +112,13 @@ def read_parquet(path: Path) -> Columns:
     chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
     claimed = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
     check_expansion(claimed, path.stat().st_size)
-    return {field.name: _parquet_column(file, field) for field in file.schema_arrow}
+    return file
+
+
+def first_rows(file: Any) -> list[int]:
+    """The first row of each row group, and the number of rows."""
+    sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    return [0, *accumulate(sizes)]
 
 
 def _parquet_column(file: Any, field: Any) -> Column | str:
@@ -123,25 +135,24 @@ def _parquet_column(file: Any, field: Any) -> Column | str:
         dtype = "float32"
     else:
         return NOT_NUMERIC
-    group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    first_rows = [0, *accumulate(group_sizes)]
+    starts = first_rows(file)
 
     @lru_cache(maxsize=1)
     def read_group(group: int) -> Any:
         return file.read_row_group(group, columns=[field.name]).column(0).combine_chunks()
 
     def read(row: int) -> Tensor:
-        group = bisect_right(first_rows, row) - 1
-        values, (_, *shape) = _flatten(read_group(group).slice(row - first_rows[group], 1), depth)
+        group = bisect_right(starts, row) - 1
+        values, (_, *shape) = _flatten(read_group(group).slice(row - starts[group], 1), depth)
         if None in shape:
             raise InputError(f"the field {field.name!r} is ragged")
         return torch.from_numpy(np.array(values.cast(dtype).to_numpy(zero_copy_only=False)).reshape(shape))
 
     # Groups without rows have no shape.
-    flat = [_flatten(read_group(group), depth) for group, size in enumerate(group_sizes) if size]
+    flat = [_flatten(read_group(group), depth) for group, (a, b) in enumerate(pairwise(starts)) if a < b]
     if any(values.null_count for values, _ in flat):
         return "holds nulls"
-    return Column(dtype, (first_rows[-1], *common_shape([shape[1:] for _, shape in flat])), read, is_list=True)
+    return Column(dtype, (starts[-1], *common_shape([shape[1:] for _, shape in flat])), read, is_list=True)
 
 
 def _flatten(array: Any, depth: int) -> tuple[Any, list[int | None]]:

@@ -19,16 +19,24 @@ class TextSpec(Section):
     """Column of .jsonl and .parquet files: texts, or chats (lists of messages with role and content), which go through
     the chat template of the tokenizer. null: messages, else text, else the only one that holds texts."""
     packed: bool | None = None
-    """true: texts are joined and cut into windows of sequence_length tokens. false: each text is a sample (in .txt
-    files each line), padded to the longest of its microbatch. null: true for causal language models, else false."""
+    """true: the texts of a file are joined and cut into windows of sequence_length tokens. false: each text is a sample
+    (in .txt files each line), padded to the longest of its microbatch. Blank lines and rows are left out. null: true
+    for causal language models, unless a class is asked for, else false."""
     sequence_length: PositiveInt | None = None
     """Tokens of a window, and most tokens of a text that is a sample. null: 512, or what the model takes if that is
     less."""
     target_column: Text | None = None
-    """For encoder-decoders: column with what the decoder is to write. null: the text itself."""
+    """For encoder-decoders, not packed: column with what the decoder is to write. null: the text itself."""
     label_column: Text | None = None
     """For evaluate.metric accuracy: column with the class of a text, its number or its name in config.json. null:
     label."""
+
+    @model_validator(mode="after")
+    def _target_of_single_texts(self) -> Self:
+        if self.packed and self.target_column is not None:
+            text = "is for texts that are not packed; remove it, or make packed false"
+            raise ContradictionError(("target_column",), self.target_column, text)
+        return self
 
 
 class ImagesSpec(Section):
