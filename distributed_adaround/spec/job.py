@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.evaluate import EvaluateSpec
 from distributed_adaround.spec.explain import ContradictionError, Section
 from distributed_adaround.spec.fields import NameIn, Text
 from distributed_adaround.spec.model import ModelSpec
@@ -113,6 +114,8 @@ class JobSpec(MethodSpec):
     """Calibration data."""
     output: OutputSpec
     """Where the results go, and as what."""
+    evaluate: EvaluateSpec | None = None
+    """A metric of the float and of the quantized network, on data of its own; null: none."""
 
     def job_digest(self) -> str:
         """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""
@@ -121,8 +124,8 @@ class JobSpec(MethodSpec):
     def result_digest(self) -> str:
         """SHA-256, in hex, of everything here that changes the result, nulls resolved.
 
-        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; data.uri and
-        data.checksums, since the manifest has checksums of the files.
+        Left out: places, limits and devices; the evaluation; the model, whose weights have a fingerprint of their own;
+        data.uri and data.checksums, since the manifest has checksums of the files.
         """
         content = {
             "quantize": self.quantize.model_dump(mode="json"),
