@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx.node import map_aggregate
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.metrics.data import EvaluationData
 from distributed_adaround.metrics.figures import MetricFigures, compare, estimate
 from distributed_adaround.metrics.judges import Judge
+from distributed_adaround.metrics.on_device import on_device
 from distributed_adaround.runtime.comm import Comm, agreed, phase
 
 logger = logging.getLogger(__name__)
@@ -64,34 +64,6 @@ def naming_evaluation() -> Iterator[None]:
     except InputError as error:
         error.args = (f"evaluate: {error}",)
         raise
-
-
-@contextmanager
-def on_device(model: nn.Module | ExportedProgram, device: torch.device) -> Iterator[nn.Module]:
-    """A module to run there, with the weights that the model has now, which lie where they were afterwards."""
-    module = _module_of(model, device) if isinstance(model, ExportedProgram) else model
-    tensors = [*module.parameters(), *module.buffers()]
-    before = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device)
-        yield module
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
-
-
-def _module_of(program: ExportedProgram, device: torch.device) -> nn.Module:
-    """The program's own tensors, and its graph, in which the device that it was exported on is written."""
-    module = program.module(check_guards=False)
-    assert isinstance(module, torch.fx.GraphModule)
-    for node in module.graph.nodes:
-        node.args, node.kwargs = (
-            map_aggregate(given, lambda value: device if isinstance(value, torch.device) else value)
-            for given in (node.args, node.kwargs)
-        )
-    module.recompile()
-    return module
 
 
 def _of_all_ranks(own: dict[str, Tensor], rows: Sequence[int], samples: int, comm: Comm) -> dict[str, Tensor]:
