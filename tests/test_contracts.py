@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distributed_adaround.data.encoder import ArrayEncoder
 from distributed_adaround.errors import SpecError
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.solve.problem import Solution
@@ -62,26 +63,23 @@ class Names:
         Path(uri, "names.txt").write_text(text)
 
 
-def stack(spec, folder):
+def stack(spec, folder, files):
     """Linear layers of one width, with weights from a seed."""
     torch.manual_seed(spec.source_args["seed"])
     layers = [nn.Linear(4, 4) for _ in range(spec.source_args["layers"])]
     return OpenedModel(nn.Sequential(*layers).eval().requires_grad_(False))
 
 
-class Halves:
+class Halves(ArrayEncoder):
     """Counts from 0 to 16 become numbers from 0 to 1, under the name of the model's input."""
 
-    def __init__(self, args):
-        self._largest = args["largest"]
-
-    def fields(self, fields):
+    def encoded(self, fields):
         (field,) = fields
         return (replace(field, name="input", dtype="float32"),)
 
-    def __call__(self, record):
+    def encode(self, record):
         (values,) = record.values()
-        return {"input": values.float() / self._largest}
+        return {"input": values.float() / self.args["largest"]}
 '''
 
 

@@ -117,6 +117,16 @@ class JobSpec(MethodSpec):
     evaluate: EvaluateSpec | None = None
     """A metric of the float and of the quantized network, on data of its own; null: none."""
 
+    def inputs(self) -> list[tuple[str, str]]:
+        """Everything that the job reads: the field, and a path or URI in it."""
+        sets = {"data": self.data} | ({} if self.evaluate is None else {"evaluate.data": self.evaluate.data})
+        found: list[tuple[str, str | None]] = []
+        for section, data in sets.items():
+            found += [(f"{section}.uri", uri) for uri in ([data.uri] if isinstance(data.uri, str) else data.uri)]
+            found += [(f"{section}.{name}", getattr(data, name)) for name in ("checksums", "processor")]
+        found += [(f"model.{name}", getattr(self.model, name)) for name in ("hf", "weights", "program")]
+        return [(field, uri) for field, uri in found if uri is not None]
+
     def job_digest(self) -> str:
         """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""
         return hashlib.sha256(self.model_dump_json(exclude={"runtime"}).encode()).hexdigest()
@@ -125,13 +135,14 @@ class JobSpec(MethodSpec):
         """SHA-256, in hex, of everything here that changes the result, nulls resolved.
 
         Left out: places, limits and devices; the evaluation; the model, whose weights have a fingerprint of their own;
-        data.uri and data.checksums, since the manifest has checksums of the files.
+        what the manifest has checksums of: the files of data, and what the encoder takes from the processor.
         """
+        data = self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch", "processor"})
         content = {
             "quantize": self.quantize.model_dump(mode="json"),
             "rounding": self.rounding.resolved(),
             "seed": self.runtime.seed,
-            "data": self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch"}),
+            "data": data | {"encoder": self.data.encoder_name},
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_data import build
 
-from distributed_adaround.data.listing import Checksums, build_manifest
+from distributed_adaround.data.listing import Checksums
 from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.errors import InputError
 
@@ -80,15 +81,7 @@ def test_the_longest_name_counts(tmp_path: Path) -> None:
 
 
 def manifest(folder: Path) -> Manifest:
-    return build_manifest(
-        str(folder / "data"),
-        num_samples=None,
-        microbatch_size=2,
-        virtual_shards=4,
-        fields=None,
-        one_sample_per_file=False,
-        checksums=str(folder / "data" / "SHA256SUMS"),
-    )
+    return build(str(folder / "data"), checksums=str(folder / "data" / "SHA256SUMS"))
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,29 +15,14 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
+from sample_data import build, loader
 
-from distributed_adaround.data import loader as loader_module
-from distributed_adaround.data.listing import build_manifest
+from distributed_adaround.data import encoder as encoder_module
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
-
-
-def build(uri: Any, **changes: Any) -> Manifest:
-    options: dict[str, Any] = {
-        "num_samples": None,
-        "microbatch_size": 2,
-        "virtual_shards": 4,
-        "fields": None,
-        "one_sample_per_file": False,
-    }
-    return build_manifest(uri, **(options | changes))
-
-
-def loader(manifest: Manifest, owned: Any = None, **changes: Any) -> SampleLoader:
-    owned = manifest.owned(0, 1) if owned is None else owned
-    return SampleLoader(manifest, owned, **({"mask_field": "attention_mask"} | changes))
+from distributed_adaround.files.local_files import LocalFiles
 
 
 def num_threads() -> int:
@@ -115,8 +98,9 @@ def test_owned_is_walked_in_ascending_order(mixed: Path) -> None:
 def test_renamed_fields_and_one_sample_per_file(tmp_path: Path) -> None:
     for i in range(3):
         np.savez(tmp_path / f"{i}.npz", image=np.full((2, 2), i, np.float32), other=np.zeros(i))
-    manifest = build(str(tmp_path), fields={"pixel_values": "image"}, one_sample_per_file=True)
-    with loader(manifest) as mine:
+    section: dict[str, Any] = {"fields": {"pixel_values": "image"}, "one_sample_per_file": True}
+    manifest = build(str(tmp_path), **section)
+    with loader(manifest, section=section) as mine:
         batches = [batch["pixel_values"] for _, batch in mine]
     assert [batch.shape for batch in batches] == [(2, 2, 2), (1, 2, 2)]
     assert torch.cat(batches)[:, 0, 0].tolist() == [0, 1, 2]
@@ -280,22 +264,17 @@ def test_reading_leaves_torchs_number_of_threads_alone(mixed: Path) -> None:
 
 
 @pytest.fixture
-def remote(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The mixed files behind memory://, and temporary folders where the test sees them."""
+def remote(mixed: Path) -> Iterator[str]:
+    """The mixed files behind memory://."""
     for path in mixed.iterdir():
         storage.write_bytes(f"memory://calib/{path.name}", path.read_bytes())
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     yield "memory://calib"
-    assert os.listdir(temporary) == []
     MemoryFileSystem.store.clear()
 
 
-def test_remote_files_are_downloaded_once_and_removed(
+def test_remote_files_are_fetched_and_hashed_once_by_all_ranks_of_a_machine(
     remote: str, mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = build(remote)
     fetched: list[str] = []
     real = MemoryFileSystem.get_file
 
@@ -303,18 +282,23 @@ def test_remote_files_are_downloaded_once_and_removed(
         fetched.append(source)
         real(self, source, target, **options)
 
+    hashed: list[str] = []
+    real_hash = storage.sha256_file
+    monkeypatch.setattr(storage, "sha256_file", lambda path: (hashed.append(path.name), real_hash(path))[1])
     monkeypatch.setattr(MemoryFileSystem, "get_file", spy)
-    with loader(manifest) as mine:
-        assert fetched == []
-        for _ in range(2):
-            labels = [label for _, batch in mine for label in batch["label"].tolist()]
-            assert labels == list(range(100, 111))
-        assert fetched == [f"/calib/{name}" for name in ("a.npz", "b.safetensors", "c.pt", "d.jsonl")]
-        assert len(os.listdir(tempfile.gettempdir())) == 4
+    names = ["a.npz", "b.safetensors", "c.pt", "d.jsonl"]
+    with LocalFiles.temporary() as files:
+        manifest = build(remote, files)
+        with loader(manifest, manifest.owned(0, 2), files) as first, loader(manifest, None, files) as second:
+            for mine, expected in ((first, [100, 101, 104, 105, 108, 109]), (second, [*range(100, 111)])):
+                assert [label for _, batch in mine for label in batch["label"].tolist()] == expected
+        assert sorted(fetched) == [f"/calib/{name}" for name in names]
+        assert sorted(hashed) == names
+    assert not files.folder.exists()
     assert build(str(mixed / "*.*")).digest() == manifest.digest()
 
 
-def test_downloads_are_removed_when_the_walk_fails(remote: str) -> None:
+def test_another_machine_sees_that_a_file_has_changed(remote: str) -> None:
     manifest = build(remote)
     storage.write_bytes(f"{remote}/c.pt", b"other")
     with loader(manifest) as mine, pytest.raises(InputError, match=r"^memory://calib/c.pt: the file is not the one"):
@@ -325,7 +309,7 @@ def test_close_waits_for_the_read_in_progress(remote: str, monkeypatch: pytest.M
     """The download folder must not vanish below a reader, and no file may be opened after it."""
     manifest = build(remote, microbatch_size=1)
     inside, leave = threading.Event(), threading.Event()
-    real = loader_module.open_samples
+    real = encoder_module.open_samples
 
     def slow(path: Path, **options: Any) -> Any:
         inside.set()
@@ -333,7 +317,7 @@ def test_close_waits_for_the_read_in_progress(remote: str, monkeypatch: pytest.M
         assert path.exists()
         return real(path, **options)
 
-    monkeypatch.setattr(loader_module, "open_samples", slow)
+    monkeypatch.setattr(encoder_module, "open_samples", slow)
     mine = loader(manifest)
     result: list[Any] = []
     reader = threading.Thread(target=lambda: result.append(mine.load(0)))

@@ -12,22 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from sample_data import build
 
-from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.manifest import DataFile, FieldInfo, Manifest, cut, owner, prove_coverage, take
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage, uris
-
-
-def build(uri: Any, **changes: Any) -> Manifest:
-    options: dict[str, Any] = {
-        "num_samples": None,
-        "microbatch_size": 2,
-        "virtual_shards": 4,
-        "fields": None,
-        "one_sample_per_file": False,
-    }
-    return build_manifest(uri, **(options | changes))
 
 
 def indexed(

@@ -20,8 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distributed_adaround.checkpoint.layer_files import Checkpoint, SolverStates
-from distributed_adaround.data.listing import build_manifest
-from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.readers import open_samples
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
@@ -29,6 +27,7 @@ from distributed_adaround.model.source import load_factory, load_program
 from distributed_adaround.report.status import Status, read_status, write_status
 from distributed_adaround.solve.record import LayerRecord
 from tests.faults.byte_changes import Change, changed
+from tests.support.sample_data import build, loader
 
 IMAGES = torch.arange(5 * 3 * 4, dtype=torch.float32).reshape(5, 3, 4) / 7
 LABELS = torch.tensor([5, -6, 7, 0, 2**40])
@@ -309,19 +308,17 @@ def shards_check(suffix: str, folder: Path) -> Check:
     paths = [data / f"{index}-{kind.name}" for index in range(3)]
     for path in paths:
         kind.write(path)
-    manifest = build_manifest(
-        str(data), num_samples=None, microbatch_size=4, virtual_shards=2, fields=None, one_sample_per_file=False
-    )
+    manifest = build(str(data), microbatch_size=4, virtual_shards=2)
     good = paths[1].read_bytes()
-    with SampleLoader(manifest, range(4), mask_field="mask", prefetch=0) as loader:
-        expected = list(loader)
+    with loader(manifest, range(4), prefetch=0) as samples:
+        expected = list(samples)
 
     def check(changes: list[Change]) -> None:
         content = changed(good, changes)
         paths[1].write_bytes(content)
         try:
-            with SampleLoader(manifest, range(4), mask_field="mask", prefetch=0) as loader:
-                found = list(loader)
+            with loader(manifest, range(4), prefetch=0) as samples:
+                found = list(samples)
         except InputError as error:
             if content == good or paths[1].name not in str(error):
                 raise

@@ -325,6 +325,21 @@ def test_one_metric_or_one_function(section: dict[str, Any], message: str) -> No
         JobSpec(**content, evaluate={"metric": "accuracy"})
 
 
+def test_its_data_are_inputs_of_the_job_as_the_others() -> None:
+    """Whose places and credentials are checked before a job is sent somewhere."""
+    evaluate = {"metric": "accuracy", "data": {"uri": ["c", "d"], "processor": "p"}}
+    data = {"uri": "b", "checksums": "sums"}
+    spec = JobSpec(model={"hf": "m"}, data=data, output={"uri": "y"}, evaluate=evaluate)
+    assert spec.inputs() == [
+        ("data.uri", "b"),
+        ("data.checksums", "sums"),
+        ("evaluate.data.uri", "c"),
+        ("evaluate.data.uri", "d"),
+        ("evaluate.data.processor", "p"),
+        ("model.hf", "m"),
+    ]
+
+
 def test_one_more_metric_is_a_class_and_a_line_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = """
 from distributed_adaround.metrics.metric import Metric

@@ -165,6 +165,9 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "one_sample_per_file": False,
             "encoder": "arrays",
             "encoder_args": {},
+            "text": None,
+            "images": None,
+            "audio": None,
             "transform": None,
             "mask_field": "attention_mask",
             "pad_value": 0.0,
@@ -181,7 +184,7 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
         ("rounding.polish", True), ("rounding.correct_bias", False),
         ("rounding.correct_scale", False), ("rounding.asymmetry", 0.5),
         ("rounding.activation_in_loss", True),
-        ("data.uri", ["x", "y"]), ("data.prefetch", 0),
+        ("data.uri", ["x", "y"]), ("data.prefetch", 0), ("data.processor", "p"), ("data.encoder", "arrays"),
         ("output.uri", "other"), ("output.overwrite", True), ("output.formats", ["dequantized"]),
         ("runtime.device", "cpu"), ("runtime.backend", "gloo"), ("runtime.timeout_minutes", 1),
         ("runtime.activation_memory", "1GiB"), ("runtime.device_memory", 5), ("runtime.spill_dir", "/x"),
@@ -198,7 +201,8 @@ def test_digest_changes_with_the_result_and_with_nothing_else() -> None:
         ("quantize.dtype", "int3"), ("quantize.ignore", ["a"]), ("quantize.overrides", [{"match": "a"}]),
         ("runtime.seed", 1), ("data.num_samples", 5), ("data.microbatch_size", 5), ("data.virtual_shards", 5),
         ("data.fields", {"a": "b"}), ("data.transform", "a:b"), ("data.mask_field", "m"), ("data.pad_value", 1),
-        ("data.one_sample_per_file", True), ("preset", "paper"),
+        ("data.one_sample_per_file", True), ("data.text", {}), ("data.text", {"sequence_length": 5}),
+        ("preset", "paper"),
     ]  # fmt: skip
     digests = {JobSpec(**job_with(path, value)).result_digest() for path, value in different}
     assert len(digests | {digest}) == len(different) + 1
