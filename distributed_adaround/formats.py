@@ -138,7 +138,8 @@ class LayerFormat:
     """The grid of one layer's weight, everything resolved; quant_min, quant_max: smallest and largest code.
 
     strategy: how many weights share a scale: all (tensor), those of an output channel (channel), or `group_size`
-    consecutive inputs of one output channel (group).
+    consecutive inputs of one output channel (group). tensor_amax: largest weight, by size, that the factor of the whole
+    tensor is made for where the scales have one; None: the layer's own.
     """
 
     number: NumberFormat
@@ -150,6 +151,7 @@ class LayerFormat:
     scale: ScaleFormat
     observer: Observer
     percentile: float
+    tensor_amax: float | None = None
 
     @property
     def zero_point(self) -> int:

@@ -213,9 +213,12 @@ def _export(job: PreparedJob, result: NetworkResult) -> None:
     described = [asdict(parameter) for parameter in job.captured.float_parameters]
     records = [(site.stored_name, record) for site, record in result.records]
     parts = {site.stored_name: (site.weight_name, site.view) for site, _ in result.records if site.view is not None}
+    opened = job.opened
     for exporter in job.exporters:
-        exported = ExportResult(job.opened.weights, records, described, job.opened.files, parts)
-        exporter.write(exported, job.spec.output.uri)
+        exporter.write(
+            ExportResult(opened.weights, records, described, opened.files, parts, opened.model, opened.shard_bytes),
+            job.spec.output.uri,
+        )
 
 
 def _write_report(job: PreparedJob, result: NetworkResult, seconds: float) -> None:

@@ -1,69 +1,80 @@
-"""Which weights of tiny random transformers are quantized: all of two and more dimensions but what
-support/architectures.py lists, each with its reason."""
+"""Directories of tiny random transformers, through whole jobs: which weights are quantized (all of two and more dimensions
+but what support/architectures.py lists, each with its reason), and that the directory that comes out loads as it is."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from architectures import ARCHITECTURES, Architecture
 
-from distributed_adaround import quantize
-from distributed_adaround.capture.open import CapturedModel, capture_model
-from distributed_adaround.data.microbatches import Microbatches
-from distributed_adaround.model.source import OpenedModel
-from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.runtime.context import RankContext
-from distributed_adaround.spec.job import MethodSpec
+from distributed_adaround.job import run_job
+from distributed_adaround.spec.job import JobSpec
 
 # What the libraries warn about is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-
-def captured(architecture: Architecture, model: torch.nn.Module) -> CapturedModel:
-    spec, comm = MethodSpec(), SoloComm()
-    microbatches = Microbatches.of_list([architecture.inputs()], comm, sharded=False)
-    context = RankContext.from_environment("cpu", "auto")
-    return capture_model(OpenedModel(model), microbatches, spec.quantize, spec.runtime, context, comm)
+# A few of each kind of storage; the others take two minutes: `pytest -m slow tests/test_architectures.py` runs them too.
+QUICK = ("Llama", "GPT-2", "gpt-oss", "T5", "Wav2Vec2", "SegFormer")
 
 
-# A few of each kind of storage; the others take a minute: `pytest -m slow tests/test_architectures.py` runs them too.
-QUICK = ("Llama", "GPT-2", "gpt-oss", "T5", "SegFormer")
+def run(architecture: Architecture, model: Any, folder: Path) -> dict[str, Any]:
+    """Round the model to the nearest of 8 bits, from its directory; returns the report."""
+    model.save_pretrained(folder / "model")
+    np.savez(folder / "data.npz", **{name: tensor.numpy() for name, tensor in architecture.inputs().items()})
+    spec = JobSpec(
+        model={"hf": str(folder / "model")},
+        data={"uri": str(folder / "data.npz"), "microbatch_size": 2},
+        quantize={"dtype": "int8"},
+        rounding={"solver": "nearest"},
+        output={"uri": str(folder / "out"), "formats": ["dequantized", "huggingface"]},
+        runtime={"device": "cpu"},
+    )
+    run_job(spec)
+    report: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
 )
-def test_all_matrices_but_those_that_are_listed_are_quantized(name: str) -> None:
+def test_a_directory_goes_in_and_comes_out_whole(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = architecture.build()
-    found = captured(architecture, model)
-    assert not [note for note in found.walker.notes if not note.startswith("computed weights were folded")]
-    left = {each.name: each.reason for each in found.float_parameters if len(each.shape) > 1}
-    for parameter, reason in left.items():
+    report = run(architecture, model, tmp_path)
+    assert not [note for note in report["notes"] if not note.startswith("computed weights were folded")]
+    assert 0 < report["output_error"] < 1e-2
+    # All matrices but those that are listed are quantized, and nothing is lost between the two.
+    left = {each["name"]: each for each in report["float_parameters"] if len(each["shape"]) > 1}
+    for parameter, found in left.items():
         expected = [why for pattern, why in architecture.left.items() if re.fullmatch(pattern, parameter)]
-        assert expected, f"{parameter} stays in float: {reason}"
-        assert expected[0] in reason, parameter
+        assert expected, f"{parameter} stays in float: {found['reason']}"
+        assert expected[0] in found["reason"], parameter
     for pattern in architecture.left:
         assert any(re.fullmatch(pattern, parameter) for parameter in left), f"{pattern} does not stay in float"
-    # Nothing is lost between the two lists.
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
-    sites = [site for planned in found.planned if planned.format for site in planned.sites]
-    quantized = sum(math.prod(site.geometry.weight_shape) for site in sites)
-    float_shapes = [each.shape for each in found.float_parameters if len(each.shape) > 1]
-    assert quantized + sum(math.prod(shape) for shape in float_shapes) == matrices
-
-
-@pytest.mark.parametrize("name", ["GPT-2", "Mixtral"])
-def test_a_network_runs_with_rounded_weights(name: str) -> None:
-    architecture = ARCHITECTURES[name]
-    model, batches = architecture.build(), [architecture.inputs() for _ in range(2)]
-    fields: dict[str, Any] = {"dtype": "int8", "solver": "nearest", "progress": False}
-    rounded, table = quantize(model, batches, **fields)
-    assert 0 < table.output_error < 1e-2
-    before, after = dict(model.named_parameters()), dict(rounded.named_parameters())
-    same = {name for name, weight in before.items() if weight.dim() > 1 and torch.equal(weight, after[name])}
-    assert all(any(re.fullmatch(pattern, each) for pattern in architecture.left) for each in same), same
+    # A weight norm has its magnitudes beside the matrix.
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith("original0"))
+    quantized = sum(math.prod(layer["shape"]) for layer in report["layers"])
+    assert quantized + sum(math.prod(each["shape"]) for each in left.values()) == matrices
+    # The directory holds the rounded weights under the names that the class expects, and runs.
+    found, info = type(model).from_pretrained(tmp_path / "out" / "huggingface", output_loading_info=True)
+    assert not any(info.values()), info
+    stored = safetensors.torch.load_file(tmp_path / "out" / "dequantized.safetensors")
+    loaded = found.state_dict()
+    for key, tensor in stored.items():
+        if key in loaded:
+            assert torch.equal(loaded[key], tensor), key
+        else:
+            # Put together from magnitudes and directions, it may differ in the last bit.
+            torch.testing.assert_close(found.get_submodule(key.removesuffix(".weight")).weight, tensor)
+    inputs = architecture.inputs()
+    with torch.no_grad():
+        before, after = (each.eval()(**inputs)[0] for each in (model, found))
+    assert 0 < float((after - before).square().sum() / before.square().sum()) < 1e-2

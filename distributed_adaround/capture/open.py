@@ -1,13 +1,17 @@
 """From a model and its data to a walk through its layers, each with its format: what jobs, plans and Python share."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from distributed_adaround.capture.activation_store import ActivationStore
+from distributed_adaround.capture.fused import check_fused, share_tensor_scales
 from distributed_adaround.capture.sites import FloatParameter, Site, Unit, Walker, largest_first
 from distributed_adaround.capture.walkers import make_walker
 from distributed_adaround.data.microbatches import Microbatches
@@ -24,6 +28,8 @@ from distributed_adaround.spec.runtime import RuntimeSpec, parse_bytes
 logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 12
+# It weighs the expert that all tokens pass.
+_GATE = re.compile(r"(^|\.)shared_expert_gate$")
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def capture_model(
         walker.notes.append(f"computed weights were folded into plain ones: {shorten(', '.join(folded), 200)}")
     with phase(comm, "plan the layers"):
         modules = [] if isinstance(opened.model, ExportedProgram) else opened.model.named_modules()
-        planned = tuple(plan_layers(walker, quantize, {name: type(module).__name__ for name, module in modules}))
+        classes = {name: type(module).__name__ for name, module in modules}
+        planned = tuple(plan_layers(walker, quantize, classes, head_names(opened.model)))
     for note in walker.notes if comm.rank == 0 else ():
         logger.warning("%s", note)
     return CapturedModel(walker, planned, store, digest)
@@ -118,22 +125,42 @@ def _agree_on_weights(opened: OpenedModel, comm: Comm) -> str:
     return digest
 
 
-def _plan(unit: Unit, quantize: QuantizeSpec) -> PlannedUnit:
-    found = quantize.for_layer(unit.name, unit.sites[0].module_class)
-    if found is not None and unit.sites[0].is_router and not quantize.routers:
+def head_names(model: nn.Module | ExportedProgram) -> set[str]:
+    """Names of the layers that the words of a language model come out of, as models of transformers tell."""
+    if isinstance(model, ExportedProgram):
+        return set()
+    heads = []
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        with suppress(AttributeError, NotImplementedError):  # of parts that have no words
+            heads.append(get() if callable(get) else None)
+    return {name for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def _plan(unit: Unit, quantize: QuantizeSpec, heads: Container[str]) -> PlannedUnit:
+    site = unit.sites[0]
+    found = quantize.for_layer(unit.name, site.module_class)
+    if found is None:
+        return PlannedUnit(unit, None)
+    if (site.is_router or _GATE.search(unit.name)) and not quantize.routers:
         return PlannedUnit(unit, None, "a router: it picks experts; quantize.routers=true rounds it")
+    if unit.name in heads and not quantize.heads:
+        return PlannedUnit(unit, None, "the head of a language model; quantize.heads=true rounds it")
     return PlannedUnit(unit, found)
 
 
-def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, str]) -> list[PlannedUnit]:
+def plan_layers(
+    walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, str], heads: Container[str] = ()
+) -> list[PlannedUnit]:
     """Format of every layer, checked before anything is solved. modules: all of the model, with the names of their
-    classes: a pattern may name one that stays in float anyway, as a head that is tied to an embedding.
+    classes: a pattern may name one that stays in float anyway, as a head that is tied to an embedding. heads: names of
+    the layers that words come out of.
 
     Raises:
-        SpecError: a group size does not divide, or overrides contradict each other.
+        SpecError: a group size does not divide, overrides contradict each other, or layers that are run as one differ.
         InputError: the model has no layer to quantize, or one whose weight is not finite.
     """
-    planned = [_plan(unit, quantize) for unit in walker.units]
+    planned = [_plan(unit, quantize, heads) for unit in walker.units]
     for layer in planned:
         if layer.format is not None:
             site = layer.sites[0]
@@ -147,7 +174,11 @@ def plan_layers(walker: Walker, quantize: QuantizeSpec, modules: Mapping[str, st
         if planned:
             raise InputError(f"{what}; see quantize.ignore")
         raise InputError(f"{what}: {_all_reasons(walker.float_parameters)}")
-    return planned
+    formatted = [(layer.sites, layer.format) for layer in planned]
+    if quantize.fused == "check":
+        check_fused(formatted)
+    shared = share_tensor_scales(formatted, walker)
+    return [replace(layer, format=each) for layer, each in zip(planned, shared, strict=True)]
 
 
 def _tell_unmatched(quantize: QuantizeSpec, planned: Sequence[PlannedUnit], modules: Mapping[str, str]) -> None:

@@ -7,7 +7,8 @@ from typing import ClassVar, Protocol
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from distributed_adaround.capture.open import PlannedUnit
 from distributed_adaround.errors import InputError
@@ -23,13 +24,16 @@ class ExportResult:
     """A quantized model. weights: the model's tensors under its own names, dequantized. records: (name of the weight,
     its record), in the order of the walk. float_parameters: JSON values, each parameter left in float with its reason.
     files: what belongs beside the weights, by their names. parts: of weights that are not a whole tensor of the model
-    under that name, the tensor's name and how they lie in it."""
+    under that name, the tensor's name and how they lie in it. model: what holds the weights. shard_bytes: of its
+    largest file of weights, where it came in such files."""
 
     weights: Mapping[str, Tensor]
     records: Sequence[tuple[str, LayerRecord]]
     float_parameters: Sequence[Mapping[str, object]] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
     parts: Mapping[str, tuple[str, WeightView]] = field(default_factory=dict)
+    model: nn.Module | ExportedProgram | None = None
+    shard_bytes: int = 0
 
 
 class Exporter(Protocol):

@@ -57,7 +57,7 @@ def open_huggingface(spec: ModelSpec, folder: Path | None, files: LocalFiles) ->
     shown = f"model.hf {redact(spec.hf)!r}"
     directory = model_directory(spec.hf, files, weights=True)
     config = read_config(directory, shown)
-    _check_weights(directory, shown)
+    shards = _check_weights(directory, shown)
     refused = sorted(_FIXED & spec.source_args.keys())
     if refused:
         raise InputError(f"model.source_args: {refused[0]!r} is not for the job to set; remove it")
@@ -65,7 +65,8 @@ def open_huggingface(spec: ModelSpec, folder: Path | None, files: LocalFiles) ->
         made = _from_pretrained(transformers, directory, config, spec, shown)
     refuse_non_finite((*made.named_parameters(), *made.named_buffers()), dict(made.named_parameters()), shown)
     beside = {name: path for name, path in _files(directory).items() if not name.lower().endswith(_WEIGHTS)}
-    return OpenedModel(made.eval().requires_grad_(False), beside)
+    largest = max((directory / shard).stat().st_size for shard in shards)
+    return OpenedModel(made.eval().requires_grad_(False), beside, largest)
 
 
 def model_directory(uri: str, files: LocalFiles, *, weights: bool = False) -> Path:
@@ -101,8 +102,9 @@ def _read_json(path: Path, shown: str) -> dict[str, Any]:
     return found
 
 
-def _check_weights(directory: Path, shown: str) -> None:
-    """Every shard that the index names is there and whole, and holds what the index says. Raises InputError."""
+def _check_weights(directory: Path, shown: str) -> list[str]:
+    """Names of the files with weights. Raises InputError unless every shard that the index names is there and whole,
+    and holds what the index says."""
     if (directory / INDEX).exists():
         places = _read_json(directory / INDEX, shown).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -125,6 +127,7 @@ def _check_weights(directory: Path, shown: str) -> None:
         if absent:
             what = f"{shard} lacks what {INDEX} says is in it: {counted('', absent).strip()}"
             raise InputError(f"{shown}: {what}; they are not of one model, get both again")
+    return shards
 
 
 def _names_in(path: Path, named: str) -> set[str]:

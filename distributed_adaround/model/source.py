@@ -28,10 +28,12 @@ from distributed_adaround.spec.model import SOURCES, ModelSpec
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in memory. files: what belongs beside its weights (configuration, tokenizer), local, by their names."""
+    """A model in memory. files: what belongs beside its weights (configuration, tokenizer), local, by their names.
+    shard_bytes: size of its largest file of weights, where it came in such files."""
 
     model: nn.Module | ExportedProgram
     files: Mapping[str, Path] = field(default_factory=dict)
+    shard_bytes: int = 0
 
     @property
     def weights(self) -> dict[str, Tensor]:

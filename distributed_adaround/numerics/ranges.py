@@ -75,7 +75,9 @@ def _ways_to_round(
     factor = None
     if scale_format.per_tensor:
         # With it the largest scale of a block is the format's largest.
-        factor = torch.maximum(-low, high).max() / (values[-1] * scale_format.largest)
+        own = torch.maximum(-low, high).max()
+        amax = own if layer_format.tensor_amax is None else torch.full_like(own, layer_format.tensor_amax)
+        factor = amax / (values[-1] * scale_format.largest)
         # Also its product with the smallest value of the scale format must be a normal number.
         factor = factor.clamp(min=2.0**-117).reshape(1, 1, 1)
 

@@ -24,6 +24,7 @@ from distributed_adaround.spec.runtime import RuntimeSpec
 EXPORTERS: dict[str, str] = {
     "safetensors": "distributed_adaround.export.codes:CodesExporter",
     "dequantized": "distributed_adaround.export.result:DequantizedExporter",
+    "huggingface": "distributed_adaround.export.huggingface:HuggingFaceExporter",
 }
 
 _ADAROUND = {
@@ -62,7 +63,7 @@ class OutputSpec(Section):
     """Folder for the results, a path or URI; commits of finished layers and reports go there too."""
     formats: list[Annotated[str, NameIn(EXPORTERS)]] = Field(["safetensors", "dequantized"], min_length=1)
     """safetensors: codes, scales and zero points; dequantized: float weights on the grid under the model's own
-    parameter names."""
+    parameter names; huggingface: the directory of model.hf again, with float weights on the grid."""
     overwrite: bool = False
     """Replace finished results that are already in the folder."""
 
@@ -126,6 +127,13 @@ class JobSpec(MethodSpec):
             found += [(f"{section}.{name}", getattr(data, name)) for name in ("checksums", "processor")]
         found += [(f"model.{name}", getattr(self.model, name)) for name in ("hf", "weights", "program")]
         return [(field, uri) for field, uri in found if uri is not None]
+
+    @model_validator(mode="after")
+    def _format_of_source(self) -> Self:
+        if "huggingface" in self.output.formats and self.model.source_name != "hf":
+            text = "writes a model.hf directory again, and this model is none; remove it"
+            raise ContradictionError(("output", "formats"), self.output.formats, text)
+        return self
 
     def job_digest(self) -> str:
         """SHA-256, in hex, of the whole job apart from the machines it runs on: whose status is in the output."""

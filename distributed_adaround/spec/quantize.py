@@ -100,8 +100,15 @@ class QuantizeSpec(Section):
     """Whether tables of embeddings that no layer shares are quantized too, each row with scales of its own, to the
     nearest values; only of models that torch.export turns into a graph."""
     routers: bool = False
-    """Whether layers whose output only picks experts are quantized too. They are small, and an error of theirs sends
-    tokens to other experts."""
+    """Whether layers whose output only picks experts, and gates of shared experts, are quantized too. They are small,
+    and an error of theirs sends tokens to other experts."""
+    heads: bool = False
+    """Whether the layer that makes words of a language model's last hidden states is quantized too, where it is not
+    tied to an embedding; of models of transformers, which name it."""
+    fused: Literal["check", "ignore"] = "check"
+    """check: layers that serving engines run as one matrix (q, k and v of an attention, gate and up of an MLP, all
+    experts of a block) must have one format, else the job is refused before it starts. With nvfp4 q, k and v, or gate
+    and up, share the factor of the tensor in any case."""
     overrides: list[Override] = Field([])
     """Other formats for some layers, applied in order; where several match, the later one wins."""
 

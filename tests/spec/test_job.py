@@ -130,6 +130,8 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
             "keep_zeros": False,
             "embeddings": False,
             "routers": False,
+            "heads": False,
+            "fused": "check",
             "ignore": [],
             "overrides": [{"match": "a", "dtype": "int8"} | none],
         },

@@ -26,7 +26,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 @dataclass(frozen=True)
 class Architecture:
     """model: class of transformers. config: its configuration class and fields. inputs: what a batch holds. left: what
-    stays in float, by pattern. Heads of language models are quantized unless they are tied to an embedding."""
+    stays in float, by pattern."""
 
     model: str
     config: str
@@ -51,10 +51,13 @@ def _pixels() -> dict[str, torch.Tensor]:
 
 _ids = _tokens("input_ids")
 _EMBEDDING = {r".*embed_tokens\.weight": "embedding"}
+_HEAD = {r"(lm_head|embed_out)\.weight": "head of a language model"}
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "Llama": Architecture("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, **_IDS}, _ids, _EMBEDDING),
-    "Qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, **_IDS, "head_dim": 8}, _ids, _EMBEDDING),
+    "Llama": Architecture("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, **_IDS}, _ids, {**_EMBEDDING, **_HEAD}),
+    "Qwen3": Architecture(
+        "Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, **_IDS, "head_dim": 8}, _ids, {**_EMBEDDING, **_HEAD}
+    ),
     "Gemma 3": Architecture(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
@@ -62,7 +65,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _ids,
         _EMBEDDING,
     ),
-    "Phi-3": Architecture("Phi3ForCausalLM", "Phi3Config", {**_LLAMA, **_IDS}, _ids, _EMBEDDING),
+    "Phi-3": Architecture("Phi3ForCausalLM", "Phi3Config", {**_LLAMA, **_IDS}, _ids, {**_EMBEDDING, **_HEAD}),
     "GPT-2": Architecture(
         "GPT2LMHeadModel",
         "GPT2Config",
@@ -82,21 +85,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         "GPTNeoXConfig",
         {**_TEXT, **_IDS, "intermediate_size": 48, "max_position_embeddings": 32},
         _ids,
-        {r".*embed_in\.weight": "embedding"},
+        {r".*embed_in\.weight": "embedding", **_HEAD},
     ),
     "Mixtral": Architecture(
         "MixtralForCausalLM",
         "MixtralConfig",
         {**_LLAMA, **_IDS, "num_hidden_layers": 1, "num_local_experts": 3, "num_experts_per_tok": 2},
         _ids,
-        {**_EMBEDDING, r".*\.gate\.weight": "router"},
+        {**_EMBEDDING, **_HEAD, r".*\.gate\.weight": "router"},
     ),
     "Qwen3-MoE": Architecture(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         {**_LLAMA, **_IDS, "num_hidden_layers": 1, **_EXPERTS, "num_experts": 3, "head_dim": 8},
         _ids,
-        {**_EMBEDDING, r".*\.gate\.weight": "router"},
+        {**_EMBEDDING, **_HEAD, r".*\.gate\.weight": "router"},
     ),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
@@ -111,7 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "sliding_window": 4,
         },
         _ids,
-        {**_EMBEDDING, r".*\.router\.weight": "router", r".*\.experts\..*_proj_bias": "used by index"},
+        {**_EMBEDDING, **_HEAD, r".*\.router\.weight": "router", r".*\.experts\..*_proj_bias": "used by index"},
     ),
     "DeepSeek-V3": Architecture(
         "DeepseekV3ForCausalLM",
@@ -132,7 +135,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "v_head_dim": 8,
         },
         _ids,
-        {**_EMBEDDING, r".*\.gate\.weight": "router"},
+        {**_EMBEDDING, **_HEAD, r".*\.gate\.weight": "router"},
     ),
     "Mamba2": Architecture(
         "Mamba2ForCausalLM",
@@ -149,7 +152,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             **_IDS,
         },
         _ids,
-        {r".*embeddings\.weight": "embedding"},
+        {r".*embeddings\.weight": "embedding", **_HEAD},
     ),
     "BERT": Architecture(
         "BertModel",
