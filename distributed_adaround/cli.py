@@ -228,8 +228,7 @@ def _where(message: str, options: argparse.Namespace) -> str:
     job, spec = getattr(options, "job", ""), options.spec
     paths = [job]
     if spec is not None:
-        paths += [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
-        paths += [spec.data.checksums, spec.model.weights, spec.model.program]
+        paths += [uri for _, uri in spec.inputs()]
     with suppress(OSError):  # the working folder may be gone
         for path in paths:
             if path and path in message and _is_relative(path) and not _exists(path):

@@ -5,26 +5,26 @@ spec ─► ranks ─► data (manifest, shards) ─► model ─► capture ─
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from distributed_adaround import __version__
 from distributed_adaround.capture.open import CapturedModel, capture_model
 from distributed_adaround.checkpoint.commits import JobCommits
-from distributed_adaround.data.encoder import Encoder, EncoderContext, make_encoder
-from distributed_adaround.data.listing import build_manifest
-from distributed_adaround.data.loader import SampleLoader
-from distributed_adaround.data.manifest import Manifest, prove_coverage
-from distributed_adaround.data.microbatches import Microbatches, ModelInputs, bind_inputs, call_transform
+from distributed_adaround.data.deal import DealtData, InputBinding, deal_data
+from distributed_adaround.data.manifest import Manifest
+from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.result import Exporter, ExportResult, exporters, result_files
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.metrics.data import EvaluationData
+from distributed_adaround.metrics.evaluation import Evaluation, naming_evaluation
+from distributed_adaround.metrics.judges import make_judge, needs_labels
 from distributed_adaround.model.huggingface import model_directory
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.report.console import Progress
@@ -36,9 +36,9 @@ from distributed_adaround.report.time_left import layer_costs
 from distributed_adaround.rounding import NetworkResult, NetworkRounder
 from distributed_adaround.runtime.comm import Comm, phase
 from distributed_adaround.runtime.context import RankContext, process_group
-from distributed_adaround.runtime.imports import load_callable
 from distributed_adaround.runtime.signals import StopRequest
 from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.evaluate import EvaluateSpec
 from distributed_adaround.spec.job import JobSpec
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class PreparedJob:
     microbatches: Microbatches
     captured: CapturedModel
     exporters: list[Exporter]
+    evaluation: Evaluation | None
 
 
 @contextmanager
@@ -78,34 +79,27 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
         files = stack.enter_context(_shared_files(context, comm))
-        logger.info("listing the calibration data")
-        with phase(comm, "list the calibration data"):
-            encoder = make_encoder(EncoderContext(spec.data, files, _processor(spec, spec.data, files)))
-        manifest = _deal_data(spec.data, encoder, files, comm)
+        dealt = deal_data(spec.data, files, comm, _processor(spec, spec.data, files), "the calibration data")
         logger.info("loading the model")
         with phase(comm, "load the model"):
             opened = open_model(spec.model, folder, files)
-            _check_batch_size(opened, manifest)
+            _check_batch_size(opened, dealt.manifest)
         with phase(comm, "read the calibration data"):
-            loader = SampleLoader(
-                manifest,
-                manifest.owned(comm.rank, comm.world_size),
-                encoder,
-                files,
-                pad_value=spec.data.pad_value,
-                mask_field=spec.data.mask_field,
-                prefetch=spec.data.prefetch,
-            )
-            stack.enter_context(loader)
-            microbatches = Microbatches.of_files(
-                loader, _converter(spec.data, opened, folder), transformed=spec.data.transform is not None
-            )
+            loader = stack.enter_context(dealt.loader(comm))
+            binding = InputBinding.of(spec.data, opened.parameters, opened.dtype, folder)
+            microbatches = Microbatches.of_files(loader, binding, transformed=spec.data.transform is not None)
+        evaluation = None
+        if spec.evaluate is not None:
+            data = stack.enter_context(_evaluation_data(spec, spec.evaluate, opened, dealt, folder, comm))
+            with phase(comm, "prepare the evaluation"), naming_evaluation():
+                judge = make_judge(spec.evaluate, data, folder)
+            evaluation = Evaluation(judge, data, context.device, comm)
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         tell_coverage(captured, comm)
         chosen = exporters(spec.output.formats)
         for exporter in chosen:
             exporter.check(captured.planned)
-        yield PreparedJob(spec, context, comm, manifest, opened, microbatches, captured, chosen)
+        yield PreparedJob(spec, context, comm, dealt.manifest, opened, microbatches, captured, chosen, evaluation)
 
 
 def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None = None) -> LayerTable:
@@ -118,6 +112,9 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
     started = time.monotonic()
     stop = StopRequest() if stop is None else stop
     with prepare(spec, folder) as job:
+        if job.evaluation is not None:
+            # Before the first layer: what is wrong with the metric is found before the work, not after it.
+            job.evaluation.measure_float(job.opened.model)
         fingerprint = {"model": job.captured.digest, "data": job.manifest.digest(), "spec": spec.result_digest()}
         with stop.deferred():
             commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, result_files(), job.comm)
@@ -126,9 +123,16 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
             with log:
                 result = NetworkRounder(spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
             with phase(job.comm, "write the results"):
+                if job.comm.rank == 0:
+                    _export(job, result)
+            if job.evaluation is not None:
+                # The checkpoints are there also when the metric fails on the quantized model.
+                result = replace(result, metrics=job.evaluation.figures(job.opened.model))
+                log.evaluated(result.metrics)
+            with phase(job.comm, "write the report"):
                 seconds = time.monotonic() - started
                 if job.comm.rank == 0:
-                    _export(job, result, seconds)
+                    _write_report(job, result, seconds)
                 log.job_done(seconds, result.output_error)
     return result.table
 
@@ -147,50 +151,30 @@ def _shared_files(context: RankContext, comm: Comm) -> Iterator[LocalFiles]:
         yield own
 
 
-def _processor(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Path | None:
-    """Local directory with the tokenizer or processor of the data; None: the job names none."""
+def _processor(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Callable[[], Path | None]:
+    """Finds the local directory with the tokenizer or processor of the data; None: the job names none."""
     uri = data.processor or spec.model.hf
-    return None if uri is None else model_directory(uri, files)
+    return lambda: None if uri is None else model_directory(uri, files)
 
 
-def _deal_data(data: DataSpec, encoder: Encoder, files: LocalFiles, comm: Comm) -> Manifest:
-    """The coordinator lists, checks and cuts the data; all ranks get its manifest and prove that they cover it."""
-    text = ""
-    with phase(comm, "list the calibration data"):
-        if comm.rank == 0:
-            text = build_manifest(
-                data.uri,
-                encoder,
-                files,
-                num_samples=data.num_samples,
-                microbatch_size=data.microbatch_size,
-                virtual_shards=data.virtual_shards,
-                checksums=data.checksums,
-            ).to_json()
-    manifest = Manifest.from_json(comm.broadcast_object(text))
-    owned = comm.all_gather_object(manifest.owned(comm.rank, comm.world_size))
-    with phase(comm, "share the calibration data"):
-        prove_coverage(len(manifest.microbatches), owned)
-    for uri in manifest.skipped if comm.rank == 0 else ():
-        logger.warning("not a sample file, left out: %s", redact(uri))
-    cut = f"{len(manifest.microbatches)} microbatches; microbatches per rank: {', '.join(str(len(m)) for m in owned)}"
-    logger.info("%d of %d samples in %s", manifest.num_samples, manifest.num_available, cut)
-    return manifest
-
-
-def _converter(
-    data: DataSpec, opened: OpenedModel, folder: Path | None
-) -> Callable[[Mapping[str, Tensor]], ModelInputs]:
-    """From a microbatch's fields to the model's arguments."""
-    name, parameters, dtype = data.transform, opened.parameters, opened.dtype
-    transform = None if name is None else load_callable(name, folder)
-
-    def convert(batch: Mapping[str, Tensor]) -> ModelInputs:
-        if transform is not None and name is not None:
-            batch = call_transform(transform, name, batch)
-        return bind_inputs(batch, parameters, data.mask_field).narrowed(dtype)
-
-    return convert
+@contextmanager
+def _evaluation_data(
+    spec: JobSpec, section: EvaluateSpec, opened: OpenedModel, calibration: DealtData, folder: Path | None, comm: Comm
+) -> Iterator[EvaluationData]:
+    """The data that the model is judged on, read as the calibration data are. A collective."""
+    files = calibration.files
+    with naming_evaluation():
+        processor = _processor(spec, section.data, files)
+        dealt = deal_data(section.data, files, comm, processor, "the evaluation data", needs_labels(section))
+        with phase(comm, "read the evaluation data"):
+            _check_batch_size(opened, dealt.manifest)
+            binding = InputBinding.of(section.data, opened.parameters, opened.dtype, folder)
+            loader = dealt.loader(comm)
+    common = dealt.manifest.common_files(calibration.manifest)
+    if common and comm.rank == 0:
+        logger.warning("calibration uses %d of the files of evaluate.data too: %s", len(common), redact(common[0]))
+    with loader:
+        yield EvaluationData(dealt.manifest, loader, binding, calibrated=bool(common))
 
 
 def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
@@ -224,25 +208,21 @@ def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:
     return log
 
 
-def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
-    """Write the checkpoints the job asks for, then report.json."""
-    spec, uri = job.spec, job.spec.output.uri
+def _export(job: PreparedJob, result: NetworkResult) -> None:
+    """Write the checkpoints the job asks for."""
     described = [asdict(parameter) for parameter in job.captured.float_parameters]
     records = [(site.stored_name, record) for site, record in result.records]
     parts = {site.stored_name: (site.weight_name, site.view) for site, _ in result.records if site.view is not None}
+    opened = job.opened
     for exporter in job.exporters:
         exporter.write(
-            ExportResult(
-                job.opened.weights,
-                records,
-                described,
-                job.opened.files,
-                parts,
-                job.opened.model,
-                job.opened.shard_bytes,
-            ),
-            uri,
+            ExportResult(opened.weights, records, described, opened.files, parts, opened.model, opened.shard_bytes),
+            job.spec.output.uri,
         )
+
+
+def _write_report(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
+    spec = job.spec
     report = {
         "version": __version__,
         "spec": spec.model_dump(mode="json", include={"quantize", "preset"}) | {"rounding": spec.rounding.resolved()},
@@ -250,10 +230,11 @@ def _export(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
         "totals": result.table.totals.to_dict(),
         "output_error": result.output_error,
         "coverage": result.table.coverage.share,
-        "float_parameters": described,
+        "metrics": [figures.to_dict() for figures in result.metrics],
+        "float_parameters": [asdict(parameter) for parameter in job.captured.float_parameters],
         "notes": list(job.captured.walker.notes),
         "world_size": job.comm.world_size,
         "peak_activation_bytes": job.captured.store.peak,
         "seconds": seconds,
     }
-    storage.write_bytes(uris.join(uri, "report.json"), f"{jsontext.dumps(report, indent=1)}\n".encode())
+    storage.write_bytes(uris.join(spec.output.uri, "report.json"), f"{jsontext.dumps(report, indent=1)}\n".encode())

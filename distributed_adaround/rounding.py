@@ -20,6 +20,7 @@ from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import StoppedError, naming_layer
 from distributed_adaround.formats import LayerFormat
+from distributed_adaround.metrics.figures import MetricFigures
 from distributed_adaround.report.job_log import JobLog
 from distributed_adaround.report.table import LayerTable
 from distributed_adaround.runtime.comm import Comm, agreed, phase, same_everywhere
@@ -44,11 +45,12 @@ class NetworkResult:
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
     float_parameters: tuple[FloatParameter, ...] = ()
+    metrics: tuple[MetricFigures, ...] = ()
 
     @property
     def table(self) -> LayerTable:
         rows = (record.figures for _, record in self.records if record.figures is not None)
-        return LayerTable(rows, self.float_parameters, self.output_error)
+        return LayerTable(rows, self.float_parameters, self.output_error, metrics=self.metrics)
 
 
 @dataclass(frozen=True)

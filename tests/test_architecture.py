@@ -22,7 +22,7 @@ FLOORS = [
     ("numerics", "runtime", "files"),
     ("model", "data"),
     ("capture",),
-    ("solve",),
+    ("solve", "metrics"),
     ("checkpoint", "export", "report", "launch"),
     ("rounding",),
     ("__init__", "__main__", "cli", "job", "api", "plan"),

@@ -85,7 +85,8 @@ def test_validate_and_schema_need_no_torch(tmp_path: Path) -> None:
 def assert_is_schema_of_jobs(schema: dict[str, Any]) -> None:
     assert schema["type"] == "object"
     assert set(schema["required"]) == {"model", "data", "output"}
-    assert set(schema["properties"]) == {"preset", "quantize", "rounding", "runtime", "model", "data", "output"}
+    sections = {"preset", "quantize", "rounding", "runtime", "model", "data", "output", "evaluate"}
+    assert set(schema["properties"]) == sections
 
     def check(node: Any) -> None:
         if isinstance(node, dict):

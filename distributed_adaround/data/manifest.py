@@ -99,6 +99,11 @@ class Manifest:
                 merged[info.name] = replace(known, shape=shape)
         return tuple(merged.values())
 
+    def common_files(self, other: "Manifest") -> list[str]:
+        """URIs of the files whose content is also that of a file of another set of data."""
+        theirs = {file.sha256 for file in other.files}
+        return [file.uri for file in self.files if file.sha256 in theirs]
+
     def digest(self) -> str:
         """SHA-256 of what the data is: names, sizes, checksums, fields, microbatches; not of the folder it lies in."""
         content = asdict(replace(self, skipped=()))

@@ -117,13 +117,7 @@ def _quoted(value: object) -> str:
 
 def _check_places(request: KubernetesRequest) -> None:
     spec, claim = request.spec, request.claim
-    data = [spec.data.uri] if isinstance(spec.data.uri, str) else spec.data.uri
-    places: list[tuple[str, str | None]] = [("data.uri", uri) for uri in data]
-    places += [("data.checksums", spec.data.checksums), ("model.weights", spec.model.weights)]
-    places += [("model.program", spec.model.program), ("output.uri", spec.output.uri)]
-    for field, uri in places:
-        if uri is None:
-            continue
+    for field, uri in (*spec.inputs(), ("output.uri", spec.output.uri)):
         if redact(uri) != uri:
             raise SpecError(f"{field}: holds a password or token, which a ConfigMap would show; give it by --secret")
         if "://" not in uri and not uri.startswith("/") and claim is None:

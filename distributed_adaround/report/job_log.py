@@ -7,11 +7,13 @@ lines are kept in memory and `flush` writes the whole file again. A job that sta
 import json
 import logging
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Self
 
 from distributed_adaround.errors import redact
 from distributed_adaround.files import jsontext, storage, uris
+from distributed_adaround.metrics.figures import MetricFigures
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.status import JobStatus
 from distributed_adaround.solve.record import LayerFigures
@@ -114,6 +116,12 @@ class JobLog:
         self._events.flush()
         if self._status is not None and not figures.resumed:
             self._status.running(self._layers_done)
+
+    def evaluated(self, metrics: Iterable[MetricFigures]) -> None:
+        """What the job measured of the float and of the quantized network."""
+        for figures in metrics:
+            self._events.write("metric", **figures.to_dict())
+        self._events.flush()
 
     def job_done(self, seconds: float, output_error: float) -> None:
         """The results are written. output_error: of the network, on the calibration data; NaN: unknown."""

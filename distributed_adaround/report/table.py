@@ -14,6 +14,7 @@ from rich.table import Table
 from distributed_adaround import errors
 from distributed_adaround.capture.sites import FloatParameter
 from distributed_adaround.files import jsontext
+from distributed_adaround.metrics.figures import MetricFigures
 from distributed_adaround.report import text
 from distributed_adaround.report.coverage import Coverage
 from distributed_adaround.solve.record import LayerFigures
@@ -60,11 +61,13 @@ class LayerTable(tuple[LayerFigures, ...]):
 
     float_parameters: what stayed in float, with the reasons. output_error: squared error of the network's outputs over
     their squared values, on the calibration data; held_out_output_error: on other data; NaN where it is not known.
+    metrics: what the job measured besides, of the float and of the quantized network.
     """
 
     float_parameters: tuple[FloatParameter, ...]
     output_error: float
     held_out_output_error: float
+    metrics: tuple[MetricFigures, ...]
 
     def __new__(
         cls,
@@ -72,10 +75,12 @@ class LayerTable(tuple[LayerFigures, ...]):
         float_parameters: Iterable[FloatParameter] = (),
         output_error: float = math.nan,
         held_out_output_error: float = math.nan,
+        metrics: Iterable[MetricFigures] = (),
     ) -> Self:
         table = super().__new__(cls, rows)
         table.float_parameters = tuple(float_parameters)
         table.output_error, table.held_out_output_error = output_error, held_out_output_error
+        table.metrics = tuple(metrics)
         return table
 
     @overload
@@ -114,7 +119,7 @@ class LayerTable(tuple[LayerFigures, ...]):
 
     def __str__(self) -> str:
         """Plain text of at most 120 columns: coverage, title, one line per layer, totals, numbered notes, the network's
-        error, legend."""
+        error, metrics, legend."""
         title, header, body, totals, notes = self._cells()
 
         def table(longest_name: int) -> Table:
@@ -148,7 +153,8 @@ class LayerTable(tuple[LayerFigures, ...]):
     def _ending(self) -> tuple[str, ...]:
         errors = {"the calibration data": self.output_error, "other data": self.held_out_output_error}
         known = [f"{value:.2e} on {data}" for data, value in errors.items() if math.isfinite(value)]
-        return (*([f"Error of the network's outputs: {', '.join(known)}."] if known else []), _LEGEND)
+        outputs = [f"Error of the network's outputs: {', '.join(known)}."] if known else []
+        return (*outputs, *(f"{figures}." for figures in self.metrics), _LEGEND)
 
     def _cells(
         self,

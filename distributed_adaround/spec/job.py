@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.evaluate import EvaluateSpec
 from distributed_adaround.spec.explain import ContradictionError, Section
 from distributed_adaround.spec.fields import NameIn, Text
 from distributed_adaround.spec.model import ModelSpec
@@ -114,6 +115,18 @@ class JobSpec(MethodSpec):
     """Calibration data."""
     output: OutputSpec
     """Where the results go, and as what."""
+    evaluate: EvaluateSpec | None = None
+    """A metric of the float and of the quantized network, on data of its own; null: none."""
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Everything that the job reads: the field, and a path or URI in it."""
+        sets = {"data": self.data} | ({} if self.evaluate is None else {"evaluate.data": self.evaluate.data})
+        found: list[tuple[str, str | None]] = []
+        for section, data in sets.items():
+            found += [(f"{section}.uri", uri) for uri in ([data.uri] if isinstance(data.uri, str) else data.uri)]
+            found += [(f"{section}.{name}", getattr(data, name)) for name in ("checksums", "processor")]
+        found += [(f"model.{name}", getattr(self.model, name)) for name in ("hf", "weights", "program")]
+        return [(field, uri) for field, uri in found if uri is not None]
 
     @model_validator(mode="after")
     def _format_of_source(self) -> Self:
@@ -129,8 +142,8 @@ class JobSpec(MethodSpec):
     def result_digest(self) -> str:
         """SHA-256, in hex, of everything here that changes the result, nulls resolved.
 
-        Left out: places, limits and devices; the model, whose weights have a fingerprint of their own; what the
-        manifest has checksums of: the files of data, and what the encoder takes from the processor.
+        Left out: places, limits and devices; the evaluation; the model, whose weights have a fingerprint of their own;
+        what the manifest has checksums of: the files of data, and what the encoder takes from the processor.
         """
         data = self.data.model_dump(mode="json", exclude={"uri", "checksums", "prefetch", "processor"})
         content = {

@@ -18,6 +18,7 @@ def markdown() -> str:
     parts = [_section("top level", schema | {"properties": own}, schema)]
     for name in ("model", "data", "quantize", "rounding", "output", "runtime"):
         parts.append(_section(f"`{name}`", _definition(schema, sections[name]), schema))
+    parts.append(_section("`evaluate`", schema["$defs"]["EvaluateSpec"], schema))
     for name in ("text", "images", "audio"):
         parts.append(_section(f"`data.{name}`", schema["$defs"][f"{name.capitalize()}Spec"], schema))
     parts.append(_section("each of `quantize.overrides`", schema["$defs"]["Override"], schema))

@@ -7,6 +7,7 @@ import pytest
 
 from distributed_adaround.capture.sites import FloatParameter
 from distributed_adaround.errors import InputError, shorten
+from distributed_adaround.metrics.figures import MetricFigures
 from distributed_adaround.report.table import LayerTable
 from distributed_adaround.solve.record import LayerFigures
 
@@ -128,6 +129,17 @@ def test_long_names_and_notes_fit_120_columns() -> None:
     assert max(len(line) for line in text.splitlines()) <= 120
     assert "mode...inear" in text
     assert "model.short" in text
+
+
+def test_metrics_stand_below_the_table() -> None:
+    figures = MetricFigures("wer", "", 1000, True, 0.1, 0.001, 0.2, 0.002, 0.1, 0.0012)
+    table = LayerTable([FIRST], metrics=[figures])
+    expected = "0.1000 +- 0.0010 float, 0.2000 +- 0.0020 quantized, difference 0.1000 +- 0.0012."
+    assert f"wer on 1000 samples of files that calibration used too: {expected}" in " ".join(str(table).split())
+    assert max(map(len, str(table).splitlines())) <= 120
+    assert f"<p>{figures}.</p>" in table._repr_html_()
+    assert pickle.loads(pickle.dumps(table)).metrics == (figures,)
+    assert LayerTable([FIRST]).metrics == ()
 
 
 def test_what_was_measured_on_other_data_and_warnings_are_shown() -> None:
