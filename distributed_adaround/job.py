@@ -21,6 +21,7 @@ from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.result import Exporter, ExportResult, exporters, result_files
 from distributed_adaround.files import jsontext, storage, uris
+from distributed_adaround.files.job_file import yaml_text
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.metrics.data import EvaluationData
 from distributed_adaround.metrics.evaluation import Evaluation, naming_evaluation
@@ -193,6 +194,8 @@ def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:
         progress = Progress(captured.num_layers, costs=layer_costs(captured))
     if layers_done:
         logger.info("%d finished layers found in the output; the job goes on after them", layers_done)
+    if rank == 0:
+        _write_job_file(spec)
     status = JobStatus(spec.output.uri, spec.job_digest(), captured.num_layers, rank)
     log = JobLog(progress, EventLog(spec.output.uri, rank), status, started)
     log.job_started(
@@ -206,6 +209,13 @@ def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:
         owned=list(job.microbatches.owned),
     )
     return log
+
+
+def _write_job_file(spec: JobSpec) -> None:
+    """The job as it runs, with what `--set` and a preset changed. Credentials stay out of the results."""
+    text = yaml_text(spec.model_dump(mode="json", exclude_unset=True))
+    lines = "".join(f"{redact(line)}\n" for line in text.splitlines())
+    storage.write_bytes(uris.join(spec.output.uri, "job.yaml"), lines.encode())
 
 
 def _export(job: PreparedJob, result: NetworkResult) -> None:

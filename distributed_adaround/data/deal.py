@@ -73,6 +73,7 @@ def deal_data(
                 encoder,
                 files,
                 num_samples=spec.num_samples,
+                max_samples=spec.max_samples,
                 microbatch_size=spec.microbatch_size,
                 virtual_shards=spec.virtual_shards,
                 checksums=spec.checksums,

@@ -79,6 +79,7 @@ def build_manifest(
     local: LocalFiles,
     *,
     num_samples: int | None,
+    max_samples: int | None = None,
     microbatch_size: int,
     virtual_shards: int,
     checksums: str | None = None,
@@ -90,6 +91,7 @@ def build_manifest(
         encoder: says what the files hold.
         local: local copies of the files.
         num_samples: how many to take; None: all.
+        max_samples: how many to take at most.
         microbatch_size: samples of a microbatch.
         virtual_shards: parts that are dealt to the ranks.
         checksums: URI of a list of the SHA-256 that the files must have.
@@ -111,6 +113,8 @@ def build_manifest(
         message = "data.checksums lists %d files that data.uri does not name, the first is %s"
         logger.warning(message, len(unused), unused[0])
     num_available = sum(file.num_samples for file in files)
+    if max_samples is not None:
+        num_samples = min(max_samples, num_available)
     manifest = Manifest(
         files=tuple(files),
         num_available=num_available,

@@ -44,7 +44,9 @@ class DataSpec(Section):
     """Path or URI of a list of SHA-256, as sha256sum writes it, that every file must be in and agree with. null: files
     are only proven to stay the same while the job runs."""
     num_samples: PositiveInt | None = None
-    """How many samples to use; null: all."""
+    """How many samples to use, evenly spaced; files that hold fewer are refused. null: all."""
+    max_samples: PositiveInt | None = None
+    """How many samples to use at most, evenly spaced; null: all."""
     microbatch_size: PositiveInt = 32
     """Samples that pass through the model at once."""
     virtual_shards: PositiveInt = 64
@@ -76,6 +78,9 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _one_encoder(self) -> Self:
+        if self.num_samples is not None and self.max_samples is not None:
+            text = "and num_samples exclude each other; remove one of them"
+            raise ContradictionError(("max_samples",), self.max_samples, text)
         given = [name for name in _ENCODER_FIELDS if getattr(self, name) is not None]
         if len(given) > 1:
             text = f"and {given[0]} exclude each other; remove one of them"

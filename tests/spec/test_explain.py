@@ -103,6 +103,7 @@ BAD_VALUES = [
     ("model", {"hf": "d", "dtype": "int8"}, "model.dtype", ["'int8'", "'bfloat16'"]),
     ("model.hf_class", "ViTModel", "model.hf_class", ["'ViTModel'", "needs hf, not factory"]),
     ("data", {"uri": "a", "text": {}, "images": {}}, "data.images", ["and text exclude each other"]),
+    ("data", {"uri": "a", "num_samples": 1, "max_samples": 2}, "data.max_samples", ["2 and num_samples exclude"]),
     ("data", {"uri": "a", "text": {}, "encoder": "arrays"}, "data.encoder", ["'arrays'", "contradicts text"]),
     ("data", {"uri": "a", "audio": {}, "fields": {"x": "y"}}, "data.fields", ["not with audio", "remove it"]),
     ("data", {"uri": "a", "images": {"mean": [0.5]}}, "data.images.mean", ["[0.5]", "needs std beside it"]),

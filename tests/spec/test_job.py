@@ -161,6 +161,7 @@ def test_digest_is_the_hash_of_what_changes_the_result() -> None:
         "seed": 3,
         "data": {
             "num_samples": None,
+            "max_samples": None,
             "microbatch_size": 32,
             "virtual_shards": 64,
             "fields": None,
