@@ -48,7 +48,7 @@ class SampleFile:
     def read(self, row: int) -> dict[str, Tensor]:
         """One sample, without a batch axis. Raises InputError, also for NaN and infinity."""
         assert 0 <= row < self.num_samples, f"row {row} of {self.num_samples}"
-        with _explained(f"{self.shown}, sample {row}"):
+        with explained(f"{self.shown}, sample {row}"):
             index = ... if self.one_sample_per_file else row
             sample = {name: column.read(index) for name, column in self._columns.items()}
             for name, value in sample.items():
@@ -61,7 +61,7 @@ def open_samples(path: Path, *, shown: str, fields: Mapping[str, str] | None, on
 
     Raises: InputError when it is damaged, empty, holds pickled objects or lacks a field.
     """
-    with _explained(shown):
+    with explained(shown):
         columns = _READERS[path.suffix.lower()](path)
         sources = fields or {name: name for name, column in columns.items() if column != NOT_NUMERIC}
         chosen = {name: _readable(columns, source) for name, source in sources.items()}
@@ -113,7 +113,7 @@ def _check_finite(name: str, value: Tensor) -> None:
 
 
 @contextmanager
-def _explained(shown: str) -> Iterator[None]:
+def explained(shown: str) -> Iterator[None]:
     """Name the file in every error: what the libraries raise for a damaged file is of all sorts."""
     try:
         yield
