@@ -50,8 +50,8 @@ class AudioEncoder(Encoder):
         self.classes = Classes(config) if context.labels else None
         pad_token = {} if self.decoder is None else {DECODER_INPUT: self.decoder.pad_token}
         self.pad_values: Mapping[str, int | float] = self.extractor.pad_values | pad_token
-        prompt = None if self.decoder is None else self.decoder.prompt
-        self.digest = hashlib.sha256(f"{self.extractor.digest} {prompt}".encode()).hexdigest()
+        decided = f"{self.extractor.settings} {self.decoder} {self.classes}"
+        self.digest = hashlib.sha256(decided.encode()).hexdigest()
 
     def open(self, path: Path, shown: str) -> "_Recordings":
         records = open_records(path, shown, _SUFFIXES)

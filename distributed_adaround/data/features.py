@@ -1,6 +1,5 @@
 """What a model takes of a recording: features of its waveform, and the beginning of the text that it writes."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -44,8 +43,7 @@ class FeatureExtractor:
         self.rate: int = self._extractor.sampling_rate
         self._convolutions = list(zip(config.get("conv_kernel") or (), config.get("conv_stride") or (), strict=False))
         self.seconds = self._longest(seconds)
-        settings = json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)
-        self.digest = hashlib.sha256(f"{settings} {self._convolutions}".encode()).hexdigest()
+        self.settings = f"{json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)} {self._convolutions}"
         longer, shorter = (self._features(_noise(int(self.rate * self.seconds) // part)) for part in (1, 2))
         self.fields = tuple(
             FieldInfo(name, dtype_name(value.dtype), common_shape([value.shape, shorter[name].shape]))
@@ -131,6 +129,9 @@ class DecoderInput:
         self.prompt = [start, *_forced(settings.get("forced_decoder_ids") or ())]
         self.pad_token: int = pad if isinstance(pad, int) else start
         self._longest: int | None = config.get("max_target_positions")
+
+    def __repr__(self) -> str:
+        return f"DecoderInput({self.prompt}, {self._longest})"
 
     def tokens(self, record: Record) -> Tensor:
         """`(tokens,)` int64, as many as the decoder takes. Raises InputError."""

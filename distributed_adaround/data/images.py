@@ -44,11 +44,11 @@ Size = tuple[int, int]  # width and height, as in Pillow
 
 class _Preparation(Protocol):
     """From an upright picture to the tensors of a sample. mode: of the picture, RGB or L. fixed: all have one shape.
-    digest: of what it does, apart from the job file."""
+    settings: what it does, apart from the job file."""
 
     mode: str
     fixed: bool
-    digest: str
+    settings: str
 
     def fields(self, size: Size) -> tuple[FieldInfo, ...]:
         """What a picture of this size becomes. Raises InputError when it cannot be used."""
@@ -74,7 +74,7 @@ class ImageEncoder(Encoder):
         else:
             self.prepare = _ByProcessor(context)
         self.classes = Classes(config) if context.labels else None
-        self.digest = self.prepare.digest
+        self.digest = hashlib.sha256(f"{self.prepare.settings} {self.classes}".encode()).hexdigest()
 
     def open(self, path: Path, shown: str) -> "_Pictures":
         records = open_records(path, shown, _SUFFIXES)
@@ -145,7 +145,7 @@ def _upright(image: "Image", mode: str) -> "Image":
 class _ByHand:
     """Resize, cut and normalize, as is usual for models of torchvision and timm."""
 
-    digest = ""
+    settings = ""  # all of them are in the job file
 
     def __init__(self, spec: ImagesSpec, name: str) -> None:
         self._spec, self._name = spec, name
@@ -190,8 +190,7 @@ class _ByProcessor:
         self._processor = load_pretrained(context, "AutoImageProcessor", "data.images", remedy)
         mean = getattr(self._processor, "image_mean", None)
         self.mode = "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
-        settings = json.dumps(self._processor.to_dict(), sort_keys=True, default=str)
-        self.digest = hashlib.sha256(settings.encode()).hexdigest()
+        self.settings = json.dumps(self._processor.to_dict(), sort_keys=True, default=str)
         self._made = lru_cache(maxsize=256)(self._try)
         self.fixed = len({self._made(size) for size in _PROBES}) == 1
 

@@ -56,6 +56,9 @@ class Classes:
             raise InputError("config.json of the model: label2id does not map names to numbers; correct it")
         self._numbers: dict[str, int] = known
 
+    def __repr__(self) -> str:
+        return f"Classes({self._numbers})"
+
     def field_of(self, records: Iterable[Record]) -> FieldInfo:
         """The field of labels. Raises InputError unless every record has a class."""
         for record in records:
