@@ -18,12 +18,10 @@ from distributed_adaround.data.pretrained import directory_of, load_pretrained, 
 from distributed_adaround.errors import InputError, first_line
 
 DECODER_INPUT = "decoder_input_ids"
-_MASK = "attention_mask"
-_DEFAULT_SECONDS = 30.0
-# A feature extractor may leave out the rest of a frame at the end, not more.
-_FRAME_SECONDS = 0.05
-# Until a longest recording is known to 30 s / 2^8, about a tenth of a second.
-_HALVINGS = 8
+_MASK = "mask"  # attention_mask, padding_mask, input_features_mask
+_DEFAULT_SECONDS = 30
+# Step from frame to frame: a feature extractor may leave out the rest of one at the end, not more.
+_FRAME_SECONDS = 0.01
 
 Waveform = NDArray[np.float32]
 
@@ -49,10 +47,11 @@ class FeatureExtractor:
             FieldInfo(name, dtype_name(value.dtype), common_shape([value.shape, shorter[name].shape]))
             for name, value in longer.items()
         )
-        varying = [info for info in self.fields if None in info.shape and info.name != _MASK]
+        varying = [info for info in self.fields if None in info.shape and not info.name.endswith(_MASK)]
         self._varying = varying[0] if varying else None
+        masks = [ROW_MASK, *(info.name for info in self.fields if info.name.endswith(_MASK))]
         fill = getattr(self._extractor, "padding_value", 0.0)
-        self.pad_values: dict[str, int | float] = {info.name: fill for info in varying} | {_MASK: 0, ROW_MASK: 0}
+        self.pad_values: dict[str, int | float] = {info.name: fill for info in varying} | dict.fromkeys(masks, 0)
         if self._varying is not None:
             self.fields += (FieldInfo(ROW_MASK, "int64", (None,)),)
 
@@ -90,9 +89,10 @@ class FeatureExtractor:
         if wanted is not None:
             what = f"data.audio.seconds: {self._kind} does not take {wanted:g} s as a whole"
             raise InputError(f"{what}; make it less, or leave it out for the longest it takes")
-        low, high = 0.0, seconds
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
+        # Whole seconds that it takes, and that it does not.
+        low, high = 0, _DEFAULT_SECONDS
+        while high - low > 1:
+            middle = (low + high) // 2
             low, high = (middle, high) if self._uses_all(middle) else (low, middle)
         if not low:
             raise InputError(f"data.audio: {self._kind} makes no features of a waveform; give arrays instead")
@@ -100,9 +100,9 @@ class FeatureExtractor:
 
     def _uses_all(self, seconds: float) -> bool:
         """Whether the end matters, and nothing is chosen at random."""
-        waveform = _noise(int(self.rate * seconds))
+        waveform = _noise(round(self.rate * seconds))
         changed = waveform.copy()
-        changed[-int(self.rate * min(_FRAME_SECONDS, seconds)) :] = 0
+        changed[-round(self.rate * min(_FRAME_SECONDS, seconds)) :] = 0
         first, again, other = map(self._features, (waveform, waveform, changed))
         return _equal(first, again) and not _equal(first, other)
 

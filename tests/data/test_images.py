@@ -212,7 +212,7 @@ def test_a_damaged_archive(files: LocalFiles, tmp_path: Path, damage: Any, wante
 def test_an_archive_that_holds_no_pictures_or_is_compressed(files: LocalFiles, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^a: has no member \.jpg or \.jpeg or \.png or \.webp; remove it"):
         plain(files).open(archive(tmp_path / "a.tar", {"a.wav": b"-"}), "a")
-    with pytest.raises(InputError, match="^a: cannot be read, damaged or not of this type"):
+    with pytest.raises(InputError, match=r"^a: cannot be read, damaged or not of this type"):
         plain(files).open(archive(tmp_path / "b.tar", {"a.png": png()}, "w:gz"), "a")
     with pytest.raises(InputError, match=r"^a, member 'x\.1\.png': shares its name .* with member 'x\.2\.png'"):
         plain(files).open(archive(tmp_path / "c.tar", {"x.1.png": png(), "x.2.png": png()}), "a")
