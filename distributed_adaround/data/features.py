@@ -76,9 +76,8 @@ class FeatureExtractor:
         try:
             made = self._extractor(waveform, sampling_rate=self.rate, return_tensors="pt")
         except Exception as error:
-            raise InputError(
-                f"{self._kind} cannot take it: {first_line(error)}; remove it, or make it longer"
-            ) from error
+            what = f"{self._kind} cannot take {len(waveform) / self.rate:g} s: {first_line(error)}"
+            raise InputError(f"{what}; remove the recording, or make it longer") from error
         return {name: made[name][0] for name in self._extractor.model_input_names if name in made}
 
     def _longest(self, wanted: float | None) -> float:
@@ -108,7 +107,7 @@ class FeatureExtractor:
 
 
 def _noise(length: int) -> Waveform:
-    return np.random.default_rng(0).uniform(-0.5, 0.5, max(1, length)).astype(np.float32)
+    return np.random.default_rng(0).uniform(-0.5, 0.5, length).astype(np.float32)
 
 
 def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
