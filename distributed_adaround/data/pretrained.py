@@ -23,7 +23,7 @@ def load_pretrained(context: EncoderContext, auto_class: str, shown: str, remedy
                 context.processor, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
-            what = f"{auto_class} cannot be loaded from {directory_of(context)}: {first_line(error)}"
+            what = f"{auto_class} cannot be loaded from {directory_of(context)}: {shorten(first_line(error), 160)}"
             raise InputError(f"{shown}: {what}; {remedy}") from error
 
 
