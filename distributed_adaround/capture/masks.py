@@ -53,6 +53,9 @@ class MaskedRows:
             alike = {axis for node, axis in tokens.items() if bound[node].shape[:2] == unplaced.shape}
             if len(alike) == 1:
                 by_shape = of_axis.setdefault(alike.pop(), unplaced)
+            elif not alike:
+                # Of rows that are made of the input's, as frames of a waveform.
+                by_shape = unplaced
         elif len(set(tokens.values())) == 1:
             by_shape = inputs.mask
         return TokenMasks(of_axis, frozenset(set(tokens.values()) - of_axis.keys()), by_shape)

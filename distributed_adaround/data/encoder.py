@@ -15,6 +15,9 @@ from distributed_adaround.spec.data import ENCODERS, DataSpec
 
 # Where a sample has one, its class is a field of this name, which no model gets.
 LABELS = "labels"
+# Where a sample has one, it says which rows of the layers count, and no model gets it: int64 (rows,), for data whose
+# padding a mask for the model does not show.
+ROW_MASK = "row_mask"
 
 
 class Samples(Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 
-from distributed_adaround.data.encoder import Encoder, Samples
+from distributed_adaround.data.encoder import ROW_MASK, Encoder, Samples
 from distributed_adaround.data.manifest import FieldInfo, Manifest
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files.local_files import LocalFiles
@@ -38,7 +38,7 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
         encoder: makes the tensors of each sample.
         files: local copies of the files.
         pad_value: fills fields that vary in size, at the end, up to the longest sample of the microbatch.
-        mask_field: padded with 0; made where a field varies and it is not in the data: int64 `(N, T)`, 0 for padding.
+        mask_field: padded with 0; made where a field varies and no mask is in the data: int64 `(N, T)`, 0 for padding.
         prefetch: microbatches read ahead by a thread; 0 for none.
 
     Raises: InputError for a pad_value that a field's dtype cannot hold, and for a file that changed or is damaged.
@@ -63,7 +63,7 @@ class SampleLoader(AbstractContextManager["SampleLoader"]):
         self._prefetch = prefetch
         varying = [info for info in self._fields if None in info.shape]
         names = {info.name for info in self._fields}
-        self._masked_by = varying[0] if varying and mask_field not in names else None
+        self._masked_by = varying[0] if varying and names.isdisjoint((mask_field, ROW_MASK)) else None
         self._pad_values = {info.name: pad_value for info in varying} | {mask_field: 0} | dict(encoder.pad_values)
         for info in varying:
             _check_pad_value(info, self._pad_values[info.name])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from distributed_adaround.data.encoder import ROW_MASK
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import owner, prove_coverage
 from distributed_adaround.errors import InputError, first_line
@@ -186,11 +187,12 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
     """Fields of a batch become keywords of forward, or an only field its first argument where it has another name.
 
     parameters: names that forward takes as keywords, in order; None: any. The mask goes to the model when forward takes
-    it, and is kept as `ModelInputs.mask` when it is `(N, T)`. Raises InputError when fields and parameters differ.
+    it, and is kept as `ModelInputs.mask` when it is `(N, T)`; ROW_MASK is kept in its place, and never goes to the
+    model. Raises InputError when fields and parameters differ.
     """
     mask = batch.get(mask_field)
     mask_is_passed = mask is not None and (parameters is None or mask_field in parameters)
-    names = [name for name in batch if name != mask_field]
+    names = [name for name in batch if name not in (mask_field, ROW_MASK)]
     unknown = [] if parameters is None else [name for name in names if name not in parameters]
     takes = "any keyword" if parameters is None else ", ".join(parameters) or "nothing by name"
     if not names or (unknown and len(names) > 1):
@@ -203,4 +205,4 @@ def bind_inputs(batch: Mapping[str, Tensor], parameters: Sequence[str] | None, m
     kwargs: dict[str, object] = {name: batch[name] for name in names if name not in unknown}
     if mask_is_passed:
         kwargs[mask_field] = mask
-    return ModelInputs(tuple(batch[name] for name in unknown), kwargs, mask if two_axes else None)
+    return ModelInputs(tuple(batch[name] for name in unknown), kwargs, batch.get(ROW_MASK, mask if two_axes else None))

@@ -7,8 +7,15 @@ from pydantic import Field, model_validator
 from distributed_adaround.spec.explain import ContradictionError, Section, one_rule
 from distributed_adaround.spec.fields import PositiveInt, Text
 
-_Channels = Annotated[
-    list[float], Field(min_length=1, max_length=4), one_rule("must be a list of numbers, one for each channel")
+_Numbers = Annotated[
+    list[float],
+    Field(min_length=1, max_length=3),
+    one_rule("must be a list of three numbers, or of one for grey pictures"),
+]
+_PositiveNumbers = Annotated[
+    list[Annotated[float, Field(gt=0)]],
+    Field(min_length=1, max_length=3),
+    one_rule("must be a list of three numbers above 0, or of one for grey pictures"),
 ]
 
 
@@ -40,17 +47,17 @@ class TextSpec(Section):
 
 
 class ImagesSpec(Section):
-    """Pictures (.jpg, .png, .webp) in folders or webdataset archives (.tar), through the image processor of the model,
-    or as these fields say."""
+    """Pictures in .jpg, .jpeg, .png and .webp files, or in webdataset archives (.tar), through the image processor of
+    the model, or as these fields say."""
 
     resize: PositiveInt | None = None
-    """Pixels of the shorter side; null: not resized."""
+    """Pixels of the shorter side, by a bicubic filter; null: not resized."""
     crop: PositiveInt | None = None
     """Pixels of both sides of the square that is cut from the middle; null: not cut."""
-    mean: _Channels | None = Field(None, examples=[[0.485, 0.456, 0.406]])
-    """Mean of each channel, from 0 to 1, that is subtracted."""
-    std: _Channels | None = Field(None, examples=[[0.229, 0.224, 0.225]])
-    """Standard deviation of each channel, from 0 to 1, by which the rest is divided."""
+    mean: _Numbers | None = Field(None, examples=[[0.485, 0.456, 0.406]])
+    """Mean of red, green and blue, from 0 to 1, that is subtracted; one number: of grey, and pictures become grey."""
+    std: _PositiveNumbers | None = Field(None, examples=[[0.229, 0.224, 0.225]])
+    """Standard deviation of each of these, from 0 to 1, by which the rest is divided."""
 
     @property
     def by_hand(self) -> bool:
@@ -58,10 +65,15 @@ class ImagesSpec(Section):
         return bool(self.model_fields_set)
 
     @model_validator(mode="after")
-    def _mean_with_std(self) -> Self:
+    def _fields_agree(self) -> Self:
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            text = f"is more than resize, {self.resize}; make it {self.resize} or less"
+            raise ContradictionError(("crop",), self.crop, text)
         if (self.mean is None) != (self.std is None):
             name, other = ("mean", "std") if self.std is None else ("std", "mean")
             raise ContradictionError((name,), getattr(self, name), f"needs {other} beside it; give both or none")
+        if self.mean is not None and len(self.mean) == 2:
+            raise ContradictionError(("mean",), self.mean, "has two numbers; give three, or one for grey pictures")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             text = f"has {len(self.std)} channels, mean has {len(self.mean)}; give as many"
             raise ContradictionError(("std",), self.std, text)
@@ -69,7 +81,9 @@ class ImagesSpec(Section):
 
 
 class AudioSpec(Section):
-    """Recordings (.wav, .flac), alone or in webdataset archives (.tar), through the feature extractor of the model."""
+    """Recordings in .wav and .flac files, or in webdataset archives (.tar), there also with transcripts (.txt), through
+    the feature extractor of the model."""
 
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """Longest piece: longer recordings are cut into several samples of this length. null: 30."""
+    """Longest piece: longer recordings are cut into several samples of equal length. null: 30, or what the feature
+    extractor takes if that is less."""

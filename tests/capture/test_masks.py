@@ -144,6 +144,26 @@ def test_a_mask_that_the_model_does_not_take_belongs_to_the_only_input_of_its_sh
     assert masks_found(Rows(), alike, MASK) == {"a": None, "b": None}
 
 
+@pytest.mark.parametrize("varying", [False, True])
+def test_a_mask_of_frames_belongs_to_what_convolutions_make_of_a_waveform(varying: bool) -> None:
+    class Frames(nn.Module):
+        """Of two samples each, beside other tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 8, 2, stride=2)
+            self.frame, self.beside = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, waveform: Tensor, other: Tensor) -> Tensor:
+            frames = self.second(F.relu(self.first(waveform[:, None]))).transpose(1, 2)
+            return self.frame(frames).sum(1, keepdim=True) + self.beside(other)
+
+    batch = {"waveform": torch.randn(N, 2 * T), "other": torch.randn(N, T + 1, 8)}
+    found = masks_found(Frames(), batch, MASK, varying)
+    assert found["second"] is found["frame"] is MASK
+    assert found["beside"] is None
+
+
 def test_padding_changes_nothing_and_rows_of_the_other_input_all_count() -> None:
     torch.manual_seed(0)
     model = Crossed()
