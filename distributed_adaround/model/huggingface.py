@@ -64,7 +64,7 @@ def open_huggingface(spec: ModelSpec, folder: Path | None, files: LocalFiles) ->
     with offline_transformers(shown) as transformers:
         made = _from_pretrained(transformers, directory, config, spec, shown)
     refuse_non_finite((*made.named_parameters(), *made.named_buffers()), dict(made.named_parameters()), shown)
-    beside = {name: path for name, path in _files(directory).items() if not name.lower().endswith(_WEIGHTS)}
+    beside = {name: path for name, path in _files(directory).items() if _is_beside(name)}
     largest = max((directory / shard).stat().st_size for shard in shards)
     return OpenedModel(made.eval().requires_grad_(False), beside, largest)
 
@@ -73,12 +73,15 @@ def model_directory(uri: str, files: LocalFiles, *, weights: bool = False) -> Pa
     """The directory, local: its configuration and tokenizer, and its weights too where they are asked for."""
 
     def wanted(name: str) -> bool:
-        if name.endswith((INDEX, ".py")):
-            return not name.endswith(".py")
-        top = "/" not in name
-        return (weights and top and name.endswith(".safetensors")) or not name.lower().endswith(_WEIGHTS)
+        is_shard = "/" not in name and name.endswith(".safetensors")
+        return _is_beside(name) or (weights and (is_shard or name == INDEX))
 
     return files.directory(uri, wanted)
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a file belongs beside the weights: configuration, tokenizer, licence; code does not."""
+    return not name.lower().endswith((*_WEIGHTS, ".py"))
 
 
 def read_config(directory: Path, shown: str) -> dict[str, Any]:

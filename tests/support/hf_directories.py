@@ -9,12 +9,8 @@ import tokenizers
 import torch
 import transformers
 
-WORDS = [
-    "<pad>",
-    "<unk>",
-    "<eos>",
-    *"the of and to in is that for it as was with be by on not he his but at are".split(),
-]
+_COMMON = "the of and to in is that for it as was with be by on not he his but at are"
+WORDS = ["<pad>", "<unk>", "<eos>", *_COMMON.split()]
 LLAMA: dict[str, Any] = {
     "vocab_size": len(WORDS),
     "hidden_size": 32,
