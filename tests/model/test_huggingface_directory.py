@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fsspec.implementations.memory import MemoryFileSystem
 from hf_directories import llama
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
@@ -57,7 +57,7 @@ def remote(sharded: Path) -> Iterator[str]:
 
 def test_one_file_and_shards_hold_the_same_model(plain: Path, sharded: Path) -> None:
     found, parts = opened(plain), opened(sharded)
-    assert type(found.model) is type(parts.model) is LlamaForCausalLM
+    assert type(found.model) is type(parts.model) is transformers.LlamaForCausalLM
     assert found.digest == parts.digest
     stored = load_file(plain / "model.safetensors")
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in stored.items())
@@ -100,7 +100,7 @@ def test_the_auto_classes_know_what_config_json_does_not_name(plain: Path, tmp_p
     unnamed = Path(shutil.copytree(plain, tmp_path / "unnamed"))
     config = json.loads((plain / "config.json").read_text())
     (unnamed / "config.json").write_text(json.dumps(config | {"architectures": ["MyOwnLlama"]}))
-    assert type(opened(unnamed).model) is LlamaForCausalLM
+    assert type(opened(unnamed).model) is transformers.LlamaForCausalLM
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
@@ -190,7 +190,7 @@ def test_code_in_a_directory_is_never_run(copied: Path, tmp_path: Path) -> None:
     (copied / "modeling_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
     rewrite_config(copied, auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     found = opened(copied)
-    assert type(found.model) is LlamaForCausalLM
+    assert type(found.model) is transformers.LlamaForCausalLM
     assert not (tmp_path / "ran").exists()
     # Nor carried along to where somebody might run it.
     assert "modeling_mine.py" not in found.files
