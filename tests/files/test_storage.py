@@ -388,7 +388,7 @@ def test_http(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp", reason="fsspec reads http through aiohttp")
     (tmp_path / "x.npy").write_bytes(b"xyz")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
-    thread = Thread(target=server.serve_forever)
+    thread = Thread(target=server.serve_forever, args=(0.01,))  # shutdown waits as long
     thread.start()
     try:
         root = f"http://127.0.0.1:{server.server_address[1]}"

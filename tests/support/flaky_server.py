@@ -105,7 +105,7 @@ def flaky_server(folder: Path, upstream: tuple[str, int] | None = None) -> Itera
     # A reset connection is no news.
     server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
     plan.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = Thread(target=server.serve_forever)
+    thread = Thread(target=server.serve_forever, args=(0.01,))  # shutdown waits as long
     thread.start()
     try:
         yield plan
