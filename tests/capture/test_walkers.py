@@ -119,8 +119,9 @@ def on_a_rank(kind: str, sharded: bool) -> dict[str, Tensor]:
 )
 def test_ranks_agree_on_the_walker_and_learn_what_one_rank_learns(pool: RankPool, kind: str, sharded: bool) -> None:
     model, data = case(kind)
-    alone = quantize(model, data, **{**QUICK, "solver": "gram"}).model.state_dict()
-    assert left_in_float(model, quantize(model, data, **{**QUICK, "solver": "gram"}).model) == []
+    quantized = quantize(model, data, **{**QUICK, "solver": "gram"}).model
+    assert left_in_float(model, quantized) == []
+    alone = quantized.state_dict()
     for found in pool.run(on_a_rank, 2, kind, sharded):
         assert all(torch.equal(found[name], tensor) for name, tensor in alone.items())
 
@@ -211,7 +212,9 @@ def test_every_submodules_cache_is_off_inside_and_as_before_afterwards() -> None
     assert not hasattr(configs[2], "use_cache")
 
 
+@pytest.mark.slow
 def test_t5_is_exported() -> None:
+    """test_architectures.py takes one through a whole job."""
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(
         d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=20, decoder_start_token_id=0
@@ -224,8 +227,7 @@ def test_t5_is_exported() -> None:
     assert len(sites_of(walker)) == 16
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_torchs_transformers_are_seen_through_their_fast_paths(attention: bool) -> None:
+def test_torchs_transformers_are_seen_through_their_fast_paths() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -233,10 +235,12 @@ def test_torchs_transformers_are_seen_through_their_fast_paths(attention: bool) 
             self.encoder = nn.TransformerEncoder(layer, 1)
             self.decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
             self.other = nn.MultiheadAttention(16, 2, kdim=8, vdim=4, batch_first=True)
+            self.third = nn.MultiheadAttention(16, 2, kdim=8, vdim=4, batch_first=True)
 
         def forward(self, x: Tensor, pad: Tensor, k: Tensor, v: Tensor) -> Tensor:
             x = self.decoder(x, self.encoder(x, src_key_padding_mask=pad))
-            return self.other(x, k, v, need_weights=attention)[0]
+            x = self.other(x, k, v, need_weights=True)[0]
+            return self.third(x, k, v, need_weights=False)[0]
 
     torch.manual_seed(0)
     pad = torch.zeros(4, 10, dtype=torch.bool)
