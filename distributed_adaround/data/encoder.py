@@ -18,6 +18,8 @@ LABELS = "labels"
 # Where a sample has one, it says which rows of the layers count, and no model gets it: int64 (rows,), for data whose
 # padding a mask for the model does not show.
 ROW_MASK = "row_mask"
+# What a decoder has written before the next token, and which of these count, under the names that transformers takes.
+DECODER_INPUT, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 
 
 class Samples(Protocol):
@@ -36,12 +38,18 @@ class Samples(Protocol):
 class EncoderContext:
     """What an encoder may use. files: where to keep what all ranks of this machine need. processor: local directory
     with the tokenizer, image processor or feature extractor. labels: whether samples must have the field LABELS,
-    int64, their class."""
+    int64, their class. model: local directory of model.hf. None: the job names none."""
 
     spec: DataSpec
     files: LocalFiles
     processor: Path | None = None
     labels: bool = False
+    model: Path | None = None
+
+    def beside(self, name: str) -> Path | None:
+        """A file that says something of the model: of its directory, else of the processor's; None: neither has it."""
+        paths = (directory / name for directory in (self.model, self.processor) if directory is not None)
+        return next((path for path in paths if path.exists()), None)
 
 
 class Encoder(Protocol):

@@ -14,10 +14,9 @@ from distributed_adaround.data.archives import Record
 from distributed_adaround.data.arrays import common_shape, dtype_name
 from distributed_adaround.data.encoder import ROW_MASK, EncoderContext
 from distributed_adaround.data.manifest import FieldInfo
-from distributed_adaround.data.pretrained import directory_of, load_pretrained, read_config
+from distributed_adaround.data.pretrained import decoder_settings, load_pretrained, token_id
 from distributed_adaround.errors import InputError, first_line
 
-DECODER_INPUT = "decoder_input_ids"
 _MASK = "mask"  # attention_mask, padding_mask, input_features_mask
 _DEFAULT_SECONDS = 30
 # Step from frame to frame: a feature extractor may leave out the rest of one at the end, not more.
@@ -120,13 +119,13 @@ class DecoderInput:
     def __init__(self, context: EncoderContext, config: Mapping[str, Any]) -> None:
         """config: of the model. Raises InputError when it does not say how the decoder starts."""
         self._context = context
-        settings = {**config, **read_config(context.processor, "generation_config.json")}
-        start, pad = settings.get("decoder_start_token_id"), settings.get("pad_token_id")
-        if not isinstance(start, int):
-            what = f"config.json in {directory_of(context)} has no decoder_start_token_id"
+        settings = decoder_settings(context, config)
+        start, pad = (token_id(settings.get(f"{name}_token_id")) for name in ("decoder_start", "pad"))
+        if start is None:
+            what = "config.json of the model has no decoder_start_token_id"
             raise InputError(f"data.audio: {what}, with which an encoder-decoder starts; add it")
         self.prompt = [start, *_forced(settings.get("forced_decoder_ids") or ())]
-        self.pad_token: int = pad if isinstance(pad, int) else start
+        self.pad_token = start if pad is None else pad
         self._longest: int | None = config.get("max_target_positions")
 
     def __repr__(self) -> str:

@@ -260,7 +260,7 @@ def test_nothing_says_how_pictures_are_prepared(
     with pytest.raises(InputError, match=rf"AutoImageProcessor cannot be loaded from .* model\.hf: .*; {remedy}"):
         encoder(files, processor=tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config\.json of the model holds no object"):
+    with pytest.raises(InputError, match=r"^the directory of model\.hf: config\.json holds no object"):
         encoder(files, processor=tmp_path)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(InputError, match=r"needs Pillow: pip install 'distributed_adaround\[hf\]'"):
