@@ -1,0 +1,76 @@
+"""Data as a job deals them: what its encoder knows of the model, and what its ranks agree on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hf_directories import llama, text
+from rank_pool import RankPool
+
+from distributed_adaround.data.deal import deal_data
+from distributed_adaround.data.encoder import EncoderContext, make_encoder
+from distributed_adaround.errors import InputError, PeerError
+from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.job import prepare
+from distributed_adaround.runtime.context import RankContext, process_group
+from distributed_adaround.spec.data import DataSpec
+from distributed_adaround.spec.job import JobSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def split(folder: Path) -> tuple[Path, Path]:
+    """A model without its tokenizer, and the tokenizer alone."""
+    model = llama(folder / "model", max_position_embeddings=12)
+    alone = folder / "tokenizer"
+    alone.mkdir()
+    for path in model.glob("*token*"):
+        path.rename(alone / path.name)
+    return model, alone
+
+
+def test_a_tokenizer_alone_goes_by_the_configuration_of_the_model(tmp_path: Path) -> None:
+    model, tokenizer = split(tmp_path)
+    job = {
+        "model": {"hf": str(model)},
+        "data": {"uri": str(text(tmp_path / "words.txt", 60)), "text": {}, "processor": str(tokenizer)},
+        "output": {"uri": str(tmp_path / "out")},
+    }
+    with prepare(JobSpec(**job), None) as prepared:
+        # The model continues texts, so they are in windows, as long as it takes.
+        assert [info.shape for info in prepared.manifest.fields] == [(12,)]
+        assert prepared.manifest.num_samples == 5
+    # What is in the directory of the processor does not change that.
+    (tokenizer / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "max_position_embeddings": 8}))
+    context = EncoderContext(JobSpec(**job).data, LocalFiles(tmp_path / "shared"), tokenizer, model=model)
+    assert make_encoder(context).open(tmp_path / "words.txt", "words").fields == prepared.manifest.fields
+
+
+def deal_on_rank(folder: str, tokenizers: list[str]) -> tuple[str, str]:
+    spec = DataSpec(uri=f"{folder}/words.txt", text={"sequence_length": 6}, processor="its/own")
+    context = RankContext.from_environment("cpu", "gloo")
+    try:
+        with process_group(context, 1) as comm, LocalFiles.temporary() as files:
+            own = Path(folder) / tokenizers[comm.rank]
+            dealt = deal_data(spec, files, comm, lambda: (own, None), "the data")
+            return "", dealt.manifest.digest()
+    except (InputError, PeerError) as error:
+        return type(error).__name__, str(error)
+
+
+def test_ranks_must_have_the_same_tokenizer(pool: RankPool, tmp_path: Path) -> None:
+    _, tokenizer = split(tmp_path)
+    text(tmp_path / "words.txt", 60)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in tokenizer.iterdir():
+        (other / path.name).write_text(path.read_text())
+    first, second = pool.run(deal_on_rank, 2, str(tmp_path), ["tokenizer", "other"])
+    assert first == second
+    assert first[0] == ""
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"the"', '"The"'))
+    found = pool.run(deal_on_rank, 2, str(tmp_path), ["tokenizer", "other"])
+    assert [kind for kind, _ in found] == ["PeerError", "InputError"]
+    assert found[1][1].startswith("the tokenizer or processor of the data is not that of rank 0; give all machines")
