@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from distributed_adaround.data.arrays import common_shape, dtype_name
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import SUFFIXES, SampleFile, open_samples
 from distributed_adaround.files.local_files import LocalFiles
@@ -50,6 +51,14 @@ class EncoderContext:
         """A file that says something of the model: of its directory, else of the processor's; None: neither has it."""
         paths = (directory / name for directory in (self.model, self.processor) if directory is not None)
         return next((path for path in paths if path.exists()), None)
+
+
+def fields_of(*samples: Mapping[str, Tensor]) -> tuple[FieldInfo, ...]:
+    """What these samples have in common; sizes in which they differ are None."""
+    return tuple(
+        FieldInfo(name, dtype_name(value.dtype), common_shape([sample[name].shape for sample in samples]))
+        for name, value in samples[0].items()
+    )
 
 
 class Encoder(Protocol):

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed_adaround.data.archives import Record
-from distributed_adaround.data.arrays import common_shape, dtype_name
-from distributed_adaround.data.encoder import ROW_MASK, EncoderContext
+from distributed_adaround.data.encoder import ROW_MASK, EncoderContext, fields_of
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.pretrained import decoder_settings, load_pretrained, token_id
 from distributed_adaround.errors import InputError, first_line
@@ -41,11 +40,7 @@ class FeatureExtractor:
         self._convolutions = list(zip(config.get("conv_kernel") or (), config.get("conv_stride") or (), strict=False))
         self.seconds = self._longest(seconds)
         self.settings = f"{json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)} {self._convolutions}"
-        longer, shorter = (self._features(_noise(int(self.rate * self.seconds) // part)) for part in (1, 2))
-        self.fields = tuple(
-            FieldInfo(name, dtype_name(value.dtype), common_shape([value.shape, shorter[name].shape]))
-            for name, value in longer.items()
-        )
+        self.fields = fields_of(*(self._features(_noise(int(self.rate * self.seconds) // part)) for part in (1, 2)))
         varying = [info for info in self.fields if None in info.shape and not info.name.endswith(_MASK)]
         self._varying = varying[0] if varying else None
         masks = [ROW_MASK, *(info.name for info in self.fields if info.name.endswith(_MASK))]

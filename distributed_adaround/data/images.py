@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.data.archives import ARCHIVE, Record, open_records
-from distributed_adaround.data.arrays import common_shape, dtype_name
+from distributed_adaround.data.arrays import common_shape
 from distributed_adaround.data.classes import Classes
-from distributed_adaround.data.encoder import LABELS, Encoder, EncoderContext
+from distributed_adaround.data.encoder import LABELS, Encoder, EncoderContext, fields_of
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.pretrained import load_pretrained, read_config
 from distributed_adaround.errors import InputError, first_line
@@ -202,8 +202,7 @@ class _ByProcessor:
     def _try(self, size: Size) -> tuple[FieldInfo, ...]:
         from PIL import Image
 
-        made = self(Image.new(self.mode, size))
-        return tuple(FieldInfo(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in made.items())
+        return fields_of(self(Image.new(self.mode, size)))
 
     def __call__(self, picture: "Image") -> dict[str, Tensor]:
         kind = type(self._processor).__name__

@@ -10,10 +10,10 @@ from hf_directories import llama, text
 from rank_pool import RankPool
 
 from distributed_adaround.data.deal import deal_data
-from distributed_adaround.data.encoder import EncoderContext, make_encoder
 from distributed_adaround.errors import InputError, PeerError
 from distributed_adaround.files.local_files import LocalFiles
-from distributed_adaround.job import prepare
+from distributed_adaround.job import _directories
+from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.runtime.context import RankContext, process_group
 from distributed_adaround.spec.data import DataSpec
 from distributed_adaround.spec.job import JobSpec
@@ -33,19 +33,16 @@ def split(folder: Path) -> tuple[Path, Path]:
 
 def test_a_tokenizer_alone_goes_by_the_configuration_of_the_model(tmp_path: Path) -> None:
     model, tokenizer = split(tmp_path)
-    job = {
-        "model": {"hf": str(model)},
-        "data": {"uri": str(text(tmp_path / "words.txt", 60)), "text": {}, "processor": str(tokenizer)},
-        "output": {"uri": str(tmp_path / "out")},
-    }
-    with prepare(JobSpec(**job), None) as prepared:
-        # The model continues texts, so they are in windows, as long as it takes.
-        assert [info.shape for info in prepared.manifest.fields] == [(12,)]
-        assert prepared.manifest.num_samples == 5
-    # What is in the directory of the processor does not change that.
-    (tokenizer / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "max_position_embeddings": 8}))
-    context = EncoderContext(JobSpec(**job).data, LocalFiles(tmp_path / "shared"), tokenizer, model=model)
-    assert make_encoder(context).open(tmp_path / "words.txt", "words").fields == prepared.manifest.fields
+    section = {"uri": str(text(tmp_path / "words.txt", 60)), "text": {}, "processor": str(tokenizer)}
+    spec = JobSpec(model={"hf": str(model)}, data=section, output={"uri": "unused"})
+    with LocalFiles.temporary() as files:
+        for said in (None, {"architectures": ["BertModel"], "max_position_embeddings": 8}):
+            if said is not None:
+                (tokenizer / "config.json").write_text(json.dumps(said))
+            dealt = deal_data(spec.data, files, SoloComm(), _directories(spec, spec.data, files), "the data")
+            # The model continues texts, so they are in windows, as long as it takes.
+            assert [info.shape for info in dealt.manifest.fields] == [(12,)]
+            assert dealt.manifest.num_samples == 5
 
 
 def deal_on_rank(folder: str, tokenizers: list[str]) -> tuple[str, str]:
