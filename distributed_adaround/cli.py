@@ -286,4 +286,7 @@ def _report(error: Exception, code: int, options: argparse.Namespace) -> None:
             Path(path).write_text(json.dumps(content), encoding="utf-8")
     if options.command in (_run, _quantize):
         uri, job = (None, "") if options.spec is None else (options.spec.output.uri, options.spec.job_digest())
+        # Without a job file nobody can ask how the job stands: what never began leaves no folder.
+        if uri is not None and options.command is _quantize and read_status(uri) is None:
+            uri = None
         record_failure(uri, job, error, code, line)

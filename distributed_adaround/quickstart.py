@@ -150,16 +150,20 @@ def _data(request: Request, files: Sequence[str], directory: Directory) -> dict[
         section[kind] = {}
     if request.sequence_length is not None:
         if kind != "text":
-            raise SpecError(
-                f"--sequence-length: {request.sequence_length} is for texts, the data are {kind}; remove it"
-            )
+            length = request.sequence_length
+            raise SpecError(f"--sequence-length: {length} is for texts, and the data are {kind}; remove it")
         section["text"] = {"sequence_length": request.sequence_length}
     return section | {"max_samples": request.samples or chosen.most, "microbatch_size": chosen.microbatch}
 
 
 def _kind_of(files: Sequence[str], directory: Directory) -> str:
     """The encoder of these files: by their names, and by what the model takes where these do not say."""
-    suffixes = {Path(uris.file_name(file)).suffix.lower() for uri in files for file in storage.list_files(uri)}
+    found = [file for uri in files for file in storage.list_files(uri)]
+    if not found:
+        raise InputError(
+            f"{', '.join(map(redact, files))}: no file matches; check the path, the wildcards and the mounts"
+        )
+    suffixes = {Path(uris.file_name(file)).suffix.lower() for file in found}
     if ".tar" in suffixes or (suffixes & set(_TABLES) and directory.takes == "text"):
         return directory.takes
     return next((SECTION_OF[suffix] for suffix in sorted(suffixes) if suffix in SECTION_OF), "arrays")
@@ -174,14 +178,15 @@ def commented_job(request: Request) -> str:
     writes = directory.metric == "perplexity"
     request = replace(request, dtype=request.dtype or ("int4" if writes else "int8"))
     with TemporaryDirectory(prefix="adaround-") as folder:
-        tried = request if request.data else replace(request, data=[made_up(directory.takes, Path(folder))])
-        plan = plan_job(parsed(mapping_of(tried, directory), request.overrides), None, 1)
-    if request.group_size is None and writes and request.dtype in _GROUPED:
-        request = replace(request, group_size=_group_size(plan))
-    job = mapping_of(replace(request, data=request.data or [_PLACES[directory.takes]]), directory)
+        data = request.data or [made_up(directory.takes, Path(folder))]
+        # The other data need not be read for it.
+        tried = mapping_of(replace(request, data=data, evaluate=()), directory)
+        plan = plan_job(parsed(tried, request.overrides), None, 1)
+        if request.group_size is None and writes and request.dtype in _GROUPED:
+            request = replace(request, group_size=_group_size(plan))
+        job = mapping_of(replace(request, data=data), directory)
     if not request.data:
-        # The kind of what is to come: there is no file to tell it.
-        job["data"] = {"uri": job["data"].pop("uri"), directory.takes: {}} | job["data"]
+        job["data"]["uri"] = _PLACES[directory.takes]
     comments = {
         "model": "nothing is looked up in the network, and no code in the directory is run",
         "data": _about_data(request, directory),

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _NUM_NAMED = 3
-_DIGEST_ELEMENTS = 1 << 22
+_PIECE_ELEMENTS = 1 << 22
 
 
 def model_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -29,7 +29,7 @@ def model_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors, key=lambda item: item[0]):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
-        for part in torch.split(tensor.detach().reshape(-1), _DIGEST_ELEMENTS):
+        for part in torch.split(tensor.detach().reshape(-1), _PIECE_ELEMENTS):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -146,16 +146,21 @@ def refuse_expanded(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def refuse_non_finite(named: Iterable[tuple[str, Tensor]], parameters: Container[str], what: str) -> None:
     """Parameters must be finite. Buffers may hold infinities, as attention masks do, but no NaN."""
-    bad = []
-    for name, tensor in named:
-        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        # 8-bit floats have few operators of their own.
-        values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
-        if (~values.isfinite() if name in parameters else values.isnan()).any():
-            bad.append(name)
+    bad = [name for name, tensor in named if not tensor.is_meta and _has_bad_values(tensor, name in parameters)]
     if bad:
         raise InputError(f"{what} has values that are not finite: {counted('in', bad)}")
+
+
+def _has_bad_values(tensor: Tensor, infinity_is_bad: bool) -> bool:
+    """In pieces, since the test of a tensor needs more memory than the tensor."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    for part in torch.split(tensor.detach().reshape(-1), _PIECE_ELEMENTS):
+        # 8-bit floats have few operators of their own.
+        values = part.float() if part.element_size() == 1 else part
+        if bool((~values.isfinite() if infinity_is_bad else values.isnan()).any()):
+            return True
+    return False
 
 
 def counted(label: str, names: Sequence[str]) -> str:

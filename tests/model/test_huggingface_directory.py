@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.torch import load_file, save_file
-
-pytest.importorskip("transformers")
-
 from hf_directories import llama
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from distributed_adaround.errors import InputError
