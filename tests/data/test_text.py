@@ -380,6 +380,7 @@ def test_the_loader_pads_and_masks_both_sides(texts: Texts, local: LocalFiles) -
         ({"label2id": {"bad": 0, "good": 1}}, "label", ["good", 0, 1], [1, 0, 1]),
         ({"label2id": {"bad": 0, "good": 1}}, "mood", ["bad", "good", "bad"], [0, 1, 0]),
         ({}, "label", [0, 7, 2], [0, 7, 2]),
+        ({}, "label", ["7", "0"], [7, 0]),
     ],
 )
 def test_classes_by_number_or_name(
