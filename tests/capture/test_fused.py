@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class Captured:
 
 
 def captured(architecture: str) -> Captured:
-    found = ARCHITECTURES[architecture]
+    """With one block."""
+    whole = ARCHITECTURES[architecture]
+    found = replace(whole, fields={**whole.fields, "num_hidden_layers": 1})
     return Captured(found.build(), found.inputs())
 
 
@@ -124,15 +127,11 @@ def test_the_head_stays_in_float_unless_it_is_asked_for(llama: Captured) -> None
 
 def test_packed_layers_share_the_factor_of_the_tensor(llama: Captured) -> None:
     planned = llama.plan(dtype="nvfp4", heads=True)
-    for number in (0, 1):
-        layer = f"model.layers.{number}"
-        attention = [f"{layer}.self_attn.{letter}_proj" for letter in "qkv"]
-        mlp = [f"{layer}.mlp.{name}_proj" for name in ("gate", "up")]
-        for together in (attention, mlp):
-            amax = {planned[name].format.tensor_amax for name in together}
-            assert amax == {llama.largest(*together)}
-        for alone in (f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj"):
-            assert planned[alone].format.tensor_amax is None
+    for together in (projections("q", "k", "v"), [f"{MLP}.gate_proj", f"{MLP}.up_proj"]):
+        amax = {planned[name].format.tensor_amax for name in together}
+        assert amax == {llama.largest(*together)}
+    for alone in (f"{ATTENTION}.o_proj", f"{MLP}.down_proj"):
+        assert planned[alone].format.tensor_amax is None
     # A layer whose others are in float, or have no such factor, has its own.
     alone = llama.plan(
         dtype="nvfp4", fused="ignore", overrides=[override(*projections("k"), dtype="int4")], ignore=[f"{MLP}.up_proj"]
