@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
+from distributed_adaround.data.classes import Classes
 from distributed_adaround.data.readers import explained
 from distributed_adaround.data.tables import first_rows, open_parquet
 from distributed_adaround.errors import InputError, first_line, shorten
@@ -139,25 +140,26 @@ def _object(text: str) -> Values:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """Which columns of a file hold what. chats: whether text is one of chats."""
+    """Which columns of a file hold what. chats: whether text is one of chats. classes: those that label names."""
 
     text: str
     chats: bool
     target: str | None = None
     label: str | None = None
+    classes: Classes | None = None
 
     @classmethod
-    def choose(cls, file: TextFile, spec: TextSpec, *, labels: bool) -> "TextColumns":
-        """As the job names them, or as the first row lets see. Raises InputError."""
+    def choose(cls, file: TextFile, spec: TextSpec, classes: Classes | None = None) -> "TextColumns":
+        """As the job names them, or as the first row lets see. classes: rows must have one. Raises InputError."""
         first = next(file.rows(), None)
         if first is None:
             raise InputError("holds no text; remove the file")
-        label = (spec.label_column or "label") if labels else None
+        label = None if classes is None else spec.label_column or "label"
         for name in (spec.column, spec.target_column, label):
             if name is not None and name not in first.values:
                 raise InputError(f"has no column {name!r}; it has {_listed(first.values)}")
         text = spec.column or _text_column(first.values, (spec.target_column, label))
-        return cls(text, isinstance(first.values[text], list), spec.target_column, label)
+        return cls(text, isinstance(first.values[text], list), spec.target_column, label, classes)
 
     @property
     def names(self) -> list[str]:
@@ -178,15 +180,14 @@ class TextColumns:
         """The text to write; None where the job names no column. Raises InputError."""
         return None if self.target is None else _text(self.target, values.get(self.target))
 
-    def label_of(self, values: Values, classes: Mapping[str, int]) -> int:
-        """The class of a row, by its number or its name among the classes, of which nothing is known when there are
-        none. Raises InputError."""
+    def label_of(self, values: Values) -> int:
+        """Number of the class of a row. Raises InputError."""
         assert self.label is not None
-        value = values.get(self.label)
-        found = classes.get(value, value) if isinstance(value, str) else value
-        known = found in classes.values() if classes else True
-        if not isinstance(found, int) or isinstance(found, bool) or found < 0 or not known:
-            rule = f"a class of config.json, {_listed(classes)}, or its number" if classes else "a number from 0"
+        assert self.classes is not None
+        value, named = values.get(self.label), self.classes.numbers
+        found = self.classes.number(value)
+        if found is None:
+            rule = f"a class of config.json, {_listed(named)}, or its number" if named else "a number from 0"
             raise InputError(f"the column {self.label!r} is {_shown(value)}; it must be {rule}")
         return found
 
