@@ -43,10 +43,13 @@ class TextTokenizer:
         self._decoder = decoder_settings(context, self.config)
         # Its truncation and padding are a state that every call sets.
         self._lock = Lock()
+        none = InputError(f"data.text: {self.shown} has no files of a tokenizer; {_REMEDY}")
+        if not _matching(directory, _FILES):
+            raise none
         self._tokenizer = load_pretrained(context, "AutoTokenizer", "data.text", _REMEDY)
         # Without its files transformers makes a tokenizer without words. Those of bytes have none, and are not fast.
         if self._tokenizer.is_fast and not _matching(directory, _VOCABULARY):
-            raise InputError(f"data.text: {self.shown} has no files of a tokenizer; {_REMEDY}")
+            raise none
         beside = map(context.beside, (CONFIG, GENERATION_CONFIG))
         self.digest = _digest([*_matching(directory, _FILES), *filter(None, beside)])
 
