@@ -3,6 +3,7 @@
 Lines are counted from 1, as editors do, rows of .parquet from 0.
 """
 
+import codecs
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,13 +111,17 @@ class _ParquetFile:
         return values
 
 
+# The marks that files of Windows begin with.
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
 def _decode(data: bytes, start: int) -> str:
     """start: of these bytes in the file."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        what = f"is not UTF-8 at byte {start + error.start}"
-        raise InputError(f"{what}; convert it, for instance by iconv -f LATIN1 -t UTF-8") from None
+        what, kind = f"is not UTF-8 at byte {start + error.start}", "UTF-16" if data.startswith(_UTF16) else "LATIN1"
+        raise InputError(f"{what}; convert it, for instance by iconv -f {kind} -t UTF-8") from None
     # What ASCII in UTF-16 and most binary files have, and no text.
     if "\0" in text:
         place = start + data.index(b"\0")

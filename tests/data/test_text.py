@@ -502,7 +502,12 @@ def refused(texts: Texts, name: str, content: Any, **fields: Any) -> str:
         ("a.jsonl", [{"text": " "}], {}, "shown/a.jsonl: holds no text; remove the file"),
         ("a.txt", b"abc\nd\xe9f", {}, "shown/a.txt: is not UTF-8 at byte 5; convert it"),
         ("a.txt", b"abc\nd\xe9f", {"packed": False}, "shown/a.txt: line 2: is not UTF-8 at byte 5; convert it"),
-        ("a.txt", "abc".encode("utf-16"), {}, "shown/a.txt: is not UTF-8 at byte 0; convert it"),
+        (
+            "a.txt",
+            "abc".encode("utf-16"),
+            {},
+            "shown/a.txt: is not UTF-8 at byte 0; convert it, for instance by iconv -f UTF-16",
+        ),
         ("a.txt", "abc".encode("utf-16-le"), {}, "shown/a.txt: holds a zero at byte 1, so it is not text in UTF-8"),
         (
             "a.jsonl",
@@ -621,7 +626,7 @@ def test_t5_has_no_limit_of_positions(texts: Texts) -> None:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({}, "data.text: AutoTokenizer cannot be loaded from {}: ValueError: "),
+        ({}, "data.text: {} has no files of a tokenizer; name a directory with tokenizer.json"),
         # transformers makes tokenizers of five words for these.
         (
             {"config.json": '{"model_type": "bert"}'},
