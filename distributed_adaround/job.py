@@ -80,7 +80,7 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
         files = stack.enter_context(_shared_files(context, comm))
-        dealt = deal_data(spec.data, files, comm, _processor(spec, spec.data, files), "the calibration data")
+        dealt = deal_data(spec.data, files, comm, _directories(spec, spec.data, files), "the calibration data")
         logger.info("loading the model")
         with phase(comm, "load the model"):
             opened = open_model(spec.model, folder, files)
@@ -152,10 +152,13 @@ def _shared_files(context: RankContext, comm: Comm) -> Iterator[LocalFiles]:
         yield own
 
 
-def _processor(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Callable[[], Path | None]:
-    """Finds the local directory with the tokenizer or processor of the data; None: the job names none."""
-    uri = data.processor or spec.model.hf
-    return lambda: None if uri is None else model_directory(uri, files)
+def _directories(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Callable[[], tuple[Path | None, Path | None]]:
+    """Finds the directories with the tokenizer or processor of the data, and of the model; None: the job names none."""
+
+    def found(uri: str | None) -> Path | None:
+        return None if uri is None else model_directory(uri, files)
+
+    return lambda: (found(data.processor or spec.model.hf), found(spec.model.hf))
 
 
 @contextmanager
@@ -165,8 +168,8 @@ def _evaluation_data(
     """The data that the model is judged on, read as the calibration data are. A collective."""
     files = calibration.files
     with naming_evaluation():
-        processor = _processor(spec, section.data, files)
-        dealt = deal_data(section.data, files, comm, processor, "the evaluation data", needs_labels(section))
+        directories = _directories(spec, section.data, files)
+        dealt = deal_data(section.data, files, comm, directories, "the evaluation data", needs_labels(section))
         with phase(comm, "read the evaluation data"):
             _check_batch_size(opened, dealt.manifest)
             binding = InputBinding.of(section.data, opened.parameters, opened.dtype, folder)

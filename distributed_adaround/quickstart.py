@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed_adaround.data.made_up import made_up
 from distributed_adaround.errors import InputError, SpecError, redact, shorten
-from distributed_adaround.files import storage, uris
+from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.files.job_file import yaml_text
 from distributed_adaround.spec.data import SECTION_OF
 from distributed_adaround.spec.job import JobSpec
@@ -108,11 +107,7 @@ class Directory:
 
 
 def _read_object(uri: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise InputError(f"{redact(uri)}: is not JSON: {shorten(str(error), 80)}; get it again") from error
-    return found if isinstance(found, dict) else {}
+    return jsontext.parse_object(storage.read_bytes(uri), f"{redact(uri)}:")
 
 
 def job_of(request: Request) -> JobSpec:

@@ -41,7 +41,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subproces
 def test_run_is_the_default_command(finished: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
     folder, ended = finished
     assert ended.returncode == 0, ended.stderr
-    assert {path.name for path in (folder / "out").iterdir()} == {*RESULTS, "status.json", "job.yaml", "commits", "events"}
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        *RESULTS,
+        "status.json",
+        "job.yaml",
+        "commits",
+        "events",
+    }
     table, where = ended.stdout.rstrip().split("\n\n")
     coverage, title, *rows = table.splitlines()
     assert re.fullmatch(r"\d\d\.\d % of \d+ parameters are quantized, in 2 layers", coverage)

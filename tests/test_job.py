@@ -84,8 +84,14 @@ def finished(mlp: Path, tmp_path: Path) -> Path:
 def test_a_job_writes_its_results_commits_and_events_and_nothing_else(attention: tuple[Path, LayerTable]) -> None:
     folder, table = attention
     layers = {f"commits/layers/{index:05d}-{row.name}.safetensors" for index, row in enumerate(table)}
-    others = {"status.json", "job.yaml", "events/rank-0.jsonl", "commits/manifest.json"}
-    assert files(folder / "out") == {*RESULTS, *others, *layers}
+    assert files(folder / "out") == {
+        *RESULTS,
+        "status.json",
+        "job.yaml",
+        "events/rank-0.jsonl",
+        "commits/manifest.json",
+        *layers,
+    }
     assert len(layers) == 4
 
 

@@ -160,7 +160,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_only_whole_commits(killed: Launch
     assert "Signal 9 (SIGKILL)" in killed.ended.stderr
     assert committed(killed.folder) == ["conv"]
     names = {path.name for path in (killed.folder / "out").iterdir()}
-    assert names == {"commits", "events", "status.json"}
+    assert names == {"commits", "events", "job.yaml", "status.json"}
     # The other rank lost its peer, and says which one and where.
     errors = [line for line in killed.ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

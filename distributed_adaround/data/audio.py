@@ -19,10 +19,11 @@ from torch import Tensor
 
 from distributed_adaround.data.archives import ARCHIVE, Record, open_records
 from distributed_adaround.data.arrays import common_shape
-from distributed_adaround.data.encoder import LABELS, ROW_MASK, Encoder, EncoderContext
-from distributed_adaround.data.features import DECODER_INPUT, DecoderInput, FeatureExtractor, Waveform
+from distributed_adaround.data.classes import Classes
+from distributed_adaround.data.encoder import DECODER_INPUT, LABELS, ROW_MASK, Encoder, EncoderContext
+from distributed_adaround.data.features import DecoderInput, FeatureExtractor, Waveform
 from distributed_adaround.data.manifest import FieldInfo
-from distributed_adaround.data.pretrained import Classes, read_config
+from distributed_adaround.data.pretrained import read_config
 from distributed_adaround.errors import InputError
 from distributed_adaround.spec.encoders import AudioSpec
 
@@ -44,7 +45,7 @@ class AudioEncoder(Encoder):
             import soxr  # noqa: F401
         except ImportError as error:
             raise InputError(f"data.audio needs {error.name}: pip install 'distributed_adaround[hf]'") from error
-        config = read_config(context.processor)
+        config = read_config(context)
         self.extractor = FeatureExtractor(context, (context.spec.audio or AudioSpec()).seconds, config)
         self.decoder = DecoderInput(context, config) if config.get("is_encoder_decoder") else None
         self.classes = Classes(config) if context.labels else None
@@ -62,7 +63,8 @@ class AudioEncoder(Encoder):
             # Its mask says more than that of the encoder, which may see silence.
             fields |= {name: FieldInfo(name, "int64", shape) for name in (DECODER_INPUT, ROW_MASK)}
         if self.classes is not None:
-            fields[LABELS] = self.classes.field_of(records)
+            self.classes.check(records)
+            fields[LABELS] = self.classes.field
         return _Recordings(self, pieces, tuple(fields.values()))
 
     def _pieces(self, record: Record) -> list["_Piece"]:
@@ -88,7 +90,7 @@ class AudioEncoder(Encoder):
             tokens = self.decoder.tokens(piece.record)
             sample |= {DECODER_INPUT: tokens, ROW_MASK: torch.ones_like(tokens)}
         if self.classes is not None:
-            sample[LABELS] = torch.tensor(self.classes.number(piece.record))
+            sample[LABELS] = torch.tensor(self.classes.of_record(piece.record))
         return sample
 
 

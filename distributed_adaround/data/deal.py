@@ -14,7 +14,7 @@ from distributed_adaround.data.listing import build_manifest
 from distributed_adaround.data.loader import SampleLoader
 from distributed_adaround.data.manifest import Manifest, prove_coverage
 from distributed_adaround.data.microbatches import ModelInputs, bind_inputs, call_transform
-from distributed_adaround.errors import redact
+from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.runtime.comm import Comm, phase
 from distributed_adaround.runtime.imports import load_callable
@@ -49,24 +49,25 @@ def deal_data(
     spec: DataSpec,
     files: LocalFiles,
     comm: Comm,
-    processor: Callable[[], Path | None],
+    directories: Callable[[], tuple[Path | None, Path | None]],
     what: str,
     labels: bool = False,
 ) -> DealtData:
     """The coordinator lists, checks and cuts the data; all ranks get its manifest and prove that they cover it. A
     collective.
 
-    processor: the local directory with the tokenizer or processor. what: these data, for messages. labels: samples must
-    have their class.
+    directories: finds those of the processor and of the model, local (see EncoderContext). what: these data, for
+    messages. labels: samples must have their class.
 
     Raises:
-        InputError: the data or the processor cannot be used.
+        InputError: the data or the processor cannot be used, or ranks have different ones.
         PeerError: another rank failed.
     """
     logger.info("listing %s", what)
     text = ""
     with phase(comm, f"list {what}"):
-        encoder = make_encoder(EncoderContext(spec, files, processor(), labels))
+        processor, model = directories()
+        encoder = make_encoder(EncoderContext(spec, files, processor, labels, model))
         if comm.rank == 0:
             text = build_manifest(
                 spec.uri,
@@ -82,6 +83,9 @@ def deal_data(
     owned = comm.all_gather_object(manifest.owned(comm.rank, comm.world_size))
     with phase(comm, f"share {what}"):
         prove_coverage(len(manifest.microbatches), owned)
+        if encoder.digest != manifest.encoding:
+            remedy = "give all machines the same directory, and the same versions of transformers and torchvision"
+            raise InputError(f"the tokenizer or processor of {what} is not that of rank 0; {remedy}")
     for uri in manifest.skipped if comm.rank == 0 else ():
         logger.warning("not a sample file, left out: %s", redact(uri))
     cut = f"{len(manifest.microbatches)} microbatches; microbatches per rank: {', '.join(str(len(m)) for m in owned)}"

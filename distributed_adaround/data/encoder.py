@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from distributed_adaround.data.arrays import common_shape, dtype_name
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import SUFFIXES, SampleFile, open_samples
 from distributed_adaround.files.local_files import LocalFiles
@@ -18,6 +19,8 @@ LABELS = "labels"
 # Where a sample has one, it says which rows of the layers count, and no model gets it: int64 (rows,), for data whose
 # padding a mask for the model does not show.
 ROW_MASK = "row_mask"
+# What a decoder has written before the next token, and which of these count, under the names that transformers takes.
+DECODER_INPUT, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 
 
 class Samples(Protocol):
@@ -36,12 +39,26 @@ class Samples(Protocol):
 class EncoderContext:
     """What an encoder may use. files: where to keep what all ranks of this machine need. processor: local directory
     with the tokenizer, image processor or feature extractor. labels: whether samples must have the field LABELS,
-    int64, their class."""
+    int64, their class. model: local directory of model.hf. None: the job names none."""
 
     spec: DataSpec
     files: LocalFiles
     processor: Path | None = None
     labels: bool = False
+    model: Path | None = None
+
+    def beside(self, name: str) -> Path | None:
+        """A file that says something of the model: of its directory, else of the processor's; None: neither has it."""
+        paths = (directory / name for directory in (self.model, self.processor) if directory is not None)
+        return next((path for path in paths if path.exists()), None)
+
+
+def fields_of(*samples: Mapping[str, Tensor]) -> tuple[FieldInfo, ...]:
+    """What these samples have in common; sizes in which they differ are None."""
+    return tuple(
+        FieldInfo(name, dtype_name(value.dtype), common_shape([sample[name].shape for sample in samples]))
+        for name, value in samples[0].items()
+    )
 
 
 class Encoder(Protocol):

@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distributed_adaround.data.archives import Record
-from distributed_adaround.data.arrays import common_shape, dtype_name
-from distributed_adaround.data.encoder import ROW_MASK, EncoderContext
+from distributed_adaround.data.encoder import ROW_MASK, EncoderContext, fields_of
 from distributed_adaround.data.manifest import FieldInfo
-from distributed_adaround.data.pretrained import directory_of, load_pretrained, read_config
+from distributed_adaround.data.pretrained import decoder_settings, load_pretrained, token_id
 from distributed_adaround.errors import InputError, first_line
 
-DECODER_INPUT = "decoder_input_ids"
 _MASK = "mask"  # attention_mask, padding_mask, input_features_mask
 _DEFAULT_SECONDS = 30
 # Step from frame to frame: a feature extractor may leave out the rest of one at the end, not more.
@@ -42,11 +40,7 @@ class FeatureExtractor:
         self._convolutions = list(zip(config.get("conv_kernel") or (), config.get("conv_stride") or (), strict=False))
         self.seconds = self._longest(seconds)
         self.settings = f"{json.dumps(self._extractor.to_dict(), sort_keys=True, default=str)} {self._convolutions}"
-        longer, shorter = (self._features(_noise(int(self.rate * self.seconds) // part)) for part in (1, 2))
-        self.fields = tuple(
-            FieldInfo(name, dtype_name(value.dtype), common_shape([value.shape, shorter[name].shape]))
-            for name, value in longer.items()
-        )
+        self.fields = fields_of(*(self._features(_noise(int(self.rate * self.seconds) // part)) for part in (1, 2)))
         varying = [info for info in self.fields if None in info.shape and not info.name.endswith(_MASK)]
         self._varying = varying[0] if varying else None
         masks = [ROW_MASK, *(info.name for info in self.fields if info.name.endswith(_MASK))]
@@ -102,8 +96,17 @@ class FeatureExtractor:
         waveform = _noise(round(self.rate * seconds))
         changed = waveform.copy()
         changed[-round(self.rate * min(_FRAME_SECONDS, seconds)) :] = 0
-        first, again, other = map(self._features, (waveform, waveform, changed))
+        # What extractors draw from: with seeds all ranks find the same.
+        before = np.random.get_state()
+        try:
+            first, again, other = map(self._drawn, range(3), (waveform, waveform, changed))
+        finally:
+            np.random.set_state(before)
         return _equal(first, again) and not _equal(first, other)
+
+    def _drawn(self, seed: int, waveform: Waveform) -> dict[str, Tensor]:
+        np.random.seed(seed)
+        return self._features(waveform)
 
 
 def _noise(length: int) -> Waveform:
@@ -120,13 +123,13 @@ class DecoderInput:
     def __init__(self, context: EncoderContext, config: Mapping[str, Any]) -> None:
         """config: of the model. Raises InputError when it does not say how the decoder starts."""
         self._context = context
-        settings = {**config, **read_config(context.processor, "generation_config.json")}
-        start, pad = settings.get("decoder_start_token_id"), settings.get("pad_token_id")
-        if not isinstance(start, int):
-            what = f"config.json in {directory_of(context)} has no decoder_start_token_id"
+        settings = decoder_settings(context, config)
+        start, pad = (token_id(settings.get(f"{name}_token_id")) for name in ("decoder_start", "pad"))
+        if start is None:
+            what = "config.json of the model has no decoder_start_token_id"
             raise InputError(f"data.audio: {what}, with which an encoder-decoder starts; add it")
         self.prompt = [start, *_forced(settings.get("forced_decoder_ids") or ())]
-        self.pad_token: int = pad if isinstance(pad, int) else start
+        self.pad_token = start if pad is None else pad
         self._longest: int | None = config.get("max_target_positions")
 
     def __repr__(self) -> str:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.data.archives import ARCHIVE, Record, open_records
-from distributed_adaround.data.arrays import common_shape, dtype_name
-from distributed_adaround.data.encoder import LABELS, Encoder, EncoderContext
+from distributed_adaround.data.arrays import common_shape
+from distributed_adaround.data.classes import Classes
+from distributed_adaround.data.encoder import LABELS, Encoder, EncoderContext, fields_of
 from distributed_adaround.data.manifest import FieldInfo
-from distributed_adaround.data.pretrained import Classes, load_pretrained, read_config
-from distributed_adaround.errors import InputError
+from distributed_adaround.data.pretrained import load_pretrained, read_config
+from distributed_adaround.errors import InputError, first_line
 from distributed_adaround.spec.encoders import ImagesSpec
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class ImageEncoder(Encoder):
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise InputError("data.images needs Pillow: pip install 'distributed_adaround[hf]'") from error
-        spec, config = context.spec.images or ImagesSpec(), read_config(context.processor)
+        spec, config = context.spec.images or ImagesSpec(), read_config(context)
         self.prepare: _Preparation
         if spec.by_hand:
             self.prepare = _ByHand(spec, "pixel_values" if config else "input")
@@ -85,7 +86,8 @@ class ImageEncoder(Encoder):
             for infos in zip(*found, strict=True)
         )
         if self.classes is not None:
-            merged += (self.classes.field_of(records),)
+            self.classes.check(records)
+            merged += (self.classes.field,)
         return _Pictures(self, records, merged)
 
     def _fields(self, record: Record) -> tuple[FieldInfo, ...]:
@@ -113,7 +115,7 @@ class _Pictures:
         record, classes = self.records[row], self.encoder.classes
         with record.main.open() as file, _opened(file) as image:
             sample = self.encoder.prepare(_upright(image, self.encoder.prepare.mode))
-        return sample if classes is None else sample | {LABELS: torch.tensor(classes.number(record))}
+        return sample if classes is None else sample | {LABELS: torch.tensor(classes.of_record(record))}
 
 
 @contextmanager
@@ -200,15 +202,14 @@ class _ByProcessor:
     def _try(self, size: Size) -> tuple[FieldInfo, ...]:
         from PIL import Image
 
-        made = self(Image.new(self.mode, size))
-        return tuple(FieldInfo(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in made.items())
+        return fields_of(self(Image.new(self.mode, size)))
 
     def __call__(self, picture: "Image") -> dict[str, Tensor]:
         kind = type(self._processor).__name__
         try:
             made: Mapping[str, Any] = self._processor(picture, return_tensors="pt")
         except Exception as error:
-            raise InputError(f"{kind} cannot take a picture: {error}; choose another, {_REMEDY}") from error
+            raise InputError(f"{kind} cannot take a picture: {first_line(error)}; choose another, {_REMEDY}") from error
         tensors = {name: made[name] for name in self._processor.model_input_names if name in made}
         if not tensors or any(not isinstance(value, Tensor) or len(value) != 1 for value in tensors.values()):
             raise InputError(f"{kind} makes no tensor for each picture; prepare arrays with it, and give these")

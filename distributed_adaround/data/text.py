@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_adaround.data.encoder import LABELS, Encoder, EncoderContext, Samples
+from distributed_adaround.data.classes import Classes
+from distributed_adaround.data.encoder import DECODER_INPUT, DECODER_MASK, LABELS, Encoder, EncoderContext, Samples
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import explained
 from distributed_adaround.data.text_files import (
@@ -25,12 +26,12 @@ from distributed_adaround.data.text_files import (
     read_document,
 )
 from distributed_adaround.data.tokenizer import TextTokenizer
-from distributed_adaround.errors import InputError, redact
+from distributed_adaround.errors import InputError
 from distributed_adaround.spec.encoders import TextSpec
 
 logger = logging.getLogger(__name__)
 
-_IDS, _DECODER_IDS, _DECODER_MASK = "input_ids", "decoder_input_ids", "decoder_attention_mask"
+_IDS = "input_ids"
 # Texts that go through the tokenizer at once.
 _BATCH = 256
 
@@ -46,29 +47,24 @@ class TextEncoder(Encoder):
 
     def __init__(self, context: EncoderContext) -> None:
         spec = context.spec.text or TextSpec()
-        if context.processor is None:
-            raise InputError("data.text needs a tokenizer; name its directory by data.processor or model.hf")
-        named = context.spec.processor
-        shown = "model.hf" if named is None else f"data.processor {redact(named)!r}"
-        self._tokenizer = TextTokenizer(context.processor, shown)
+        self._tokenizer = TextTokenizer(context)
         self.digest = self._tokenizer.digest
-        self._labels = context.labels
-        self._classes = self._tokenizer.classes
+        self._classes = Classes(self._tokenizer.config) if context.labels else None
         self._spec = spec
         self._files = context.files
-        by_default = self._tokenizer.is_causal and not self._labels
+        by_default = self._tokenizer.is_causal and self._classes is None
         self._packed = by_default if spec.packed is None else spec.packed
         self._length = spec.sequence_length or self._tokenizer.usual_length
         self._check_spec()
         pad = self._tokenizer.pad
-        self.pad_values: Mapping[str, int | float] = {_IDS: pad, _DECODER_IDS: pad, _DECODER_MASK: 0}
+        self.pad_values: Mapping[str, int | float] = {_IDS: pad, DECODER_INPUT: pad, DECODER_MASK: 0}
         self._decoder_start = self._tokenizer.decoder_start if self._tokenizer.is_encoder_decoder else None
 
     def _check_spec(self) -> None:
         """What the fields say against the model. Raises InputError."""
         spec, tokenizer = self._spec, self._tokenizer
         most, least = tokenizer.most_tokens, 0 if self._packed else tokenizer.num_special
-        if self._packed and self._labels:
+        if self._packed and self._classes is not None:
             raise InputError("data.text.packed is true, but windows of joined texts have no class; make it false")
         if spec.target_column is not None and not tokenizer.is_encoder_decoder:
             raise InputError("data.text.target_column is for encoder-decoders, which this model is not; remove it")
@@ -79,23 +75,23 @@ class TextEncoder(Encoder):
             raise InputError(f"data.text.sequence_length is {self._length}, but {what}; raise it")
 
     def open(self, path: Path, shown: str) -> Samples:
-        settings = f"{path.suffix.lower()} {self._packed} {self._length} {self._labels} {self._spec.model_dump_json()}"
+        settings = f"{path.suffix.lower()} {self._packed} {self._length} {self._classes} {self._spec.model_dump_json()}"
         key = f"{self._files.sha256(path)} {self.digest} {settings}"
         if self._packed:
             made = self._files.derived(key, lambda to: self._write_windows(to, path, shown))
             return _Windows(np.load(made, mmap_mode="r"), self._decoder_start)
         with explained(shown):
             file = open_text_file(path)
-            columns = TextColumns.choose(file, self._spec, labels=self._labels)
+            columns = TextColumns.choose(file, self._spec, self._classes)
         made = self._files.derived(key, lambda to: self._write_places(to, shown, file, columns))
         return _Texts(self, file, columns, np.load(made, mmap_mode="r"), shown)
 
     @property
     def fields(self) -> tuple[FieldInfo, ...]:
         """What `encode` makes; also texts that happen to be of one length vary."""
-        names = (_IDS,) if self._decoder_start is None else (_IDS, _DECODER_IDS, _DECODER_MASK)
+        names = (_IDS,) if self._decoder_start is None else (_IDS, DECODER_INPUT, DECODER_MASK)
         varying = tuple(FieldInfo(name, "int64", (None,)) for name in names)
-        return (*varying, FieldInfo(LABELS, "int64", ())) if self._labels else varying
+        return varying if self._classes is None else (*varying, self._classes.field)
 
     def encode(self, values: Values, columns: TextColumns) -> dict[str, Tensor]:
         """The tensors of a row. Raises InputError when it holds no text."""
@@ -108,10 +104,10 @@ class TextEncoder(Encoder):
             target = columns.target_of(values)
             written, special = (text, special) if target is None else (target, True)
             ids = self._tokenizer.ids([written], special=special, target=True, length=self._length)[0]
-            sample[_DECODER_IDS] = torch.tensor([self._decoder_start, *ids[:-1]])
-            sample[_DECODER_MASK] = torch.ones_like(sample[_DECODER_IDS])
-        if self._labels:
-            sample[LABELS] = torch.tensor(columns.label_of(values, self._classes))
+            sample[DECODER_INPUT] = torch.tensor([self._decoder_start, *ids[:-1]])
+            sample[DECODER_MASK] = torch.ones_like(sample[DECODER_INPUT])
+        if columns.label is not None:
+            sample[LABELS] = torch.tensor(columns.label_of(values))
         return sample
 
     def _text(self, values: Values, columns: TextColumns) -> str:
@@ -139,7 +135,7 @@ class TextEncoder(Encoder):
     def _joined_ids(self, path: Path, shown: str) -> np.ndarray:
         """Rows are documents. Where the tokenizer marks no bounds between them, the token that ends a text does."""
         file, tokenizer = open_text_file(path), self._tokenizer
-        columns = TextColumns.choose(file, self._spec, labels=False)
+        columns = TextColumns.choose(file, self._spec)
         marked = columns.chats or tokenizer.num_special or tokenizer.eos is None
         between = [] if marked else [tokenizer.eos]
         texts = (text for _, text in self._filled(file, columns, shown))
@@ -164,7 +160,7 @@ class TextEncoder(Encoder):
                 text = self._text(row.values, columns)
                 columns.target_of(row.values)
                 if columns.label is not None:
-                    columns.label_of(row.values, self._classes)
+                    columns.label_of(row.values)
             if text.strip():
                 filled += 1
                 yield row, text
@@ -189,14 +185,14 @@ class _Windows:
 
     @property
     def fields(self) -> tuple[FieldInfo, ...]:
-        names = (_IDS,) if self.decoder_start is None else (_IDS, _DECODER_IDS)
+        names = (_IDS,) if self.decoder_start is None else (_IDS, DECODER_INPUT)
         return tuple(FieldInfo(name, "int64", self.ids.shape[1:]) for name in names)
 
     def read(self, row: int) -> dict[str, Tensor]:
         ids = torch.from_numpy(self.ids[row].astype(np.int64))
         if self.decoder_start is None:
             return {_IDS: ids}
-        return {_IDS: ids, _DECODER_IDS: torch.cat([torch.tensor([self.decoder_start]), ids[:-1]])}
+        return {_IDS: ids, DECODER_INPUT: torch.cat([torch.tensor([self.decoder_start]), ids[:-1]])}
 
 
 @dataclass(frozen=True)

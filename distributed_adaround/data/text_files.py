@@ -3,6 +3,7 @@
 Lines are counted from 1, as editors do, rows of .parquet from 0.
 """
 
+import codecs
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
+from distributed_adaround.data.classes import Classes
 from distributed_adaround.data.readers import explained
 from distributed_adaround.data.tables import first_rows, open_parquet
 from distributed_adaround.errors import InputError, first_line, shorten
@@ -109,13 +111,17 @@ class _ParquetFile:
         return values
 
 
+# The marks that files of Windows begin with.
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
 def _decode(data: bytes, start: int) -> str:
     """start: of these bytes in the file."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        what = f"is not UTF-8 at byte {start + error.start}"
-        raise InputError(f"{what}; convert it, for instance by iconv -f LATIN1 -t UTF-8") from None
+        what, kind = f"is not UTF-8 at byte {start + error.start}", "UTF-16" if data.startswith(_UTF16) else "LATIN1"
+        raise InputError(f"{what}; convert it, for instance by iconv -f {kind} -t UTF-8") from None
     # What ASCII in UTF-16 and most binary files have, and no text.
     if "\0" in text:
         place = start + data.index(b"\0")
@@ -139,25 +145,26 @@ def _object(text: str) -> Values:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """Which columns of a file hold what. chats: whether text is one of chats."""
+    """Which columns of a file hold what. chats: whether text is one of chats. classes: those that label names."""
 
     text: str
     chats: bool
     target: str | None = None
     label: str | None = None
+    classes: Classes | None = None
 
     @classmethod
-    def choose(cls, file: TextFile, spec: TextSpec, *, labels: bool) -> "TextColumns":
-        """As the job names them, or as the first row lets see. Raises InputError."""
+    def choose(cls, file: TextFile, spec: TextSpec, classes: Classes | None = None) -> "TextColumns":
+        """As the job names them, or as the first row lets see. classes: rows must have one. Raises InputError."""
         first = next(file.rows(), None)
         if first is None:
             raise InputError("holds no text; remove the file")
-        label = (spec.label_column or "label") if labels else None
+        label = None if classes is None else spec.label_column or "label"
         for name in (spec.column, spec.target_column, label):
             if name is not None and name not in first.values:
                 raise InputError(f"has no column {name!r}; it has {_listed(first.values)}")
         text = spec.column or _text_column(first.values, (spec.target_column, label))
-        return cls(text, isinstance(first.values[text], list), spec.target_column, label)
+        return cls(text, isinstance(first.values[text], list), spec.target_column, label, classes)
 
     @property
     def names(self) -> list[str]:
@@ -178,15 +185,14 @@ class TextColumns:
         """The text to write; None where the job names no column. Raises InputError."""
         return None if self.target is None else _text(self.target, values.get(self.target))
 
-    def label_of(self, values: Values, classes: Mapping[str, int]) -> int:
-        """The class of a row, by its number or its name among the classes, of which nothing is known when there are
-        none. Raises InputError."""
+    def label_of(self, values: Values) -> int:
+        """Number of the class of a row. Raises InputError."""
         assert self.label is not None
-        value = values.get(self.label)
-        found = classes.get(value, value) if isinstance(value, str) else value
-        known = found in classes.values() if classes else True
-        if not isinstance(found, int) or isinstance(found, bool) or found < 0 or not known:
-            rule = f"a class of config.json, {_listed(classes)}, or its number" if classes else "a number from 0"
+        assert self.classes is not None
+        value, named = values.get(self.label), self.classes.numbers
+        found = self.classes.number(value)
+        if found is None:
+            rule = f"a class of config.json, {_listed(named)}, or its number" if named else "a number from 0"
             raise InputError(f"the column {self.label!r} is {_shown(value)}; it must be {rule}")
         return found
 

@@ -1,4 +1,5 @@
-"""JSON as this program writes it: the same value always gives the same text, and the text is always valid JSON.
+"""JSON. What this program writes: the same value always gives the same text, and the text is always valid JSON. What
+others wrote: read with errors of one line.
 
 Python's own writer puts `NaN` and `Infinity` into files, which other readers refuse; here they become null.
 """
@@ -6,6 +7,10 @@ Python's own writer puts `NaN` and `Infinity` into files, which other readers re
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distributed_adaround.errors import InputError, first_line
 
 
 def json_safe(value: object) -> object:
@@ -28,3 +33,23 @@ def dumps(value: object, *, indent: int | None = None) -> str:
     """Sorted keys, ASCII; compact, or over several lines when `indent` is given."""
     separators = (",", ":") if indent is None else (",", ": ")
     return json.dumps(json_safe(value), sort_keys=True, allow_nan=False, indent=indent, separators=separators)
+
+
+def parse_object(data: bytes, shown: str) -> dict[str, Any]:
+    """The JSON object that a file of others holds. shown: the file, in messages. Raises InputError."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{shown} cannot be read: {first_line(error)}; get it again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{shown} holds no object; get it again")
+    return found
+
+
+def read_object(path: Path, shown: str) -> dict[str, Any]:
+    """`parse_object` of a local file, of which `shown` is the directory. Raises InputError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{shown}: {path.name} cannot be read: {first_line(error)}; get it again") from None
+    return parse_object(data, f"{shown}: {path.name}")

@@ -5,9 +5,11 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Self
 
+from distributed_adaround.errors import OutputError
 from distributed_adaround.files import storage, uris
 
 
@@ -31,7 +33,7 @@ class LocalFiles:
     def path(self, uri: str) -> Path:
         """The file itself when it is local, else a copy. Raises InputError, UnreachableError; OutputError: no room."""
         found = storage.local_path(uri)
-        return found or self._once(f"copies/{_hash(uri)}/{uris.file_name(uri)}", lambda to: storage.download(uri, to))
+        return found or self._once(f"copies/{_hash(uri)}/{uris.file_name(uri)}", partial(storage.download, uri))
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a local file, as hex; read again only when the file has changed."""
@@ -42,7 +44,7 @@ class LocalFiles:
         )
 
     def derived(self, key: str, make: Callable[[Path], object]) -> Path:
-        """What `make` writes at the path it is given: once for each key."""
+        """What `make` writes at the path it is given: once for each key. OutputError: no room for it."""
         return self._once(f"derived/{_hash(key)}", make)
 
     def directory(self, uri: str, wanted: Callable[[str], bool]) -> Path:
@@ -55,7 +57,7 @@ class LocalFiles:
         target = f"directories/{_hash(uri)}"
         for name, file in found.items():
             if wanted(name):
-                self._once(f"{target}/{name}", lambda to, file=file: storage.download(file, to))  # type: ignore[misc]
+                self._once(f"{target}/{name}", partial(storage.download, file))
         return self._folder / target
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
@@ -69,7 +71,13 @@ class LocalFiles:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
                 part = target.with_name(f".{target.name}.part")
-                make(part)
+                try:
+                    make(part)
+                except OSError as error:
+                    if error.errno not in storage.DISK_IS_FULL:
+                        raise
+                    what = f"{self._folder}: no room for what the ranks of this machine share"
+                    raise OutputError(f"{what}; set TMPDIR to another disk") from error
                 part.replace(target)
         return target
 

@@ -39,7 +39,7 @@ from distributed_adaround.errors import (
 from distributed_adaround.files.retries import is_passing, passing_cause, patiently
 from distributed_adaround.files.uris import file_name, is_local, join, path_span, wildcard
 
-_DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 # Servers that write into the old file itself, and can rename.
 _FILE_SERVERS = frozenset({"sftp", "ssh"})
 # Temporary files of `_replace`.
@@ -167,7 +167,7 @@ def download(uri: str, copy: Path) -> None:
     try:
         fs.get_file(path, str(copy))
     except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
+        if error.errno not in DISK_IS_FULL:
             raise
         raise OutputError(f"{copy.parent}: no room for a copy of {redact(uri)}; set TMPDIR to another disk") from error
 

@@ -1,6 +1,6 @@
 """The data that models are judged on: fields, labels and arguments of each microbatch of a rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,11 +24,10 @@ class EvaluationData:
     def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor], ModelInputs]]:
         """This rank's microbatches in order: index, fields, and the model's arguments, which labels never are."""
         for index, batch in self.loader:
-            fields = dict(self.binding.transformed({name: value for name, value in batch.items() if name != LABELS}))
-            inputs = self.binding.bind(fields)
-            if LABELS in batch:
-                fields[LABELS] = batch[LABELS]
-            yield index, fields, inputs
+            fields = self.binding.transformed(_without_labels(batch))
+            inputs = self.binding.bind(_without_labels(fields))
+            labels = {LABELS: batch[LABELS]} if LABELS in batch else {}
+            yield index, {**fields, **labels}, inputs
 
     def samples(self, index: int) -> int:
         """Of a microbatch."""
@@ -39,3 +38,7 @@ class EvaluationData:
         """Places of this rank's samples among all."""
         size = len(self.manifest.microbatches[0].samples)
         return [index * size + row for index in self.loader.owned for row in range(self.samples(index))]
+
+
+def _without_labels(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in fields.items() if name != LABELS}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distributed_adaround.capture.calls import forward_failed
 from distributed_adaround.capture.forward import run_once, undisturbed
-from distributed_adaround.data.encoder import LABELS
+from distributed_adaround.data.encoder import LABELS, ROW_MASK
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import AdaRoundError, InputError, first_line, shorten
 from distributed_adaround.metrics.data import EvaluationData
@@ -108,9 +108,10 @@ class FunctionJudge(Judge):
 
 
 def _batches(data: EvaluationData, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Fields and labels on the device. Random numbers of a microbatch depend on its index alone."""
+    """Fields and labels, on the device. Random numbers of a microbatch depend on its index alone."""
     for index, fields, _ in data:
-        inputs = ModelInputs((), dict(fields)).narrowed(data.binding.dtype).to(device)
+        shown: dict[str, object] = {name: value for name, value in fields.items() if name != ROW_MASK}
+        inputs = ModelInputs((), shown).narrowed(data.binding.dtype).to(device)
         torch.manual_seed(index)
         yield inputs.kwargs
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from distributed_adaround.capture.forward import real_tensors
+from distributed_adaround.data.encoder import DECODER_INPUT, DECODER_MASK, ROW_MASK
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 
@@ -20,6 +21,13 @@ class Seen:
     fields: Mapping[str, Tensor]
     inputs: ModelInputs
     output: Any
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Nonzero where a token of the output counts, `(N, T)`: of the decoder, where the model has one."""
+        if DECODER_INPUT in self.fields:
+            return self.fields.get(DECODER_MASK, self.fields.get(ROW_MASK))
+        return self.inputs.mask
 
     @property
     def first_output(self) -> Tensor:

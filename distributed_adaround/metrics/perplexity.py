@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distributed_adaround.data.encoder import DECODER_INPUT
 from distributed_adaround.errors import InputError
 from distributed_adaround.metrics.metric import Metric, Seen
 
@@ -47,15 +48,12 @@ class _Targets(NamedTuple):
 
 def _targets(seen: Seen) -> _Targets:
     """What the logits predict, on their device."""
-    is_decoder = "decoder_input_ids" in seen.fields
-    name = "decoder_input_ids" if is_decoder else "input_ids"
-    tokens = seen.fields.get(name)
+    tokens = seen.fields.get(DECODER_INPUT if DECODER_INPUT in seen.fields else "input_ids")
     if tokens is None or tokens.is_floating_point() or tokens.dim() != 2:
         names = ", ".join(seen.fields)
         what = f"perplexity needs the field input_ids, whole numbers (samples, tokens); there are {names}"
         raise InputError(f"{what}; name it by evaluate.data.fields")
-    mask = seen.fields.get("decoder_attention_mask") if is_decoder else seen.inputs.mask
-    counting = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    counting = torch.ones_like(tokens, dtype=torch.bool) if seen.mask is None else seen.mask != 0
     if counting.shape != tokens.shape:
         what = f"the mask has shape {tuple(counting.shape)}, the tokens {tuple(tokens.shape)}"
         raise InputError(f"perplexity: {what}; both must be (samples, tokens)")

@@ -16,7 +16,7 @@ class Similarity(Metric):
         self._reference: dict[int, Tensor] = {}
 
     def sums(self, seen: Seen) -> Tensor:
-        vectors = _vectors(seen.first_output, seen.inputs.mask)
+        vectors = _vectors(seen.first_output, seen.mask)
         if seen.index not in self._reference:
             self._reference[seen.index] = vectors
             cosines = torch.where(vectors.isfinite().all(dim=1), 1.0, torch.nan).double()

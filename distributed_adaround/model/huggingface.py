@@ -4,7 +4,6 @@ The directory is data: `trust_remote_code` stays off, nothing is looked up in th
 files are compared with each other before transformers sees them, since it fills what is missing with random numbers.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from distributed_adaround.errors import InputError, first_line, redact, shorten
+from distributed_adaround.files import jsontext
 from distributed_adaround.files.integrity import check_safetensors
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.model.source import OpenedModel
@@ -86,30 +86,20 @@ def _is_beside(name: str) -> bool:
 
 def read_config(directory: Path, shown: str) -> dict[str, Any]:
     """config.json. Raises InputError."""
-    config = _read_json(directory / CONFIG, shown)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    if not (directory / CONFIG).exists():
+        raise InputError(f"{shown} has no {CONFIG}; give the directory of a model of transformers")
+    config = jsontext.read_object(directory / CONFIG, shown)
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise InputError(f"{shown} is quantized already, by {shorten(str(method), 40)}; give the float model")
     return config
-
-
-def _read_json(path: Path, shown: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{shown} has no {path.name}; give the directory of a model of transformers") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown}: {path.name} cannot be read: {first_line(error)}; get it again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{shown}: {path.name} holds no object; get it again")
-    return found
 
 
 def _check_weights(directory: Path, shown: str) -> list[str]:
     """Names of the files with weights. Raises InputError unless every shard that the index names is there and whole,
     and holds what the index says."""
     if (directory / INDEX).exists():
-        places = _read_json(directory / INDEX, shown).get("weight_map")
+        places = jsontext.read_object(directory / INDEX, shown).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise InputError(f"{shown}: {INDEX} has no weight_map from tensors to files; get it again")
     elif (directory / SINGLE).exists():

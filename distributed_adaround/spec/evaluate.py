@@ -24,7 +24,8 @@ class EvaluateSpec(Section):
     similarity: mean cosine between first outputs of the float and the quantized network, averaged over tokens."""
     function: ImportPath | None = Field(None, examples=["my_models:word_errors"])
     """module:callable, instead of metric: called on every rank that has data as function(model, batches), with an
-    iterator over dicts of tensors; returns {name: one number for each sample, in order}, of which means are taken."""
+    iterator over dicts of tensors; returns {name: one number for each sample, in order}, of which means are taken. A
+    field labels of arrays is in the dicts, though the model does not get it; texts, images and audio give none."""
     data: DataSpec
     """Data that calibration does not use; the fields are those of data."""
 

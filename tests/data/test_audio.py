@@ -16,6 +16,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from distributed_adaround.data import features
 from distributed_adaround.data.audio import AudioEncoder
 from distributed_adaround.data.encoder import ROW_MASK, EncoderContext
 from distributed_adaround.data.listing import build_manifest
@@ -308,3 +309,29 @@ def test_two_ranks_read_what_one_reads(files: LocalFiles, waves: Path, tmp_path:
     for index, batch in whole.items():
         assert batch.keys() == {"input_values", ROW_MASK}
         assert all(torch.equal(value, parts[index][name]) for name, value in batch.items())
+
+
+class Drawing:
+    """An extractor that leaves out the first sample of more than 2.5 s, or not, as a coin falls."""
+
+    sampling_rate = RATE
+    model_input_names = ("input_values",)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, waveform: np.ndarray[Any, Any], **_: Any) -> dict[str, torch.Tensor]:
+        start = np.random.randint(2) if len(waveform) > 2500 else 0
+        return {"input_values": torch.from_numpy(waveform[None, start:])}
+
+
+def test_what_is_drawn_does_not_decide_about_the_longest_piece(
+    files: LocalFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "load_pretrained", lambda *_: Drawing())
+    for seed in range(5):
+        np.random.seed(seed)
+        assert encoder(files, tmp_path).extractor.seconds == 2
+        drawn = np.random.random()
+        np.random.seed(seed)
+        assert np.random.random() == drawn

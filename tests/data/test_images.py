@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distributed_adaround.data import images
 from distributed_adaround.data.encoder import EncoderContext
 from distributed_adaround.data.images import ImageEncoder
 from distributed_adaround.data.listing import build_manifest
@@ -260,7 +261,7 @@ def test_nothing_says_how_pictures_are_prepared(
     with pytest.raises(InputError, match=rf"AutoImageProcessor cannot be loaded from .* model\.hf: .*; {remedy}"):
         encoder(files, processor=tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"config\.json of the model holds no object"):
+    with pytest.raises(InputError, match=r"^the directory of model\.hf: config\.json holds no object"):
         encoder(files, processor=tmp_path)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(InputError, match=r"needs Pillow: pip install 'distributed_adaround\[hf\]'"):
@@ -339,3 +340,21 @@ def test_two_ranks_read_what_one_reads(files: LocalFiles, tmp_path: Path) -> Non
     np.testing.assert_allclose(first[0, :, :10].numpy(), (PIXELS[:10].transpose(2, 0, 1) / 255 - 0.5) / 0.5, atol=1e-6)
     assert not first[0, :, 10:].any()
     assert not first[1, :, :, 29:].any()
+
+
+def test_an_image_processor_that_fails_is_one_line(
+    files: LocalFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def to_dict(self) -> dict[str, Any]:
+            return {}
+
+        def __call__(self, *_: Any, **__: Any) -> None:
+            raise ValueError("no\nand no again")
+
+    monkeypatch.setattr(images, "load_pretrained", lambda *_: Failing())
+    with pytest.raises(
+        InputError, match=r"^Failing cannot take a picture: ValueError: no; choose another, or say"
+    ) as error:
+        encoder(files, processor=tmp_path)
+    assert "\n" not in str(error.value)

@@ -380,6 +380,7 @@ def test_the_loader_pads_and_masks_both_sides(texts: Texts, local: LocalFiles) -
         ({"label2id": {"bad": 0, "good": 1}}, "label", ["good", 0, 1], [1, 0, 1]),
         ({"label2id": {"bad": 0, "good": 1}}, "mood", ["bad", "good", "bad"], [0, 1, 0]),
         ({}, "label", [0, 7, 2], [0, 7, 2]),
+        ({}, "label", ["7", "0"], [7, 0]),
     ],
 )
 def test_classes_by_number_or_name(
@@ -501,7 +502,12 @@ def refused(texts: Texts, name: str, content: Any, **fields: Any) -> str:
         ("a.jsonl", [{"text": " "}], {}, "shown/a.jsonl: holds no text; remove the file"),
         ("a.txt", b"abc\nd\xe9f", {}, "shown/a.txt: is not UTF-8 at byte 5; convert it"),
         ("a.txt", b"abc\nd\xe9f", {"packed": False}, "shown/a.txt: line 2: is not UTF-8 at byte 5; convert it"),
-        ("a.txt", "abc".encode("utf-16"), {}, "shown/a.txt: is not UTF-8 at byte 0; convert it"),
+        (
+            "a.txt",
+            "abc".encode("utf-16"),
+            {},
+            "shown/a.txt: is not UTF-8 at byte 0; convert it, for instance by iconv -f UTF-16",
+        ),
         ("a.txt", "abc".encode("utf-16-le"), {}, "shown/a.txt: holds a zero at byte 1, so it is not text in UTF-8"),
         (
             "a.jsonl",
@@ -620,23 +626,23 @@ def test_t5_has_no_limit_of_positions(texts: Texts) -> None:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({}, "has no tokenizer that can be loaded: ValueError: "),
+        ({}, "data.text: {} has no files of a tokenizer; name a directory with tokenizer.json"),
         # transformers makes tokenizers of five words for these.
         (
             {"config.json": '{"model_type": "bert"}'},
-            "has no files of a tokenizer; give a directory with tokenizer.json",
+            "data.text: {} has no files of a tokenizer; name a directory with tokenizer.json",
         ),
         (
             {"config.json": '{"model_type": "gpt2"}'},
-            "has no files of a tokenizer; give a directory with tokenizer.json",
+            "data.text: {} has no files of a tokenizer; name a directory with tokenizer.json",
         ),
-        ({"tokenizer.json": "{"}, "has no tokenizer that can be loaded: JSONDecodeError: "),
-        ({"tokenizer.json": "{}"}, "has no tokenizer that can be loaded: "),
-        ({"config.json": "{"}, ": config.json cannot be read: JSONDecodeError: "),
-        ({"config.json": "[]"}, ": config.json holds no object; get it again"),
+        ({"tokenizer.json": "{"}, "data.text: AutoTokenizer cannot be loaded from {}: JSONDecodeError: "),
+        ({"tokenizer.json": "{}"}, "data.text: AutoTokenizer cannot be loaded from {}: "),
+        ({"config.json": "{"}, "{}: config.json cannot be read: JSONDecodeError: "),
+        ({"config.json": "[]"}, "{}: config.json holds no object; get it again"),
         (
             {"config.json": '{"is_encoder_decoder": true}', "special": ""},
-            ": config.json has no decoder_start_token_id, and its tokenizer no pad_token; add one",
+            "{}: config.json has no decoder_start_token_id, and its tokenizer no pad_token; add one",
         ),
     ],
 )
@@ -650,7 +656,7 @@ def test_directories_without_a_whole_tokenizer(texts: Texts, contents: dict[str,
     with pytest.raises(InputError) as error:
         texts.encoder(folder)
     found = str(error.value)
-    assert found.removeprefix("data.processor 'the/processor'").lstrip().startswith(message), found
+    assert found.startswith(message.format("data.processor 'the/processor'")), found
     assert "\n" not in found
 
 
@@ -658,7 +664,9 @@ def test_code_in_the_directory_is_not_run(texts: Texts) -> None:
     named = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (texts.causal / "tokenizer_config.json").write_text(json.dumps(named))
     (texts.causal / "mine.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()")
-    with pytest.raises(InputError, match=r"has no tokenizer that can be loaded: ValueError: .*custom code"):
+    with pytest.raises(
+        InputError, match=r"AutoTokenizer cannot be loaded from .*: ValueError: The repository .* by data\.processor$"
+    ):
         texts.encoder()
     assert not (texts.causal / "ran").exists()
 
@@ -673,7 +681,10 @@ def test_a_tokenizer_of_another_model_is_refused(texts: Texts) -> None:
 
 def test_texts_need_a_processor(local: LocalFiles) -> None:
     spec = DataSpec.model_validate({"uri": "x", "text": {}})
-    with pytest.raises(InputError, match=r"name its directory by data\.processor or model\.hf"):
+    with pytest.raises(
+        InputError,
+        match=r"^data\.text needs a directory .* no model\.hf; name a directory with tokenizer\.json",
+    ):
         TextEncoder(EncoderContext(spec, local))
 
 

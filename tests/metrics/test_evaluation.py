@@ -45,6 +45,19 @@ def hits(model, batches):
     return {"hits": torch.cat(parts)}
 
 
+def with_more(batch):
+    rows = torch.ones(len(batch["x"]), 36, dtype=torch.int64)
+    return dict(batch, labels=rows[:, 0], row_mask=rows)
+
+
+def names(model, batches):
+    found = []
+    for batch in batches:
+        assert batch.keys() == {"x", "labels"}, batch.keys()
+        found += [float(len(batch))] * len(batch["x"])
+    return {"names": found}
+
+
 def raising(model, batches):
     raise KeyError("no such thing\\nand more")
 
@@ -360,3 +373,11 @@ class Energy(Metric):
     _, before, _ = outputs(tmp_path / "job", toy_models.mlp())
     assert table.metrics[0].float_value == pytest.approx(float(before.double().square().sum()) / 18)
     assert "energy in J on 9 other samples: " in str(table)
+
+
+def test_no_model_gets_labels_and_no_function_a_mask_of_rows(tmp_path: Path) -> None:
+    """Also where the transform makes them."""
+    path = write(tmp_path, "cnn", {"function": "judges:names", "data": {"transform": "judges:with_more"}})
+    run(path)
+    (found,) = metrics(tmp_path)
+    assert found["float_value"] == 2.0

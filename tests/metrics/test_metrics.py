@@ -1,5 +1,6 @@
 """Sums of each metric against plain loops."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_adaround.data.encoder import LABELS
+from distributed_adaround.data.encoder import LABELS, ROW_MASK
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 from distributed_adaround.metrics import perplexity
@@ -137,3 +138,20 @@ def test_what_does_not_fit_is_told_in_one_line(metric: Metric, given: Seen, mess
     with pytest.raises(InputError, match=message) as raised:
         metric.sums(given)
     assert "\n" not in str(raised.value)
+
+
+def test_the_mask_of_a_decoder_is_that_of_its_own_tokens() -> None:
+    """The mask of the model's inputs is of the encoder's, even where it has the same shape."""
+    logits, others = drawn(3, 5, 7), torch.ones_like(MASK)
+    for name in ("decoder_attention_mask", ROW_MASK):
+        given = seen(logits, others, decoder_input_ids=TOKENS, **{name: MASK})
+        expected = [total for total, _ in surprises(logits, TOKENS, MASK)]
+        assert Perplexity().sums(given)[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
+        metric = Similarity()
+        metric.sums(given)
+        # Rows that do not count have no say.
+        changed = torch.where(MASK[..., None] != 0, logits, 0)
+        assert metric.sums(dataclasses.replace(given, output=changed)).tolist() == [[pytest.approx(1.0), 1.0]] * 3
+    without = seen(logits, MASK, decoder_input_ids=TOKENS)
+    expected = [total for total, _ in surprises(logits, TOKENS, others)]
+    assert Perplexity().sums(without)[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
