@@ -1,6 +1,7 @@
 """Every test starts from the same state and leaves none behind. What several tests share lies in tests/support/."""
 
 import functools
+import gc
 import logging
 import os
 import random
@@ -98,6 +99,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "pool" if _share_the_pool(_text(config.rootpath / file)) else file
 
     return Scheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

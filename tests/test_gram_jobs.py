@@ -88,6 +88,7 @@ def test_files_are_the_same_on_any_number_of_ranks(jobs: dict[int, Path]) -> Non
     assert any("shift" in safetensors.torch.load(data) for name, data in alone.items() if name[0] == "0")
 
 
+@pytest.mark.parametrize("jobs", ["cnn", pytest.param("attention", marks=pytest.mark.slow)], indirect=True)
 def test_a_restart_on_another_number_of_ranks_gives_the_same_bytes(
     jobs: dict[int, Path], pool: RankPool, tmp_path: Path
 ) -> None:

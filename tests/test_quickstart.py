@@ -1,12 +1,10 @@
-"""From a model directory to a job in one command: `quantize`, alone and under torchrun, and `init`."""
+"""From a model directory to a job in one command: `quantize`, on one rank and on two, and `init`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 import transformers
 from hf_directories import WORDS, llama, text
+from rank_pool import RankPool
 
 from distributed_adaround import cli
 from distributed_adaround.errors import InputError, SpecError
@@ -79,12 +78,13 @@ def test_the_job_file_in_the_output_is_what_ran(folder: Path, done: Path) -> Non
     assert digest(folder / "again" / WEIGHTS) == digest(done / WEIGHTS)
 
 
-def test_two_ranks_write_the_same_bytes(folder: Path, done: Path) -> None:
+def run_on_rank(arguments: list[str]) -> int:
+    return cli.main(arguments)
+
+
+def test_two_ranks_write_the_same_bytes(pool: RankPool, folder: Path, done: Path) -> None:
     more = ["--dtype", "int4", "--group-size", "16", "--evaluate", str(folder / "other.txt")]
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    arguments = [*started, "distributed_adaround", *command(folder, "two", *more)]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert pool.run(run_on_rank, 2, command(folder, "two", *more)) == [0, 0]
     assert digest(folder / "two" / WEIGHTS) == digest(done / WEIGHTS)
     first, second = ((place / "job.yaml").read_text() for place in (done, folder / "two"))
     assert second == first.replace(str(done), str(folder / "two"))

@@ -71,6 +71,7 @@ def errors(stderr: str) -> Iterator[str]:
     return (line for line in stderr.splitlines() if line.startswith("error: "))
 
 
+@pytest.mark.slow
 def test_one_rank_saves_its_layer_and_says_how_to_go_on(
     tmp_path: Path, status_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +105,11 @@ def test_ranks_stop_together_and_go_on_alone_to_the_same_bytes(
     found = list(errors(stderr))
     assert len(found) == 1, stderr
     assert "stopped by a signal" in found[0]
-    assert status(tmp_path / "stopped")["state"] == "stopped"
+    assert (status(tmp_path / "stopped")["state"], status(tmp_path / "stopped")["exit_code"]) == ("stopped", 75)
+    assert json.loads(status_file.read_text())["exit_code"] == 75
+    capsys.readouterr()
+    assert cli.main(["status", str(path)]) == 75
+    assert capsys.readouterr().out.startswith("stopped, 0 of 4 layers")
     assert (tmp_path / "stopped" / "out" / "commits" / "state").exists()
     assert cli.main([str(path)]) == 0
     assert results(tmp_path / "stopped") == results(tmp_path / "undisturbed")

@@ -87,8 +87,15 @@ def test_an_even_kernel_with_padding_same_is_padded_unevenly() -> None:
     check_geometry(captured(nn.Sequential(EVEN_SAME), x), EVEN_SAME, x)
 
 
+# One of each number of dimensions, and all attributes of a convolution.
+DECOMPOSED = ("conv1d same, dilated", "conv2d grouped", "conv3d", "transposed 2d")
+
+
 @pytest.mark.filterwarnings(OWN_WARNING)
-@pytest.mark.parametrize(("layer", "shape"), [case[1:] for case in LAYERS[2:]], ids=[case[0] for case in LAYERS[2:]])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [pytest.param(*case, id=name, marks=[] if name in DECOMPOSED else pytest.mark.slow) for name, *case in LAYERS[2:]],
+)
 def test_convolutions_of_a_decomposed_program(layer: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
     x = torch.randn(shape)
     program = export_model(nn.Sequential(layer).eval(), ModelInputs((x,), {}))

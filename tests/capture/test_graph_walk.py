@@ -244,7 +244,9 @@ def test_several_inputs_and_outputs() -> None:
     assert {node.target for batch in walker._held for node in batch.values[COMMON]} == {"x", "y"}
 
 
+@pytest.mark.slow
 def test_tiny_transformers() -> None:
+    """Both go through whole jobs in test_huggingface.py."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     check_walk(

@@ -148,7 +148,9 @@ def test_inputs_that_do_not_pair_up_are_an_error(monkeypatch: Any) -> None:
         reach(walker, next(layers))
 
 
-@pytest.mark.parametrize("solver", ["nearest", "gptq", "gram", "minibatch"])
+@pytest.mark.parametrize(
+    "solver", ["nearest", "gram", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", "minibatch"))]
+)
 def test_an_expert_without_rows_is_rounded_to_nearest_and_says_so(solver: str) -> None:
     torch.manual_seed(0)
     model = Routed(4).eval()

@@ -52,6 +52,9 @@ def store(upstream: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    # A machine with more to do than cores is no fault of the store.
+    for limit in ("connect_timeout", "read_timeout"):
+        monkeypatch.setattr(s3fs.S3FileSystem, limit, 120)
     monkeypatch.setattr(retries, "_WAIT", lambda state: 0)
     with flaky_server(tmp_path, upstream) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -172,17 +175,23 @@ def test_an_upload_in_parts_that_breaks_off(store: FlakyServer, monkeypatch: pyt
     assert storage.read_bytes(f"{BUCKET}/x") == content
 
 
-@pytest.fixture
-def job(tmp_path: Path, store: FlakyServer) -> list[str]:
-    """Arguments of a job with data, weights, checksums and output in the bucket; the same one with local files has run,
-    and its results are in `out`."""
-    path = write_job(tmp_path, "mlp", rounding={"solver": "gram", "sweeps": 5})
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a job with local files that has run; its results are in `out`."""
+    folder = tmp_path_factory.mktemp("local")
+    path = write_job(folder, "mlp", rounding={"solver": "gram", "sweeps": 5})
     state = {name: tensor.clone() for name, tensor in toy_models.mlp().state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    assert cli.main([str(path), "--set", f"model.weights={tmp_path}/w.safetensors"]) == 0
+    safetensors.torch.save_file(state, folder / "w.safetensors")
+    assert cli.main([str(path), "--set", f"model.weights={folder}/w.safetensors"]) == 0
+    return folder
+
+
+@pytest.fixture
+def job(local: Path, store: FlakyServer) -> list[str]:
+    """Arguments of the same job with data, weights, checksums and output in the bucket."""
     for name in ("data.npz", "w.safetensors"):
-        storage.write_bytes(f"{BUCKET}/in/{name}", (tmp_path / name).read_bytes())
-    sums = subprocess.run(["sha256sum", "data.npz"], cwd=tmp_path, capture_output=True, check=True).stdout
+        storage.write_bytes(f"{BUCKET}/in/{name}", (local / name).read_bytes())
+    sums = subprocess.run(["sha256sum", "data.npz"], cwd=local, capture_output=True, check=True).stdout
     storage.write_bytes(f"{BUCKET}/in/SHA256SUMS", sums)
     fields = {
         "data.uri": f"{BUCKET}/in/*.npz",
@@ -190,7 +199,7 @@ def job(tmp_path: Path, store: FlakyServer) -> list[str]:
         "model.weights": f"{BUCKET}/in/w.safetensors",
         "output.uri": f"{BUCKET}/out",
     }
-    return [str(path), *(part for name, uri in fields.items() for part in ("--set", f"{name}={uri}"))]
+    return [str(local / "job.yaml"), *(part for name, uri in fields.items() for part in ("--set", f"{name}={uri}"))]
 
 
 def assert_same_results(folder: Path) -> None:
@@ -199,13 +208,15 @@ def assert_same_results(folder: Path) -> None:
 
 
 def test_a_job_through_a_store_that_fails_all_the_time(
-    job: list[str], store: FlakyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: list[str], store: FlakyServer, local: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.faults = ["503", "ok", "ok", "ok", "reset", "ok", "ok", "ok", "ok", "500", "503", "ok", "ok"] * 20
+    # Whichever request is the first of a call, its third try meets no fault: no call makes more than 6.
+    quiet: list[Fault] = ["ok"] * 6
+    store.faults = ["503", *quiet, "reset", *quiet, "500", "503", *quiet] * 12
     assert cli.main(job) == 0, capsys.readouterr().err
-    assert len(store.faults) < 220  # of 260
+    assert len(store.faults) < 224  # of 264
     store.faults = []
-    assert_same_results(tmp_path)
+    assert_same_results(local)
     assert cli.main(["status", *job]) == 0
     out, err = capsys.readouterr()
     assert "kanarie" not in out + err
@@ -213,7 +224,7 @@ def test_a_job_through_a_store_that_fails_all_the_time(
 
 @pytest.mark.parametrize("after", ["manifest.json", "quantized.safetensors"])
 def test_a_store_that_goes_away_in_the_middle(
-    after: str, job: list[str], store: FlakyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    after: str, job: list[str], store: FlakyServer, local: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything fails from the first upload of a file on; later the store is back."""
     gone: list[str] = []
@@ -231,11 +242,12 @@ def test_a_store_that_goes_away_in_the_middle(
     store.then = "ok"
     assert cli.main(["status", *job]) == 75
     assert cli.main(job) == 0
-    assert_same_results(tmp_path)
+    assert_same_results(local)
     assert cli.main(["status", *job]) == 0
 
 
-def test_a_job_that_is_killed_in_the_middle(job: list[str], store: FlakyServer, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_job_that_is_killed_in_the_middle(job: list[str], store: FlakyServer, local: Path, tmp_path: Path) -> None:
     """SIGKILL while the second layer is being committed; then the job goes on."""
     running = subprocess.Popen(
         [sys.executable, "-m", "distributed_adaround", *job],
@@ -264,7 +276,7 @@ def test_a_job_that_is_killed_in_the_middle(job: list[str], store: FlakyServer, 
     before = store.num_requests
     assert cli.main(job) == 0
     assert any("00000-first" in request for request in store.seen[before:] if request.startswith("GET"))
-    assert_same_results(tmp_path)
+    assert_same_results(local)
 
 
 def run_here(arguments: list[str], environment: dict[str, str]) -> int:
@@ -273,13 +285,13 @@ def run_here(arguments: list[str], environment: dict[str, str]) -> int:
 
 
 def test_two_ranks_read_and_write_in_the_bucket(
-    job: list[str], store: FlakyServer, pool: RankPool, tmp_path: Path
+    job: list[str], store: FlakyServer, pool: RankPool, local: Path
 ) -> None:
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     assert pool.run(run_here, 2, job, keys) == [0, 0]
     for rank in range(2):
         assert storage.exists(f"{BUCKET}/out/events/rank-{rank}.jsonl")
-    assert_same_results(tmp_path)
+    assert_same_results(local)
 
 
 def test_errors_of_the_client_show_no_keys(
