@@ -71,7 +71,7 @@ def _clean_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator["RankPool"]:
-    """The one pool of ranks of the whole run; its workers start at the first call."""
+    """The one pool of ranks of this process; its workers start at the first call."""
     from rank_pool import RankPool
 
     pool = RankPool()
@@ -88,15 +88,23 @@ def _share_the_pool(text: str) -> bool:
     return "RankPool" in text
 
 
+@functools.cache
+def _pool_of(tests: Path) -> dict[Path, int]:
+    """Which of two pools a file uses: one alone would be busy for longer than all other tests take."""
+    files = [path for path in sorted(tests.rglob("test_*.py")) if _share_the_pool(_text(path))]
+    return {path: index % 2 for index, path in enumerate(files)}
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """All files that use the pool of ranks go to one process, so that there is one pool; other files to any."""
+    """Files that use a pool of ranks go to two processes, so that there are two pools; other files to any."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "pool" if _share_the_pool(_text(config.rootpath / file)) else file
+            number = _pool_of(Path(__file__).parent).get(config.rootpath / file)
+            return file if number is None else f"pool {number}"
 
     return Scheduling(config, log)
 

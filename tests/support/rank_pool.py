@@ -7,6 +7,7 @@ killed; the next call starts another one.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import pickle
@@ -98,6 +99,7 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()
     functions: dict[str, ModuleType] = {}
     while True:
         try:
