@@ -14,6 +14,7 @@ from distributed_adaround.data.made_up import made_up
 from distributed_adaround.errors import InputError, SpecError, redact, shorten
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.files.job_file import yaml_text
+from distributed_adaround.formats import FORMATS
 from distributed_adaround.spec.data import SECTION_OF
 from distributed_adaround.spec.job import JobSpec
 from distributed_adaround.spec.load import parse_job
@@ -44,6 +45,7 @@ _PLACES = {"text": "calibration.txt", "images": "pictures/", "audio": "recording
 _SUFFIXES = {"text": ".txt, .jsonl or .parquet", "images": ".jpg, .png, .webp or .tar", "audio": ".wav, .flac or .tar"}
 # Formats that serving engines run in groups, and the share of a model from which a parameter is worth a line.
 _GROUPED, _SMALL = ("int4", "int8"), 0.01
+_RUN_FAST = "int4 and int8 in groups of 32, 64 or 128"
 
 _KINDS = {"text": _Kind(128, 4), "images": _Kind(512, 32), "audio": _Kind(64, 4), "arrays": _Kind(512, 32)}
 
@@ -187,6 +189,7 @@ def commented_job(request: Request) -> str:
         job = mapping_of(replace(request, data=data), directory)
     if not request.data:
         job["data"]["uri"] = _PLACES[directory.takes]
+    job = parse_job("job.yaml", yaml_text(job).encode(), request.overrides)
     comments = {
         "model": "nothing is looked up in the network, and no code in the directory is run",
         "data": _about_data(request, directory),
@@ -195,7 +198,10 @@ def commented_job(request: Request) -> str:
         "output": "huggingface/ in it loads by from_pretrained",
         "evaluate": "of the model before and after, on data that calibration does not see",
     }
-    parts = [f"# {comments[name]}\n{yaml_text({name: section})}" for name, section in job.items()]
+    parts = [
+        (f"# {comments[name]}\n" if name in comments else "") + yaml_text({name: section})
+        for name, section in job.items()
+    ]
     return "\n".join([_about_plan(request, directory, plan), *parts])
 
 
@@ -224,9 +230,14 @@ def _about_data(request: Request, directory: Directory) -> str:
 def _about_format(request: Request, writes: bool) -> str:
     if not writes:
         return "int8 per output channel is what ONNX Runtime and others run fast; int4 is half the size"
+    number = FORMATS.get(request.dtype or "")
+    if number is not None and number.block_size is not None:
+        return f"blocks of {number.block_size} inputs share a scale, as this format says"
     if request.group_size is None:
-        return "scales per output channel"
-    return f"{request.dtype} in groups of {request.group_size} is what vLLM, SGLang and transformers run fast"
+        return "each output channel has a scale"
+    runs = request.dtype in _GROUPED and request.group_size in GROUP_SIZES
+    fast = " is what vLLM, SGLang and transformers run fast" if runs else f"; engines run {_RUN_FAST} fast"
+    return f"{request.dtype} in groups of {request.group_size}{fast}"
 
 
 def _group_size(plan: JobPlan) -> int | None:

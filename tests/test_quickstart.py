@@ -121,6 +121,7 @@ def test_init_prints_a_job_that_can_run(folder: Path, capsys: pytest.CaptureFixt
     assert (spec.quantize.dtype, spec.quantize.group_size) == ("int4", 32)
     assert spec.data.text is not None
     assert spec.output.uri == "tiny-int4"
+    assert (spec.rounding.sweeps, spec.rounding.starts) == (3, 1)
     comments = [line for line in printed.splitlines() if line.startswith("#")]
     assert all(len(line) <= 120 for line in printed.splitlines())
     said = " ".join(comments)
