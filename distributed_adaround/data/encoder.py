@@ -10,6 +10,7 @@ from torch import Tensor
 from distributed_adaround.data.arrays import common_shape, dtype_name
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import SUFFIXES, SampleFile, open_samples
+from distributed_adaround.errors import InputError
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.runtime.imports import implementation
 from distributed_adaround.spec.data import ENCODERS, DataSpec
@@ -21,6 +22,10 @@ LABELS = "labels"
 ROW_MASK = "row_mask"
 # What a decoder has written before the next token, and which of these count, under the names that transformers takes.
 DECODER_INPUT, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
+
+
+class NoSampleError(InputError):
+    """A file that is whole, but too short for one sample. Others beside it may do."""
 
 
 class Samples(Protocol):
@@ -76,7 +81,8 @@ class Encoder(Protocol):
         """Raises InputError when the processor is missing or damaged."""
 
     def open(self, path: Path, shown: str) -> Samples:
-        """Open a local file. shown: its name in messages. Raises InputError, which names it, when it cannot be read."""
+        """Open a local file. shown: its name in messages. Raises InputError, which names it, when it cannot be read;
+        NoSampleError."""
 
 
 def make_encoder(context: EncoderContext) -> Encoder:

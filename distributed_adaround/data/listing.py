@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from distributed_adaround.data.encoder import Encoder
+from distributed_adaround.data.encoder import Encoder, NoSampleError
 from distributed_adaround.data.manifest import DataFile, Manifest, cut, take
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.files import storage, uris
@@ -100,14 +100,7 @@ def build_manifest(
     """
     usable, skipped = _list_data((uri,) if isinstance(uri, str) else uri, encoder.suffixes)
     expected = None if checksums is None else Checksums.read(checksums)
-    files = []
-    for found in usable:
-        path = local.path(found)
-        sha256 = local.sha256(path)
-        if expected is not None:
-            expected.check(found, sha256)
-        samples = encoder.open(path, redact(found))
-        files.append(DataFile(found, path.stat().st_size, sha256, samples.num_samples, samples.fields))
+    files = _read_files(usable, encoder, local, expected)
     unused = [] if expected is None else expected.unused(usable)
     if unused:
         message = "data.checksums lists %d files that data.uri does not name, the first is %s"
@@ -125,6 +118,29 @@ def build_manifest(
     )
     assert manifest.fields  # merging them proves that the files agree
     return manifest
+
+
+def _read_files(
+    usable: Sequence[str], encoder: Encoder, local: LocalFiles, expected: Checksums | None
+) -> list[DataFile]:
+    """What the files hold; those too short for a sample are left out, unless all are."""
+    files, short = [], []
+    for found in usable:
+        path = local.path(found)
+        sha256 = local.sha256(path)
+        if expected is not None:
+            expected.check(found, sha256)
+        try:
+            samples = encoder.open(path, redact(found))
+        except NoSampleError as error:
+            short.append(error)
+        else:
+            files.append(DataFile(found, path.stat().st_size, sha256, samples.num_samples, samples.fields))
+    if short and not files:
+        raise short[0]
+    if short:
+        logger.warning("%d of %d files are too short and left out, the first: %s", len(short), len(usable), short[0])
+    return files
 
 
 def _list_data(given: Sequence[str], suffixes: Sequence[str]) -> tuple[list[str], list[str]]:

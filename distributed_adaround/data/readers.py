@@ -118,7 +118,7 @@ def explained(shown: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{shown}: {shorten(str(error))}") from error
+        raise type(error)(f"{shown}: {shorten(str(error))}") from error
     except Exception as error:
         reason = shorten(str(error).partition("\n")[0]) or type(error).__name__
         raise InputError(f"{shown}: cannot be read, damaged or not of this type: {reason}") from error

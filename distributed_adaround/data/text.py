@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.data.classes import Classes
-from distributed_adaround.data.encoder import DECODER_INPUT, DECODER_MASK, LABELS, Encoder, EncoderContext, Samples
+from distributed_adaround.data.encoder import (
+    DECODER_INPUT,
+    DECODER_MASK,
+    LABELS,
+    Encoder,
+    EncoderContext,
+    NoSampleError,
+    Samples,
+)
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import explained
 from distributed_adaround.data.text_files import (
@@ -121,7 +129,7 @@ class TextEncoder(Encoder):
             count, rest = divmod(len(ids), self._length)
             if not count:
                 what = f"holds {len(ids)} tokens, and a window takes {self._length}"
-                raise InputError(f"{what}; lower data.text.sequence_length, or make data.text.packed false")
+                raise NoSampleError(f"{what}; lower data.text.sequence_length, or make data.text.packed false")
         if rest:
             text = "%s: %d tokens are %d windows of %d; the last %d tokens fill none and are left out"
             logger.info(text, shown, len(ids), count, self._length, rest)

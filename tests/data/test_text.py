@@ -196,6 +196,22 @@ def test_a_file_shorter_than_a_window_is_refused(texts: Texts) -> None:
     assert texts.open("a.txt", "a b c", sequence_length=3).num_samples == 1
 
 
+def test_files_shorter_than_a_window_are_left_out_beside_longer_ones(
+    texts: Texts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "several"
+    data.mkdir()
+    for name, content in (("a.txt", "a b c"), ("b.txt", "a b c d e a b c d"), ("c.txt", "d")):
+        (data / name).write_text(content)
+    cut: dict[str, Any] = {"num_samples": None, "microbatch_size": 2, "virtual_shards": 4}
+    with caplog.at_level(logging.WARNING):
+        manifest = build_manifest(str(data), texts.encoder(sequence_length=4), texts.files, **cut)
+    assert [(Path(file.uri).name, file.num_samples) for file in manifest.files] == [("b.txt", 2)]
+    assert f"2 of 3 files are too short and left out, the first: {data}/a.txt: holds 3 tokens" in caplog.text
+    with pytest.raises(InputError, match=r"a.txt: holds 3 tokens, and a window takes 10"):
+        build_manifest(str(data), texts.encoder(sequence_length=10), texts.files, **cut)
+
+
 # Texts one by one
 
 
