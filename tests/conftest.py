@@ -25,6 +25,10 @@ sys.path.append(str(Path(__file__).parent / "support"))
 # The benchmarks are a package of the clone, `tests.benchmarks`.
 sys.path.append(str(Path(__file__).parents[1]))
 
+from quick_exports import remember
+
+remember()
+
 if TYPE_CHECKING:
     from rank_pool import RankPool
 

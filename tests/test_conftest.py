@@ -43,6 +43,8 @@ def test_a_test_that_leaves_a_mess_does_not_reach_the_next(tmp_path: Path) -> No
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_two.py").write_text(TWO_TESTS, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "test_two.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    support = str(Path(__file__).with_name("support"))
+    path = os.pathsep.join([support, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "2 passed" in result.stdout, result.stdout + result.stderr

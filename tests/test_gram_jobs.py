@@ -65,7 +65,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (*(folder / "out" / name for name in RESULTS), *layers)}
 
 
-@pytest.fixture(scope="module", params=JOBS)
+# Texts on any number of ranks are in test_world_size.py too.
+@pytest.fixture(scope="module", params=["cnn", pytest.param("attention", marks=pytest.mark.slow)])
 def jobs(request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Folder of the finished job by number of ranks."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -88,7 +89,6 @@ def test_files_are_the_same_on_any_number_of_ranks(jobs: dict[int, Path]) -> Non
     assert any("shift" in safetensors.torch.load(data) for name, data in alone.items() if name[0] == "0")
 
 
-@pytest.mark.parametrize("jobs", ["cnn", pytest.param("attention", marks=pytest.mark.slow)], indirect=True)
 def test_a_restart_on_another_number_of_ranks_gives_the_same_bytes(
     jobs: dict[int, Path], pool: RankPool, tmp_path: Path
 ) -> None:

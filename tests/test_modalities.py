@@ -75,7 +75,7 @@ def run(path: str) -> list[str]:
     return [row.name for row in run_job(load_spec(path))]
 
 
-@pytest.mark.parametrize(("make", "section"), [(vit, "images"), (whisper, "audio")])
+@pytest.mark.parametrize(("make", "section"), [(vit, "images"), pytest.param(whisper, "audio", marks=pytest.mark.slow)])
 def test_files_and_their_arrays_give_the_same_bytes(
     make: Callable[[Path], dict[str, Any]], section: str, tmp_path: Path, pool: RankPool
 ) -> None:

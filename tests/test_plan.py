@@ -136,7 +136,7 @@ def test_seconds_are_those_of_the_steps_and_the_comparisons(
         ("attention", {"solver": "gram"}),
         ("cnn", {"solver": "gptq"}),
         ("cnn", {"solver": "gram", "activation_in_loss": True}),
-        ("attention", {"solver": "nearest", "polish": True}),
+        pytest.param("attention", {"solver": "nearest", "polish": True}, marks=pytest.mark.slow),
         ("cnn", {"solver": "minibatch", "polish": True, "correct_bias": True}),
     ],
     ids=str,

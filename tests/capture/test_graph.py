@@ -47,6 +47,17 @@ class Calling(nn.Module):
         return self._function(self, x)
 
 
+class Apart(nn.Module):
+    """Each module on an input of its own: one export, which takes most of the time, shows them all."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(modules)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [module(x) for module, x in zip(self.each, inputs, strict=True)]
+
+
 LAYERS: list[tuple[str, nn.Module, tuple[int, ...]]] = [
     ("linear", nn.Linear(6, 5), (4, 6)),
     ("linear over tokens", nn.Linear(6, 5, bias=False), (2, 3, 6)),
@@ -65,42 +76,37 @@ LAYERS: list[tuple[str, nn.Module, tuple[int, ...]]] = [
 EVEN_SAME = nn.Conv1d(4, 6, 4, padding="same", dilation=3)
 
 
-def check_geometry(graph: CapturedGraph, layer: nn.Module, x: Tensor) -> None:
-    (site,) = graph.sites
-    applied = site.geometry.apply(x, layer.weight, layer.bias)
-    torch.testing.assert_close(applied, layer(x), rtol=1e-5, atol=1e-6)
-    assert (site.name, site.weight_name, site.num_calls) == ("0", "0.weight", 1)
-    assert site.module_class == type(layer).__name__
-    assert site.bias_name == (None if layer.bias is None else "0.bias")
-    assert reasons(graph) == ({} if layer.bias is None else {"0.bias": "bias"})
+def check_geometries(graph: CapturedGraph, layers: list[nn.Module], inputs: list[Tensor]) -> None:
+    """The layers are those of `Apart`."""
+    biases = set()
+    for index, (site, layer, x) in enumerate(zip(graph.sites, layers, inputs, strict=True)):
+        name = f"each.{index}"
+        applied = site.geometry.apply(x, layer.weight, layer.bias)
+        torch.testing.assert_close(applied, layer(x), rtol=1e-5, atol=1e-6)
+        assert (site.name, site.weight_name, site.num_calls) == (name, f"{name}.weight", 1)
+        assert site.module_class == type(layer).__name__
+        assert site.bias_name == (None if layer.bias is None else f"{name}.bias")
+        biases |= set() if layer.bias is None else {f"{name}.bias"}
+    assert reasons(graph) == dict.fromkeys(biases, "bias")
 
 
-@pytest.mark.parametrize(("layer", "shape"), [case[1:] for case in LAYERS], ids=[case[0] for case in LAYERS])
-def test_the_geometry_of_a_site_is_the_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    check_geometry(captured(nn.Sequential(layer), x), layer, x)
+def test_the_geometry_of_a_site_is_the_layer() -> None:
+    layers, inputs = [layer for _, layer, _ in LAYERS], [torch.randn(shape) for *_, shape in LAYERS]
+    check_geometries(captured(Apart(layers), inputs), layers, inputs)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_an_even_kernel_with_padding_same_is_padded_unevenly() -> None:
     x = torch.randn(2, 4, 15)
-    check_geometry(captured(nn.Sequential(EVEN_SAME), x), EVEN_SAME, x)
-
-
-# One of each number of dimensions, and all attributes of a convolution.
-DECOMPOSED = ("conv1d same, dilated", "conv2d grouped", "conv3d", "transposed 2d")
+    check_geometries(captured(Apart([EVEN_SAME]), [x]), [EVEN_SAME], [x])
 
 
 @pytest.mark.filterwarnings(OWN_WARNING)
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [pytest.param(*case, id=name, marks=[] if name in DECOMPOSED else pytest.mark.slow) for name, *case in LAYERS[2:]],
-)
-def test_convolutions_of_a_decomposed_program(layer: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
-    x = torch.randn(shape)
-    program = export_model(nn.Sequential(layer).eval(), ModelInputs((x,), {}))
+def test_convolutions_of_a_decomposed_program(tmp_path: Path) -> None:
+    layers, inputs = [layer for _, layer, _ in LAYERS[2:]], [torch.randn(shape) for *_, shape in LAYERS[2:]]
+    program = export_model(Apart(layers).eval(), ModelInputs((inputs,), {}))
     torch.export.save(program.run_decompositions(), tmp_path / "model.pt2")
-    check_geometry(capture(straight_line(torch.export.load(tmp_path / "model.pt2"))), layer, x)
+    check_geometries(capture(straight_line(torch.export.load(tmp_path / "model.pt2"))), layers, inputs)
 
 
 @pytest.mark.filterwarnings(OWN_WARNING)
@@ -186,16 +192,19 @@ ACTIVATIONS: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "found"), [c[1:] for c in ACTIVATIONS], ids=[c[0] for c in ACTIVATIONS])
-def test_the_activation_after_a_layer(function: Any, found: str) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return function(self.first(x)) + function(self.norm(self.second(x)))
+def test_the_activation_after_a_layer() -> None:
+    def model(function: Any) -> nn.Module:
+        def forward(self: Any, x: Tensor) -> Tensor:
+            return function(self.first(x)) + function(self.norm(self.second(x)))
 
-    model = Calling(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))
-    plain, normed = captured(model, torch.randn(3, 4)).sites
-    assert plain.activation == normed.activation == found
-    assert plain.batch_norm is None
-    assert normed.batch_norm is not None
+        return Calling(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))
+
+    inputs = [torch.randn(3, 4) for _ in ACTIVATIONS]
+    sites = captured(Apart([model(function) for _, function, _ in ACTIVATIONS]), inputs).sites
+    for (name, _, found), plain, normed in zip(ACTIVATIONS, sites[::2], sites[1::2], strict=True):
+        assert plain.activation == normed.activation == found, name
+        assert plain.batch_norm is None, name
+        assert normed.batch_norm is not None, name
 
 
 def test_the_batch_norm_after_a_layer() -> None:
@@ -211,21 +220,21 @@ def test_a_batch_norm_without_weights() -> None:
     assert site.batch_norm == BatchNormAfter(None, None, "1.running_mean", "1.running_var", 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("norm", "forward", "shape"),
-    [
+def test_a_batch_norm_that_cannot_be_inside_the_loss() -> None:
+    def normed(self: Any, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.layer(x)))
+
+    cases: list[tuple[nn.Module, Any, tuple[int, ...]]] = [
         # Dimension 1 is the token, not the channel.
-        (nn.BatchNorm1d(4), lambda self, x: F.relu(self.norm(self.layer(x))), (3, 4, 4)),
+        (nn.BatchNorm1d(4), normed, (3, 4, 4)),
         # Its numbers are those of the batch.
-        (nn.BatchNorm1d(4, track_running_stats=False), lambda self, x: F.relu(self.norm(self.layer(x))), (3, 4)),
+        (nn.BatchNorm1d(4, track_running_stats=False), normed, (3, 4)),
         # Somebody else reads the layer's output too.
         (nn.BatchNorm1d(4), lambda self, x: self.norm(y := self.layer(x)) + y, (3, 4)),
-    ],
-    ids=["over tokens", "batch statistics", "residual"],
-)
-def test_a_batch_norm_that_cannot_be_inside_the_loss(norm: nn.Module, forward: Any, shape: tuple[int, ...]) -> None:
-    (site,) = captured(Calling(forward, layer=nn.Linear(4, 4), norm=norm), torch.randn(shape)).sites
-    assert (site.batch_norm, site.activation) == (None, "identity")
+    ]
+    models = [Calling(forward, layer=nn.Linear(4, 4), norm=norm) for norm, forward, _ in cases]
+    sites = captured(Apart(models), [torch.randn(shape) for *_, shape in cases]).sites
+    assert [(site.batch_norm, site.activation) for site in sites] == [(None, "identity")] * 3
 
 
 def tied_with_embedding() -> nn.Module:
@@ -414,7 +423,9 @@ def test_nodes_are_sorted_by_what_they_depend_on() -> None:
     assert operations(set(graph.nodes) - graph.constant - graph.common) == {"aten.linear.default", "aten.sin.default"}
 
 
+@pytest.mark.slow
 def test_tiny_transformers_keep_their_cache_setting() -> None:
+    """test_huggingface.py sees the same of whole jobs."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=50, tie_word_embeddings=True)

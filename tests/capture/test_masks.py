@@ -39,7 +39,7 @@ def tokens(*shape: int) -> Tensor:
     return torch.randint(20, shape)
 
 
-@pytest.mark.parametrize(("varying", "both"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("varying", "both"), [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])
 def test_encoder_and_decoder_of_t5_have_their_own_masks(varying: bool, both: bool) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(
@@ -56,7 +56,9 @@ def test_encoder_and_decoder_of_t5_have_their_own_masks(varying: bool, both: boo
         assert mask is (MASK if of_encoder else given.get("decoder_attention_mask")), name
 
 
-@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "mixtral"))]
+)
 def test_all_tokens_of_one_sequence_have_its_mask(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

@@ -130,7 +130,11 @@ def test_hidden_weights_are_learned_from_the_states_of_both_streams(reverse: boo
         assert not torch.equal(original(data[0])[0], changed(data[0])[0])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+# Its graph is that of all kinds, above.
+QUICK = ("lstm of two layers, both directions", "lstm with projection", "gru of two layers without bias")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in LAYERS])
 def test_all_matrices_of_a_recurrent_network_are_rounded(kind: str) -> None:
     torch.manual_seed(0)
     model = Network(*LAYERS[kind]).eval()

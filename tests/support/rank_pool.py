@@ -97,8 +97,10 @@ def _serve(pipe: Connection) -> None:
     """Life of a worker: one call after the other, each in a group of its own."""
     import torch
     import torch.distributed as dist
+    from quick_exports import remember
 
     torch.set_num_threads(1)
+    remember()
     gc.freeze()
     functions: dict[str, ModuleType] = {}
     while True:
