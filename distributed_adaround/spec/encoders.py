@@ -26,8 +26,8 @@ class TextSpec(Section):
     """Column of .jsonl and .parquet files: texts, or chats (lists of messages with role and content), which go through
     the chat template of the tokenizer. null: messages, else text, else the only one that holds texts."""
     packed: bool | None = None
-    """true: the texts of a file are joined and cut into windows of sequence_length tokens; files that fill none are left
-    out, with a warning. false: each text is a sample (in .txt files each line), padded to the longest of its
+    """true: the texts of a file are joined and cut into windows of sequence_length tokens; files that fill none are
+    left out, with a warning. false: each text is a sample (in .txt files each line), padded to the longest of its
     microbatch. Blank lines and rows are left out. null: true for causal language models, unless a class is asked for,
     else false."""
     sequence_length: PositiveInt | None = None
