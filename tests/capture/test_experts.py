@@ -186,6 +186,7 @@ def test_experts_are_solved_one_by_one_and_few_rows_fall_back_on_all(solver: str
         assert (matrix - model.w[expert]).abs().amax(1).max() < 0.5 * model.w.abs().max()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_on_two_ranks(pool: RankPool) -> None:
     alone = rounded_network("gram")
     for rows, weights in pool.run(rounded_network, 2, "gram"):

@@ -115,7 +115,8 @@ def on_a_rank(kind: str, sharded: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sharded"), [("length", False), ("length", True), ("values", True), ("samples", True)]
+    ("kind", "sharded"),
+    [("length", False), pytest.param("length", True, marks=pytest.mark.slow), ("values", True), ("samples", True)],
 )
 def test_ranks_agree_on_the_walker_and_learn_what_one_rank_learns(pool: RankPool, kind: str, sharded: bool) -> None:
     model, data = case(kind)
