@@ -70,11 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"distributed_adaround {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    job = argparse.ArgumentParser(add_help=False)
+    any_job = argparse.ArgumentParser(add_help=False)
+    add, what = any_job.add_argument, "change a field of the job; may be given several times"
+    add("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=what)
+    add("--debug", action="store_true", help="more log lines, and tracebacks of errors")
+    job = argparse.ArgumentParser(add_help=False, parents=[any_job])
     job.add_argument("job", metavar="JOB", help="job file: .yaml, .json or .toml; a path or a URI")
-    what = "change a field of the job file; may be given several times"
-    job.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=what)
-    job.add_argument("--debug", action="store_true", help="more log lines, and tracebacks of errors")
     for name, command, text in (
         ("run", _run, "run a job (the default: `distributed_adaround job.yaml`)"),
         ("plan", _plan, "show layers, data, memory and time of a job; solves nothing"),
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if name == "plan":
             sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
-    _add_quickstart(commands)
+    _add_quickstart(commands, any_job)
     schema = commands.add_parser("schema", help="print the JSON Schema of job files")
     schema.add_argument("--markdown", action="store_true", help="print a table of all fields instead")
     schema.set_defaults(command=_schema)
@@ -93,9 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_quickstart(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The commands that need no job file."""
-    given = argparse.ArgumentParser(add_help=False)
+def _add_quickstart(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", any_job: argparse.ArgumentParser
+) -> None:
+    """The commands that need no job file. any_job: the options of all commands on a job."""
+    given = argparse.ArgumentParser(add_help=False, parents=[any_job])
     add = given.add_argument
     add("directory", metavar="DIR", help="HuggingFace model directory; a path or a URI")
     add("--dtype", help="number format of the weights (default: int4; init chooses by the kind of model)")
@@ -109,9 +112,6 @@ def _add_quickstart(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     add("--samples", type=_positive, metavar="N", help="calibration samples, at most (default: by the kind of data)")
     add("--sequence-length", type=_positive, metavar="T", help="tokens of a sample of text (default: 512)")
     add("--evaluate", nargs="+", default=[], metavar="FILES", help="other data, to compare the model before and after")
-    what = "change a field of the job; may be given several times"
-    add("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=what)
-    add("--debug", action="store_true", help="more log lines, and tracebacks of errors")
     files = "texts, pictures, recordings or arrays: files, folders or globs, paths or URIs"
     text = "quantize a HuggingFace model directory, without a job file"
     sub = commands.add_parser("quantize", help=text, description=text, parents=[given])

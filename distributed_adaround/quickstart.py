@@ -125,23 +125,25 @@ def parsed(job: Mapping[str, Any], overrides: Sequence[str] = ()) -> JobSpec:
 
 def mapping_of(request: Request, directory: Directory) -> dict[str, Any]:
     """The sections of the job."""
-    dtype = request.dtype or "int4"
-    quantize: dict[str, Any] = {"dtype": dtype}
-    if request.group_size is not None:
-        quantize |= {"qscheme": "per_group_symmetric", "group_size": request.group_size}
+    quantize = _format(request)
     job: dict[str, Any] = {
         "model": {"hf": request.directory},
         "data": _data(request, request.data, directory),
         "quantize": quantize,
         "rounding": {"solver": "gram"},
         "output": {
-            "uri": request.out or f"{request.name}-{dtype}",
+            "uri": request.out or f"{request.name}-{quantize['dtype']}",
             "formats": ["safetensors", "huggingface"],
         },
     }
     if request.evaluate:
         job["evaluate"] = {"metric": directory.metric, "data": _data(request, request.evaluate, directory)}
     return job
+
+
+def _format(request: Request) -> dict[str, Any]:
+    grouped = {"qscheme": "per_group_symmetric", "group_size": request.group_size}
+    return {"dtype": request.dtype or "int4"} | (grouped if request.group_size is not None else {})
 
 
 def _data(request: Request, files: Sequence[str], directory: Directory) -> dict[str, Any]:
@@ -159,13 +161,9 @@ def _data(request: Request, files: Sequence[str], directory: Directory) -> dict[
 
 
 def _kind_of(files: Sequence[str], directory: Directory) -> str:
-    """The encoder of these files: by their names, and by what the model takes where these do not say."""
-    found = [file for uri in files for file in storage.list_files(uri)]
-    if not found:
-        raise InputError(
-            f"{', '.join(map(redact, files))}: no file matches; check the path, the wildcards and the mounts"
-        )
-    suffixes = {Path(uris.file_name(file)).suffix.lower() for file in found}
+    """The encoder of these files: by their names, and by what the model takes where these do not say. Raises
+    InputError when there is none."""
+    suffixes = {Path(uris.file_name(file)).suffix.lower() for uri in files for file in storage.matching_files(uri)}
     if ".tar" in suffixes or (suffixes & set(_TABLES) and directory.takes == "text"):
         return directory.takes
     return next((SECTION_OF[suffix] for suffix in sorted(suffixes) if suffix in SECTION_OF), "arrays")
@@ -181,12 +179,13 @@ def commented_job(request: Request) -> str:
     request = replace(request, dtype=request.dtype or ("int4" if writes else "int8"))
     with TemporaryDirectory(prefix="adaround-") as folder:
         data = request.data or [made_up(directory.takes, Path(folder))]
-        # The other data need not be read for it.
-        tried = mapping_of(replace(request, data=data, evaluate=()), directory)
-        plan = plan_job(parsed(tried, request.overrides), None, 1)
-        if request.group_size is None and writes and request.dtype in _GROUPED:
-            request = replace(request, group_size=_group_size(plan))
         job = mapping_of(replace(request, data=data), directory)
+        # The other data need not be read for it.
+        tried = {name: section for name, section in job.items() if name != "evaluate"}
+        plan = plan_job(parsed(tried, request.overrides), None, 1)
+    if request.group_size is None and writes and request.dtype in _GROUPED:
+        request = replace(request, group_size=_group_size(plan))
+        job["quantize"] = _format(request)
     if not request.data:
         job["data"]["uri"] = _PLACES[directory.takes]
     job = parse_job("job.yaml", yaml_text(job).encode(), request.overrides)

@@ -7,7 +7,7 @@ archive (member .txt).
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,15 @@ from torch import Tensor
 from distributed_adaround.data.archives import ARCHIVE, Record, open_records
 from distributed_adaround.data.arrays import common_shape
 from distributed_adaround.data.classes import Classes
-from distributed_adaround.data.encoder import DECODER_INPUT, LABELS, ROW_MASK, Encoder, EncoderContext
+from distributed_adaround.data.encoder import (
+    DECODER_INPUT,
+    LABELS,
+    ROW_MASK,
+    Encoder,
+    EncoderContext,
+    ListedSamples,
+    Samples,
+)
 from distributed_adaround.data.features import DecoderInput, FeatureExtractor, Waveform
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.pretrained import read_config
@@ -54,7 +62,7 @@ class AudioEncoder(Encoder):
         decided = f"{self.extractor.settings} {self.decoder} {self.classes}"
         self.digest = hashlib.sha256(decided.encode()).hexdigest()
 
-    def open(self, path: Path, shown: str) -> "_Recordings":
+    def open(self, path: Path, shown: str) -> Samples:
         records = open_records(path, shown, _SUFFIXES)
         pieces = [piece for record in records for piece in self._pieces(record)]
         fields = {info.name: info for info in self.extractor.fields}
@@ -65,7 +73,7 @@ class AudioEncoder(Encoder):
         if self.classes is not None:
             self.classes.check(records)
             fields[LABELS] = self.classes.field
-        return _Recordings(self, pieces, tuple(fields.values()))
+        return ListedSamples(pieces, tuple(fields.values()), self.sample)
 
     def _pieces(self, record: Record) -> list["_Piece"]:
         """As few as the longest waveform allows, of equal length: a short rest at the end would be no speech."""
@@ -101,22 +109,6 @@ class _Piece:
     record: Record
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class _Recordings:
-    """Those of one file."""
-
-    encoder: AudioEncoder
-    pieces: Sequence[_Piece]
-    fields: tuple[FieldInfo, ...]
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.pieces)
-
-    def read(self, row: int) -> dict[str, Tensor]:
-        return self.encoder.sample(self.pieces[row])
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """From a file of data to the tensors of its samples: the contract, and the plainest encoder, for files of arrays."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ LABELS = "labels"
 ROW_MASK = "row_mask"
 # What a decoder has written before the next token, and which of these count, under the names that transformers takes.
 DECODER_INPUT, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
+
+
+_Item = TypeVar("_Item")
 
 
 class NoSampleError(InputError):
@@ -58,11 +61,34 @@ class EncoderContext:
         return next((path for path in paths if path.exists()), None)
 
 
-def fields_of(*samples: Mapping[str, Tensor]) -> tuple[FieldInfo, ...]:
-    """What these samples have in common; sizes in which they differ are None."""
+@dataclass(frozen=True)
+class ListedSamples(Generic[_Item]):
+    """An open file, of whose samples each is made of an item of a list."""
+
+    items: Sequence[_Item]
+    fields: tuple[FieldInfo, ...]
+    make: Callable[[_Item], dict[str, Tensor]]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.items)
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        return self.make(self.items[row])
+
+
+def common_fields(found: Sequence[Sequence[FieldInfo]]) -> tuple[FieldInfo, ...]:
+    """What samples with these fields, in one order, have in common; sizes in which they differ are None."""
     return tuple(
-        FieldInfo(name, dtype_name(value.dtype), common_shape([sample[name].shape for sample in samples]))
-        for name, value in samples[0].items()
+        replace(infos[0], shape=common_shape([info.shape for info in infos])) for infos in zip(*found, strict=True)
+    )
+
+
+def fields_of(*samples: Mapping[str, Tensor]) -> tuple[FieldInfo, ...]:
+    """What these samples have in common."""
+    names = list(samples[0])
+    return common_fields(
+        [[FieldInfo(name, dtype_name(each[name].dtype), tuple(each[name].shape)) for name in names] for each in samples]
     )
 
 

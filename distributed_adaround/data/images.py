@@ -7,9 +7,8 @@ The rank that lists the data reads headers only; a picture is decoded by the ran
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -19,9 +18,16 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.data.archives import ARCHIVE, Record, open_records
-from distributed_adaround.data.arrays import common_shape
 from distributed_adaround.data.classes import Classes
-from distributed_adaround.data.encoder import LABELS, Encoder, EncoderContext, fields_of
+from distributed_adaround.data.encoder import (
+    LABELS,
+    Encoder,
+    EncoderContext,
+    ListedSamples,
+    Samples,
+    common_fields,
+    fields_of,
+)
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.pretrained import load_pretrained, read_config
 from distributed_adaround.errors import InputError, first_line
@@ -77,18 +83,14 @@ class ImageEncoder(Encoder):
         self.classes = Classes(config) if context.labels else None
         self.digest = hashlib.sha256(f"{self.prepare.settings} {self.classes}".encode()).hexdigest()
 
-    def open(self, path: Path, shown: str) -> "_Pictures":
+    def open(self, path: Path, shown: str) -> Samples:
         records = open_records(path, shown, _SUFFIXES)
         # Sizes of all, so that a file which is no picture is found before the job starts.
-        found = list(dict.fromkeys(map(self._fields, records)))
-        merged = tuple(
-            FieldInfo(infos[0].name, infos[0].dtype, common_shape([info.shape for info in infos]))
-            for infos in zip(*found, strict=True)
-        )
+        fields = common_fields(list(dict.fromkeys(map(self._fields, records))))
         if self.classes is not None:
             self.classes.check(records)
-            merged += (self.classes.field,)
-        return _Pictures(self, records, merged)
+            fields += (self.classes.field,)
+        return ListedSamples(records, fields, self.sample)
 
     def _fields(self, record: Record) -> tuple[FieldInfo, ...]:
         with record.main.open() as file, _opened(file) as image:
@@ -98,24 +100,11 @@ class ImageEncoder(Encoder):
                 size = size[::-1]
             return self.prepare.fields(size)
 
-
-@dataclass(frozen=True)
-class _Pictures:
-    """Those of one file."""
-
-    encoder: ImageEncoder
-    records: Sequence[Record]
-    fields: tuple[FieldInfo, ...]
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.records)
-
-    def read(self, row: int) -> dict[str, Tensor]:
-        record, classes = self.records[row], self.encoder.classes
+    def sample(self, record: Record) -> dict[str, Tensor]:
+        """The tensors of a picture. Raises InputError."""
         with record.main.open() as file, _opened(file) as image:
-            sample = self.encoder.prepare(_upright(image, self.encoder.prepare.mode))
-        return sample if classes is None else sample | {LABELS: torch.tensor(classes.of_record(record))}
+            sample = self.prepare(_upright(image, self.prepare.mode))
+        return sample if self.classes is None else sample | {LABELS: torch.tensor(self.classes.of_record(record))}
 
 
 @contextmanager

@@ -151,9 +151,7 @@ def _list_data(given: Sequence[str], suffixes: Sequence[str]) -> tuple[list[str]
 
     found: set[str] = set()
     for uri in given:
-        matches = storage.list_files(uri)
-        if not matches:
-            raise InputError(f"{redact(uri)}: no file matches; check the path, the wildcards and the mounts")
+        matches = storage.matching_files(uri)
         if matches == [uri] and not known(uri):
             raise InputError(f"{redact(uri)}: unknown file type; supported are {', '.join(suffixes)}{_hint(uri)}")
         found.update(matches)

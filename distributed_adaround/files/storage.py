@@ -112,6 +112,14 @@ def list_files(uri: str) -> list[str]:
     return sorted(uri[:start] + join(prefix, tail) + uri[end:] for tail in visible)
 
 
+def matching_files(uri: str) -> list[str]:
+    """`list_files`, of which there must be some. Raises InputError when nothing matches."""
+    found = list_files(uri)
+    if not found:
+        raise InputError(f"{redact(uri)}: no file matches; check the path, the wildcards and the mounts")
+    return found
+
+
 def list_folder(uri: str) -> dict[str, str]:
     """URIs of all files below a folder, by their names relative to it, sorted; what is hidden is left out.
 

