@@ -3,6 +3,7 @@
 spec ─► ranks ─► data (manifest, shards) ─► model ─► capture ─► rounding, unit by unit ─► export ─► report
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,10 @@ from distributed_adaround.data.deal import DealtData, InputBinding, deal_data
 from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, redact
-from distributed_adaround.export.result import Exporter, ExportResult, exporters, result_files
+from distributed_adaround.export.codes import SolvedModel, planned_layer, write_codes
+from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, exporters, result_files, scale_dtype
+from distributed_adaround.export.stored import QuantizedLayer, StoredResult
+from distributed_adaround.export.verify import Verified, verify
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.files.job_file import yaml_text
 from distributed_adaround.files.local_files import LocalFiles
@@ -57,6 +61,7 @@ class PreparedJob:
     microbatches: Microbatches
     captured: CapturedModel
     exporters: list[Exporter]
+    plan: ExportPlan
     evaluation: Evaluation | None
 
 
@@ -95,12 +100,16 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             with phase(comm, "prepare the evaluation"), naming_evaluation():
                 judge = make_judge(spec.evaluate, data, folder)
             evaluation = Evaluation(judge, data, context.device, comm)
+        chosen = exporters(spec.output.formats)
+        directory = None if spec.model.hf is None else model_directory(spec.model.hf, files)
+        plan = ExportPlan((), spec.output, spec.model, opened.widest_dtype, directory, files)
+        spec = spec.model_copy(update={"quantize": spec.quantize.with_scales(scale_dtype(chosen, plan))})
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         tell_coverage(captured, comm)
-        chosen = exporters(spec.output.formats)
+        plan = replace(plan, layers=_layers(captured))
         for exporter in chosen:
-            exporter.check(captured.planned)
-        yield PreparedJob(spec, context, comm, dealt.manifest, opened, microbatches, captured, chosen, evaluation)
+            exporter.check(plan)
+        yield PreparedJob(spec, context, comm, dealt.manifest, opened, microbatches, captured, chosen, plan, evaluation)
 
 
 def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None = None) -> LayerTable:
@@ -116,6 +125,7 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
         if job.evaluation is not None:
             # Before the first layer: what is wrong with the metric is found before the work, not after it.
             job.evaluation.measure_float(job.opened.model)
+        spec = job.spec
         fingerprint = {"model": job.captured.digest, "data": job.manifest.digest(), "spec": spec.result_digest()}
         with stop.deferred():
             commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, result_files(), job.comm)
@@ -123,9 +133,11 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
                 log = _open_log(job, len(commits.names), started)
             with log:
                 result = NetworkRounder(spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
+            verified: list[Verified] = []
             with phase(job.comm, "write the results"):
                 if job.comm.rank == 0:
-                    _export(job, result)
+                    task = _export(job, result, hashlib.sha256(jsontext.dumps(fingerprint).encode()).hexdigest())
+                    verified = verify(task, job.exporters) if spec.output.verify else []
             if job.evaluation is not None:
                 # The checkpoints are there also when the metric fails on the quantized model.
                 result = replace(result, metrics=job.evaluation.figures(job.opened.model))
@@ -133,7 +145,7 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
             with phase(job.comm, "write the report"):
                 seconds = time.monotonic() - started
                 if job.comm.rank == 0:
-                    _write_report(job, result, seconds)
+                    _write_report(job, result, verified, seconds)
                 log.job_done(seconds, result.output_error)
     return result.table
 
@@ -221,20 +233,35 @@ def _write_job_file(spec: JobSpec) -> None:
     storage.write_bytes(uris.join(spec.output.uri, "job.yaml"), lines.encode())
 
 
-def _export(job: PreparedJob, result: NetworkResult) -> None:
-    """Write the checkpoints the job asks for."""
+def _layers(captured: CapturedModel) -> list[QuantizedLayer]:
+    """All that will be quantized."""
+    return [
+        planned_layer(site, planned.format, captured.walker.tensor(site.weight_name))
+        for planned in captured.planned
+        if planned.format is not None
+        for site in planned.sites
+    ]
+
+
+def _export(job: PreparedJob, result: NetworkResult, source: str) -> ExportTask:
+    """Write the result and the checkpoints the job asks for. source: digest of what the result depends on."""
     described = [asdict(parameter) for parameter in job.captured.float_parameters]
-    records = [(site.stored_name, record) for site, record in result.records]
-    parts = {site.stored_name: (site.weight_name, site.view) for site, _ in result.records if site.view is not None}
-    opened = job.opened
+    layers = {layer.stored_name: layer for layer in job.plan.layers}
+    solved = [(layers[site.stored_name], record) for site, record in result.records]
+    uri, opened, batches = job.spec.output.uri, job.opened, job.microbatches
+    write_codes(SolvedModel(opened.weights, solved, described, opened.shard_bytes), uri, source)
+    task = ExportTask(
+        **vars(job.plan),
+        result=StoredResult.open(uri, job.plan.files),
+        model=lambda: opened.model,
+        inputs=lambda: [batches.load(index) for index in batches.owned[:1]],
+    )
     for exporter in job.exporters:
-        exporter.write(
-            ExportResult(opened.weights, records, described, opened.files, parts, opened.model, opened.shard_bytes),
-            job.spec.output.uri,
-        )
+        exporter.write(task, uri)
+    return task
 
 
-def _write_report(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
+def _write_report(job: PreparedJob, result: NetworkResult, verified: list[Verified], seconds: float) -> None:
     spec = job.spec
     report = {
         "version": __version__,
@@ -245,6 +272,7 @@ def _write_report(job: PreparedJob, result: NetworkResult, seconds: float) -> No
         "coverage": result.table.coverage.share,
         "metrics": [figures.to_dict() for figures in result.metrics],
         "float_parameters": [asdict(parameter) for parameter in job.captured.float_parameters],
+        "exports": [asdict(one) for one in verified],
         "notes": list(job.captured.walker.notes),
         "world_size": job.comm.world_size,
         "peak_activation_bytes": job.captured.store.peak,

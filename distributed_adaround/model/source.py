@@ -6,6 +6,7 @@ so it runs code; only the author of the job names it. A program is read without 
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,15 @@ class OpenedModel:
         named = self.model.named_parameters()
         found = {parameter.dtype for _, parameter in named if parameter.is_floating_point()}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def widest_dtype(self) -> torch.dtype:
+        """Of most of its parameters of real numbers; float32 where it has none."""
+        numbers: Counter[torch.dtype] = Counter()
+        for _, parameter in self.model.named_parameters():
+            if parameter.is_floating_point():
+                numbers[parameter.dtype] += parameter.numel()
+        return numbers.most_common(1)[0][0] if numbers else torch.float32
 
     @property
     def digest(self) -> str:

@@ -79,6 +79,24 @@ class LayerFigures:
         return cls(**given)  # type: ignore[arg-type]
 
 
+def format_entries(layer_format: LayerFormat, geometry: LayerGeometry) -> dict[str, Any]:
+    """FORMAT_KEYS of a layer before it is solved: the factor of the whole tensor is not known yet."""
+    number = layer_format.number
+    whole = number.element is None
+    return {
+        "dtype": number.name,
+        "qscheme": layer_format.qscheme,
+        "group_size": layer_format.group_size,
+        "quant_min": layer_format.quant_min if whole else None,
+        "quant_max": layer_format.quant_max if whole else None,
+        "element_format": None if number.element is None else number.element.name,
+        "scale_format": layer_format.scale.name,
+        "tensor_scale": None,
+        "groups": geometry.groups,
+        "transposed": geometry.transposed,
+    }
+
+
 @dataclass(frozen=True)
 class LayerRecord:
     """The result of one layer, as it is stored.
@@ -116,24 +134,13 @@ class LayerRecord:
         grid = grid.to(torch.float32, torch.device("cpu"))
         shape = {"tensor": (), "channel": (-1,), "group": (geometry.out_channels, -1)}[layer_format.strategy]
         codes = geometry.from_channels(codes).cpu()
-        whole = number.element is None
         return cls(
             name=figures.name,
             codes=codes.to(getattr(torch, number.storage)) if number.element is None else encode(codes, number.element),
             scale=grid.scale.reshape(shape).to(getattr(torch, scales.storage)),
             zero_point=grid.zero_point.reshape(shape).to(torch.int32),
-            format={
-                "dtype": number.name,
-                "qscheme": layer_format.qscheme,
-                "group_size": layer_format.group_size,
-                "quant_min": layer_format.quant_min if whole else None,
-                "quant_max": layer_format.quant_max if whole else None,
-                "element_format": None if number.element is None else number.element.name,
-                "scale_format": scales.name,
-                "tensor_scale": None if grid.tensor_scale is None else grid.tensor_scale.item(),
-                "groups": geometry.groups,
-                "transposed": geometry.transposed,
-            },
+            format=format_entries(layer_format, geometry)
+            | {"tensor_scale": None if grid.tensor_scale is None else grid.tensor_scale.item()},
             figures=figures,
             shift=None if shift is None else shift.float().cpu(),
         )

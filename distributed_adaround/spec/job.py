@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distributed_adaround.spec.data import DataSpec
 from distributed_adaround.spec.evaluate import EvaluateSpec
-from distributed_adaround.spec.explain import ContradictionError, Section
+from distributed_adaround.spec.explain import ABSENT, ContradictionError, Section
 from distributed_adaround.spec.fields import NameIn, Text
 from distributed_adaround.spec.model import ModelSpec
 from distributed_adaround.spec.quantize import QuantizeSpec, stale_fields
@@ -22,10 +22,17 @@ from distributed_adaround.spec.runtime import RuntimeSpec
 
 # What a result is written as (the contract is export.result.Exporter).
 EXPORTERS: dict[str, str] = {
-    "safetensors": "distributed_adaround.export.codes:CodesExporter",
-    "dequantized": "distributed_adaround.export.result:DequantizedExporter",
+    "safetensors": "distributed_adaround.export.dequantized:CodesExporter",
+    "dequantized": "distributed_adaround.export.dequantized:DequantizedExporter",
     "huggingface": "distributed_adaround.export.huggingface:HuggingFaceExporter",
+    "compressed_tensors": "distributed_adaround.export.compressed_tensors:CompressedTensorsExporter",
+    "onnx": "distributed_adaround.export.onnx_model:OnnxExporter",
+    "gguf": "distributed_adaround.export.gguf_file:GgufExporter",
+    "torchao": "distributed_adaround.export.torchao_file:TorchaoExporter",
+    "program": "distributed_adaround.export.program:ProgramExporter",
 }
+# What writes a directory of model.hf again.
+_DIRECTORIES = ("huggingface", "compressed_tensors")
 
 _ADAROUND = {
     "solver": "minibatch",
@@ -62,8 +69,17 @@ class OutputSpec(Section):
     uri: Text = Field(examples=["s3://out/resnet50-w4"])
     """Folder for the results, a path or URI; commits of finished layers and reports go there too."""
     formats: list[Annotated[str, NameIn(EXPORTERS)]] = Field(["safetensors", "dequantized"], min_length=1)
-    """safetensors: codes, scales and zero points; dequantized: float weights on the grid under the model's own
-    parameter names; huggingface: the directory of model.hf again, with float weights on the grid."""
+    """safetensors: packed codes, scales and zero points, written in any case, since all else is made from them;
+    dequantized: float weights on the grid under the model's own parameter names; huggingface: the directory of model.hf
+    again, with float weights on the grid; compressed_tensors: the same with packed weights, for transformers, vLLM and
+    SGLang; onnx: DequantizeLinear, for ONNX Runtime; gguf: for llama.cpp; torchao: tensors of torchao in safetensors;
+    program: codes and plain operations, for torch.export.load."""
+    base_gguf: Text | None = Field(None, examples=["s3://models/SmolLM2-135M-f16.gguf"])
+    """With gguf: path or URI of a float GGUF file of the same model, whose tensors are replaced."""
+    dynamic_activations: bool = False
+    """With compressed_tensors and fp8: runtimes quantize activations to fp8 too, token by token."""
+    verify: bool = True
+    """Load each format again by the library that reads it, and compare weights and outputs with the quantized model."""
     overwrite: bool = False
     """Replace finished results that are already in the folder."""
 
@@ -71,6 +87,13 @@ class OutputSpec(Section):
     def _formats_once(self) -> Self:
         if len(set(self.formats)) < len(self.formats):
             raise ContradictionError(("formats",), self.formats, "names a format twice; remove the second one")
+        if "gguf" in self.formats and self.base_gguf is None:
+            text = "is missing, but the format gguf needs it; give a float GGUF file of the model"
+            raise ContradictionError(("base_gguf",), ABSENT, text)
+        for name, owner in (("base_gguf", "gguf"), ("dynamic_activations", "compressed_tensors")):
+            value = getattr(self, name)
+            if value not in (None, False) and owner not in self.formats:
+                raise ContradictionError((name,), value, f"counts only with the format {owner}; add it or remove this")
         return self
 
 
@@ -126,12 +149,14 @@ class JobSpec(MethodSpec):
             found += [(f"{section}.uri", uri) for uri in ([data.uri] if isinstance(data.uri, str) else data.uri)]
             found += [(f"{section}.{name}", getattr(data, name)) for name in ("checksums", "processor")]
         found += [(f"model.{name}", getattr(self.model, name)) for name in ("hf", "weights", "program")]
+        found.append(("output.base_gguf", self.output.base_gguf))
         return [(field, uri) for field, uri in found if uri is not None]
 
     @model_validator(mode="after")
     def _format_of_source(self) -> Self:
-        if "huggingface" in self.output.formats and self.model.source_name != "hf":
-            text = "writes a model.hf directory again, and this model is none; remove it"
+        again = [name for name in self.output.formats if name in _DIRECTORIES]
+        if again and self.model.source_name != "hf":
+            text = f"writes a model.hf directory again ({again[0]}), and this model is none; remove it"
             raise ContradictionError(("output", "formats"), self.output.formats, text)
         return self
 

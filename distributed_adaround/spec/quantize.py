@@ -84,7 +84,8 @@ class QuantizeSpec(Section):
     """Largest code of an integer type; null: the largest it has."""
     scale_dtype: ScaleDtype | None = None
     """Precision in which scales are stored, and to which they are rounded before a layer is solved and after every
-    change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else float32."""
+    change. null: that of the dtype for mxfp8, mxfp4 and nvfp4, else what output.formats store: the model's dtype with
+    compressed_tensors, float16 with gguf, float32 with the others."""
     observer: Observer = "mse"
     """How scales are found from the weights: minmax covers the largest weight, mse minimizes the squared rounding
     error, percentile cuts off the largest weights; output_mse weighs each weight's error by the mean square of its
@@ -147,6 +148,17 @@ class QuantizeSpec(Section):
         except ContradictionError as error:
             rule = line(f"quantize.{error.loc[0]}", error.value, error.text)
             raise SpecError(f"layer {shown(name)}, all its overrides together: {rule}") from None
+
+    def with_scales(self, dtype: str) -> Self:
+        """The same, with scales of that precision where none is given and the format of a layer leaves it open."""
+
+        def filled(fields: Section) -> dict[str, Any]:
+            number = FORMATS[getattr(fields, "dtype", None) or self.dtype]
+            is_open = getattr(fields, "scale_dtype", None) is None and number.scale == "float32"
+            return {"scale_dtype": dtype} if is_open and dtype != "float32" else {}
+
+        overrides = [each.model_copy(update=filled(each) if each.dtype else {}) for each in self.overrides]
+        return self.model_copy(update=filled(self) | {"overrides": overrides})
 
     def unmatched(self, layers: Sequence[tuple[str, str]]) -> list[str]:
         """Patterns of `ignore` and `overrides` that match none of these (name, class name) pairs."""

@@ -1,0 +1,132 @@
+"""Safetensors files of a limited size, written one after the other: no more than one is in memory.
+
+What is written so far stands in <stem>.partial.json, so that a writer that starts again goes on after the last whole
+file. It is removed at the end; the index, or whatever readers look for first, comes after it.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distributed_adaround.errors import InputError, redact
+from distributed_adaround.files import jsontext, storage, uris
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of tensors. size: in bytes. sha256: in hex."""
+
+    size: int
+    sha256: str
+
+
+def cut(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names in runs of at most `limit` bytes, or of one name that is larger; limit 0: one run."""
+    runs: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes:
+        if runs[-1] and limit and held + size > limit:
+            runs.append([])
+            held = 0
+        runs[-1].append(name)
+        held += size
+    return runs
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """"model.safetensors", or "model-00001-of-00003.safetensors" and so on."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
+
+
+def write_shards(
+    uri: str,
+    stem: str,
+    shards: Mapping[str, Sequence[str]],
+    tensors: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    metadata: dict[str, str],
+    source: str,
+) -> dict[str, WrittenFile]:
+    """Write files into the folder `uri`. A writer that was killed goes on where it was.
+
+    Args:
+        stem: of the name under which the progress is kept.
+        shards: names of tensors by the file that they go into.
+        tensors: the tensors of these names.
+        source: digest of what the files are made from; files of another source are written anew.
+
+    Raises: InputError when safetensors cannot hold a tensor, OutputError.
+    """
+    place = uris.join(uri, f"{stem}.partial.json")
+    done = _progress(place, source)
+    for file, names in shards.items():
+        target = uris.join(uri, file)
+        if file in done and storage.exists(target):
+            continue
+        done[file] = write_safetensors(target, tensors(names), metadata)
+        if len(shards) > 1:
+            kept = {name: asdict(written) for name, written in done.items()}
+            storage.write_bytes(place, jsontext.dumps({"source": source, "files": kept}).encode())
+    storage.remove_tree(place)
+    return {file: done[file] for file in shards}
+
+
+def _progress(place: str, source: str) -> dict[str, WrittenFile]:
+    if not storage.exists(place):
+        return {}
+    try:
+        kept = jsontext.parse_object(storage.read_bytes(place), redact(place))
+        if kept["source"] != source:
+            return {}
+        return {name: WrittenFile(int(entry["size"]), str(entry["sha256"])) for name, entry in kept["files"].items()}
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
+        logger.warning("%s is damaged; its files are written anew", redact(place))
+        return {}
+
+
+def write_safetensors(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> WrittenFile:
+    """A file whose bytes depend on names and values only, never on the order of a dict or on shared memory.
+
+    Raises InputError when safetensors cannot hold a tensor, OutputError.
+    """
+    plain = _plain(tensors)
+    found: list[WrittenFile] = []
+
+    def write(path: Path) -> None:
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            safetensors.torch.save_file(plain, path, metadata=metadata)
+        except KeyError as error:
+            raise InputError(f"a tensor of the model has dtype {error}, which safetensors cannot hold") from error
+        # safetensors replaces the file by one that only its owner may read.
+        path.chmod(mode)
+        found.append(WrittenFile(path.stat().st_size, storage.sha256_file(path)))
+
+    storage.write_file(uri, write)
+    return found[-1]
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the host, contiguous, none sharing memory with another, in the order of their names."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{name} is {kind}, safetensors holds dense tensors only; leave it out of the state dict")
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    return plain

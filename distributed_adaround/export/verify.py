@@ -1,0 +1,77 @@
+"""Each export, read again by the library that users read it with, beside the quantized model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from distributed_adaround.capture.forward import real_tensors, run_once
+from distributed_adaround.data.microbatches import ModelInputs
+from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of one format. weights: compared, and how many of them differ. output_error: largest difference of an
+    output over the largest output; None: the format's library runs nothing. ok: all weights are equal, and the error is
+    within the tolerance. note: in a few words."""
+
+    format: str
+    weights: int
+    different: int
+    output_error: float | None
+    tolerance: float
+    note: str
+    ok: bool
+
+
+def verify(task: ExportTask, exporters: Sequence[Exporter]) -> list[Verified]:
+    """Compare all formats of an output. Raises InputError when one of them cannot be read."""
+    model = task.model()
+    reference = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    expected: list[tuple[ModelInputs, list[Tensor]]] = []
+    found = []
+    for name, exporter in zip(task.output.formats, exporters, strict=True):
+        loaded = exporter.load(task, task.output.uri)
+        if loaded.run is not None and not expected:
+            expected = [(inputs, outputs_of(model, inputs)) for inputs in task.inputs()]
+        found.append(_compared(name, loaded, reference, expected))
+    return found
+
+
+def outputs_of(model: nn.Module | ExportedProgram, inputs: ModelInputs) -> list[Tensor]:
+    """Outputs of real numbers, on the host."""
+    module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    return [output.cpu() for output in real_tensors(run_once(module, inputs, device, seed=0))]
+
+
+def _compared(
+    name: str,
+    loaded: Loaded,
+    reference: dict[str, Tensor],
+    expected: Sequence[tuple[ModelInputs, list[Tensor]]],
+) -> Verified:
+    weights = different = 0
+    for key, tensor in loaded.weights:
+        weights += 1
+        own = reference[key].cpu()
+        different += not (tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own))
+    error = None if loaded.run is None else _output_error(loaded.run, expected)
+    ok = not different and (error is None or error <= loaded.tolerance)
+    return Verified(name, weights, different, error, loaded.tolerance, loaded.note, ok)
+
+
+def _output_error(
+    run: Callable[[ModelInputs], Sequence[Tensor]], expected: Sequence[tuple[ModelInputs, list[Tensor]]]
+) -> float:
+    """NaN where outputs cannot be compared, which is within no tolerance."""
+    worst = 0.0
+    for inputs, outputs in expected:
+        found = run(inputs)
+        for ours, theirs in zip(outputs, found, strict=True):
+            difference = (ours.double() - theirs.double()).abs().max() / ours.double().abs().max().clamp_min(1e-30)
+            worst = max(worst, float(difference)) if not torch.isnan(difference) else float("nan")
+    return worst
