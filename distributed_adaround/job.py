@@ -249,7 +249,7 @@ def _export(job: PreparedJob, result: NetworkResult, source: str) -> ExportTask:
     layers = {layer.stored_name: layer for layer in job.plan.layers}
     solved = [(layers[site.stored_name], record) for site, record in result.records]
     uri, opened, batches = job.spec.output.uri, job.opened, job.microbatches
-    write_codes(SolvedModel(opened.weights, solved, described, opened.shard_bytes), uri, source)
+    write_codes(SolvedModel(opened.weights, solved, described, opened.checkpoint, opened.shard_bytes), uri, source)
     task = ExportTask(
         **vars(job.plan),
         result=StoredResult.open(uri, job.plan.files),

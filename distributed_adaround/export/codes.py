@@ -51,11 +51,12 @@ _DEQUANTIZE = (
 class SolvedModel:
     """A quantized model in memory. weights: the model's tensors under its own names, dequantized. layers: each with its
     record, in the order of the walk. float_parameters: JSON values, each parameter left in float with its reason.
-    shard_bytes: of the largest file that the model came in; 0: it came in none."""
+    checkpoint, shard_bytes: as OpenedModel has them."""
 
     weights: Mapping[str, Tensor]
     layers: Sequence[tuple[QuantizedLayer, LayerRecord]]
-    float_parameters: Sequence[Mapping[str, object]] = field(default=())
+    float_parameters: Sequence[Mapping[str, object]] = ()
+    checkpoint: Mapping[str, str] = field(default_factory=dict)
     shard_bytes: int = 0
 
 
@@ -85,6 +86,7 @@ def write_codes(solved: SolvedModel, uri: str, source: str) -> None:
     metadata = {"format": "distributed_adaround"}
     written = write_shards(uri, STEM, named, writer.tensors, metadata, source)
     text = {
+        "checkpoint": dict(solved.checkpoint),
         "float_parameters": list(solved.float_parameters),
         "files": {file: asdict(written[file]) | {"tensors": sorted(named[file])} for file in named},
         "format": "distributed_adaround",

@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file of tensors. size: in bytes. sha256: in hex."""
+    """A file of tensors. size, tensor_bytes: of all of it, and without its header. sha256: in hex."""
 
     size: int
     sha256: str
+    tensor_bytes: int
 
 
 def cut(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
@@ -86,7 +87,7 @@ def _progress(place: str, source: str) -> dict[str, WrittenFile]:
         kept = jsontext.parse_object(storage.read_bytes(place), redact(place))
         if kept["source"] != source:
             return {}
-        return {name: WrittenFile(int(entry["size"]), str(entry["sha256"])) for name, entry in kept["files"].items()}
+        return {name: WrittenFile(**entry) for name, entry in kept["files"].items()}
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         logger.warning("%s is damaged; its files are written anew", redact(place))
         return {}
@@ -109,7 +110,8 @@ def write_safetensors(uri: str, tensors: Mapping[str, Tensor], metadata: dict[st
             raise InputError(f"a tensor of the model has dtype {error}, which safetensors cannot hold") from error
         # safetensors replaces the file by one that only its owner may read.
         path.chmod(mode)
-        found.append(WrittenFile(path.stat().st_size, storage.sha256_file(path)))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
+        found.append(WrittenFile(path.stat().st_size, storage.sha256_file(path), size))
 
     storage.write_file(uri, write)
     return found[-1]

@@ -68,7 +68,8 @@ class StoredResult:
     """From `StoredResult.open`. A file is opened for each tensor, so that no more is in memory than was asked for.
 
     layers: by their stored names. tied: other names of tensors. names: of all tensors of the model but the tied ones. shapes, dtypes: of these. float_parameters: JSON values.
-    shard_bytes: of the largest file that the model came in, 0: it came in none. digest: SHA-256 of the description,
+    checkpoint: the files of the directory that the model came in, by the names of its tensors there. shard_bytes: of the
+    largest of them. digest: SHA-256 of the description,
     which holds those of the files.
     """
 
@@ -84,6 +85,7 @@ class StoredResult:
         self.names: tuple[str, ...] = tuple(text["tensors"])
         self.shapes = {name: tuple(shape) for name, (_, shape) in text["tensors"].items()}
         self.dtypes = {name: str(dtype) for name, (dtype, _) in text["tensors"].items()}
+        self.checkpoint: dict[str, str] = dict(text["checkpoint"])
         self.shard_bytes = int(text["shard_bytes"])
         self.float_parameters: Sequence[Mapping[str, object]] = text["float_parameters"]
 

@@ -57,16 +57,45 @@ def open_huggingface(spec: ModelSpec, folder: Path | None, files: LocalFiles) ->
     shown = f"model.hf {redact(spec.hf)!r}"
     directory = model_directory(spec.hf, files, weights=True)
     config = read_config(directory, shown)
-    shards = _check_weights(directory, shown)
+    checkpoint = _check_weights(directory, shown)
     refused = sorted(_FIXED & spec.source_args.keys())
     if refused:
         raise InputError(f"model.source_args: {refused[0]!r} is not for the job to set; remove it")
     with offline_transformers(shown) as transformers:
         made = _from_pretrained(transformers, directory, config, spec, shown)
     refuse_non_finite((*made.named_parameters(), *made.named_buffers()), dict(made.named_parameters()), shown)
-    beside = {name: path for name, path in _files(directory).items() if _is_beside(name)}
-    largest = max((directory / shard).stat().st_size for shard in shards)
-    return OpenedModel(made.eval().requires_grad_(False), beside, largest)
+    largest = max((directory / shard).stat().st_size for shard in set(checkpoint.values()))
+    return OpenedModel(made.eval().requires_grad_(False), checkpoint, largest)
+
+
+def load_again(directory: Path, spec: ModelSpec, shown: str, **changed: Any) -> nn.Module:
+    """A directory that this program has written, as its own is loaded. changed: more arguments of from_pretrained.
+    Raises InputError."""
+    config = jsontext.read_object(directory / CONFIG, shown)
+    with offline_transformers(shown) as transformers:
+        return _from_pretrained(transformers, directory, config, spec, shown, **changed).eval()
+
+
+def shape_of_model(directory: Path, spec: ModelSpec, shown: str) -> nn.Module:
+    """The model without weights, on the meta device. Raises InputError."""
+    with offline_transformers(shown) as transformers:
+        cls = _model_class(transformers, directory, read_config(directory, shown), spec.hf_class, shown)
+        try:
+            config, rest = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **spec.source_args
+            )
+            with torch.device("meta"):
+                # Auto classes make their models by another method.
+                made = cls(config, **rest) if issubclass(cls, nn.Module) else cls.from_config(config, **rest)
+        except Exception as error:
+            raise InputError(f"{shown} cannot be built as {cls.__name__}: {first_line(error)}") from error
+    assert isinstance(made, nn.Module)
+    return made
+
+
+def files_beside(directory: Path) -> dict[str, Path]:
+    """What lies beside the weights, by its name: configuration, tokenizer, licence."""
+    return {name: path for name, path in _files(directory).items() if _is_beside(name)}
 
 
 def model_directory(uri: str, files: LocalFiles, *, weights: bool = False) -> Path:
@@ -95,9 +124,9 @@ def read_config(directory: Path, shown: str) -> dict[str, Any]:
     return config
 
 
-def _check_weights(directory: Path, shown: str) -> list[str]:
-    """Names of the files with weights. Raises InputError unless every shard that the index names is there and whole,
-    and holds what the index says."""
+def _check_weights(directory: Path, shown: str) -> dict[str, str]:
+    """The file of each tensor. Raises InputError unless every shard that the index names is there and whole, and holds
+    what the index says."""
     if (directory / INDEX).exists():
         places = jsontext.read_object(directory / INDEX, shown).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -108,19 +137,20 @@ def _check_weights(directory: Path, shown: str) -> list[str]:
         others = sorted(name for name in _files(directory) if name.lower().endswith(_WEIGHTS))
         what = f"only {shorten(', '.join(others), 120)}; convert them by save_pretrained" if others else "no weights"
         raise InputError(f"{shown} has no {SINGLE} and no {INDEX}: {what}")
-    shards = sorted(set(places.values())) if places is not None else [SINGLE]
-    for shard in shards:
+    if places is None:
+        return dict.fromkeys(sorted(_names_in(directory / SINGLE, f"{shown}: {SINGLE}")), SINGLE)
+    for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
             raise InputError(f"{shown}: {INDEX} names {shorten(shard, 80)!r}, which leaves the directory; correct it")
         path = directory / shard
         if not path.exists():
             raise InputError(f"{shown}: {INDEX} names {shorten(shard, 80)!r}, which is missing; get it again")
         held = _names_in(path, f"{shown}: {shard}")
-        absent = [] if places is None else [name for name, file in places.items() if file == shard and name not in held]
+        absent = [name for name, file in places.items() if file == shard and name not in held]
         if absent:
             what = f"{shard} lacks what {INDEX} says is in it: {counted('', absent).strip()}"
             raise InputError(f"{shown}: {what}; they are not of one model, get both again")
-    return shards
+    return places
 
 
 def _names_in(path: Path, named: str) -> set[str]:
@@ -142,7 +172,7 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _from_pretrained(
-    transformers: Any, directory: Path, config: Mapping[str, Any], spec: ModelSpec, shown: str
+    transformers: Any, directory: Path, config: Mapping[str, Any], spec: ModelSpec, shown: str, **changed: Any
 ) -> nn.Module:
     """The model with all its weights from the directory. Raises InputError."""
     cls = _model_class(transformers, directory, config, spec.hf_class, shown)
@@ -157,7 +187,7 @@ def _from_pretrained(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **spec.source_args,
+            **spec.source_args | changed,
         )
     except Exception as error:
         raise InputError(f"{shown} cannot be loaded as {cls.__name__}: {first_line(error)}") from error

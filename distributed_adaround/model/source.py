@@ -29,11 +29,11 @@ from distributed_adaround.spec.model import SOURCES, ModelSpec
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in memory. files: what belongs beside its weights (configuration, tokenizer), local, by their names.
-    shard_bytes: size of its largest file of weights, where it came in such files."""
+    """A model in memory. checkpoint: of a model directory, the file that each tensor of it lies in, by the tensor's name
+    there. shard_bytes: size of the largest of these files."""
 
     model: nn.Module | ExportedProgram
-    files: Mapping[str, Path] = field(default_factory=dict)
+    checkpoint: Mapping[str, str] = field(default_factory=dict)
     shard_bytes: int = 0
 
     @property

@@ -1,0 +1,330 @@
+"""Exporter `compressed_tensors`: the model's directory with packed weights, for transformers, vLLM and SGLang.
+
+    X.weight_packed, X.weight_scale, X.weight_shape     instead of X.weight, of integers
+    X.weight, X.weight_scale                            of fp8 and mxfp8
+    config.json: quantization_config                    which layers are stored how
+
+The library packs. It takes weights and rounds them again, so it gets weights that lie on the grid, and what it has
+packed is unpacked and compared. Only fields that compressed-tensors 0.17 knows are written, which vLLM 0.33 pins.
+"""
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distributed_adaround.errors import AdaRoundError, SpecError, shorten
+from distributed_adaround.export.directory import Directory, ModelTensors, loaded_directory
+from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, Loaded
+from distributed_adaround.export.names import Source
+from distributed_adaround.export.stored import QuantizedLayer, StoredResult
+from distributed_adaround.files import uris
+from distributed_adaround.solve.record import LayerRecord
+
+FOLDER = "compressed_tensors"
+_FIELDS = (
+    "config_groups", "quant_method", "kv_cache_scheme", "format", "quantization_status", "global_compression_ratio",
+    "ignore",
+)  # fmt: skip
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a layer is stored. format: of compressed-tensors. bits, type, symmetric, strategy, group_size, scale_dtype: of
+    its weights. dynamic: activations are quantized to fp8 as well."""
+
+    format: str
+    bits: int
+    type: str
+    symmetric: bool
+    strategy: str
+    group_size: int | None = None
+    scale_dtype: torch.dtype | None = None
+    dynamic: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What is stored in the place of a weight."""
+        packed = ("weight_packed",) if self.bits < 8 or self.type == "int" else ("weight",)
+        shape = ("weight_shape",) if self.type == "int" else ()
+        zero_point = () if self.symmetric else ("weight_zero_point",)
+        global_scale = ("weight_global_scale",) if self.strategy == "tensor_group" else ()
+        return (*packed, "weight_scale", *shape, *zero_point, *global_scale)
+
+    def library(self, targets: Sequence[str]) -> Any:
+        """The same in the words of the library."""
+        words = importlib.import_module("compressed_tensors.quantization")
+        weights = words.QuantizationArgs(
+            num_bits=self.bits,
+            type=self.type,
+            symmetric=self.symmetric,
+            strategy=self.strategy,
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
+        )
+        activations = None
+        if self.dynamic:
+            activations = words.QuantizationArgs(num_bits=8, type="float", strategy="token", dynamic=True)
+        return words.QuantizationScheme(
+            targets=list(targets), weights=weights, input_activations=activations, format=self.format
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a quantized tensor of the checkpoint lies: rows of a layer's weight, int64; None: all of them."""
+
+    layer: QuantizedLayer
+    rows: Tensor | None
+
+
+class CompressedTensorsExporter(Exporter):
+    files = (FOLDER,)
+
+    def scale_dtype(self, plan: ExportPlan) -> str:
+        return str(plan.dtype).removeprefix("torch.")
+
+    def check(self, plan: ExportPlan) -> None:
+        _library()
+        for layer in plan.layers:
+            scheme_of(layer, plan)
+        _Packed(plan)
+
+    def write(self, task: ExportTask, uri: str) -> None:
+        packed = _Packed(task, task.result)
+        config = {"quantization_config": packed.config}
+        packed.directory.write(task, uris.join(uri, FOLDER), packed, config, f"{FOLDER} {task.output}")
+
+    def load(self, task: ExportTask, uri: str) -> Loaded:
+        """Weights as the library dequantizes them; outputs of the compressed model, where transformers runs it."""
+        transformers: Any = importlib.import_module("transformers")
+        schemes = {scheme_of(layer, task) for layer in task.layers}
+        config = transformers.CompressedTensorsConfig(dequantize=True)
+        reasons = [reason for scheme in schemes if (reason := _only_dequantized(scheme, task.dtype))]
+        folder = uris.join(uri, FOLDER)
+        loaded = loaded_directory(task, folder, quantization_config=config)
+        if reasons:
+            return replace(loaded, note=f"transformers needs CompressedTensorsConfig(dequantize=True): {reasons[0]}")
+        # Packed parameters have other names, so that weights are compared as the library dequantizes them.
+        as_it_is = loaded_directory(task, folder)
+        wide = any(scheme.dynamic for scheme in schemes)
+        tolerance = _DYNAMIC_TOLERANCE if wide else loaded.tolerance
+        note = "activations are fp8 too" if wide else ""
+        return replace(loaded, run=as_it_is.run, tolerance=tolerance, note=note)
+
+
+# Activations of three bits after the leading one: 1/16 each, which layers add up.
+_DYNAMIC_TOLERANCE = 0.25
+
+
+def _library() -> Any:
+    try:
+        importlib.import_module("transformers")
+        return importlib.import_module("compressed_tensors")
+    except ImportError as error:
+        text = "output.formats: compressed_tensors needs pip install 'distributed_adaround[compressed-tensors]'"
+        raise SpecError(f"{text} ({error})") from error
+
+
+def _only_dequantized(scheme: Scheme, dtype: torch.dtype) -> str:
+    """Why transformers does not run the compressed model; empty: it does."""
+    if not scheme.symmetric:
+        return "it does not load packed zero points otherwise"
+    if scheme.scale_dtype is not None and dtype != torch.bfloat16:
+        return f"it makes {scheme.format} bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def scheme_of(layer: QuantizedLayer, plan: ExportPlan) -> Scheme:
+    """How a layer is stored. Raises SpecError, with a setting that fits, where the format cannot hold it."""
+    number, strategy = layer.number, layer.strategy
+    if number.element is not None and number.scale == "float32":
+        if number.bits < 8:
+            raise _refused(layer, "floats of 4 bits need scales of their own kind", "dtype: mxfp4 or nvfp4")
+        if strategy != "channel":
+            raise _refused(layer, "fp8 has one scale for each channel", "qscheme: per_channel_symmetric")
+    elif strategy == "tensor":
+        raise _refused(layer, "runtimes read one scale for each channel or group", "qscheme: per_channel_symmetric")
+    scales, dtype = layer.format["scale_format"], str(plan.dtype).removeprefix("torch.")
+    if number.scale == "float32" and scales != dtype and dtype != "float32":
+        what = f"runtimes load scales in the model's {dtype}, and these are {scales}"
+        raise _refused(layer, what, f"scale_dtype: {dtype}, or none")
+    if number.element is None:
+        symmetric = layer.symmetric and _zero_point(layer) == 0
+        return Scheme("pack-quantized", number.bits, "int", symmetric, strategy, layer.group_size)
+    if number.scale == "float32":
+        dynamic = plan.output.dynamic_activations
+        return Scheme("float-quantized" if dynamic else "naive-quantized", 8, "float", True, strategy, dynamic=dynamic)
+    if number.scale == "e4m3":
+        return Scheme("nvfp4-pack-quantized", 4, "float", True, "tensor_group", 16, torch.float8_e4m3fn)
+    name = "mxfp4-pack-quantized" if number.bits == 4 else "mxfp8-quantized"
+    return Scheme(name, number.bits, "float", True, "group", 32, torch.uint8)
+
+
+def _zero_point(layer: QuantizedLayer) -> int:
+    """That of a symmetric grid of integers, in signed codes."""
+    if layer.number.signed:
+        return 0
+    return (int(layer.format["quant_min"]) + int(layer.format["quant_max"]) + 1) // 2 - (1 << (layer.number.bits - 1))
+
+
+def _refused(layer: QuantizedLayer, rule: str, remedy: str) -> SpecError:
+    what = f"compressed_tensors cannot hold layer {shorten(layer.name, 80)!r}, {layer.scheme}: {rule}"
+    return SpecError(f"output.formats: {what}; set quantize.{remedy}, or remove the format")
+
+
+class _Packed:
+    """The tensors of a checkpoint, those of quantized layers packed."""
+
+    def __init__(self, plan: ExportPlan, result: StoredResult | None = None) -> None:
+        """Raises SpecError for a layer that no linear layer of the checkpoint holds; InputError."""
+        self._plan, self._result = plan, result
+        self.directory = Directory(plan)
+        self._places = placed(self.directory, plan.layers)
+        self._schemes = {name: scheme_of(place.layer, plan) for name, place in self._places.items()}
+
+    def keys(self, name: str) -> Sequence[str]:
+        if name not in self._schemes:
+            return (name,)
+        return [f"{name.removesuffix('weight')}{key}" for key in self._schemes[name].keys]
+
+    def encode(self, name: str, tensors: ModelTensors) -> Mapping[str, Tensor]:
+        if name not in self._schemes:
+            return {name: tensors(self.directory.sources[name])}
+        assert self._result is not None
+        place, scheme = self._places[name], self._schemes[name]
+        packed = pack(self._result.record(place.layer.stored_name), place.rows, scheme, self._plan.dtype)
+        return {f"{name.removesuffix('weight')}{key}": tensor for key, tensor in packed.items()}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """quantization_config of config.json."""
+        words = importlib.import_module("compressed_tensors.quantization")
+        modules: dict[Scheme, list[str]] = {}
+        for name, scheme in self._schemes.items():
+            modules.setdefault(scheme, []).append(name.removesuffix(_WEIGHT))
+        first = self._most_common()
+        groups = {}
+        for place, scheme in enumerate([first, *(each for each in modules if each != first)]):
+            targets = ["Linear"] if scheme == first else sorted({*modules[scheme], *self._own_names(scheme)})
+            groups[f"group_{place}"] = scheme.library(targets)
+        formats = {scheme.format for scheme in modules}
+        config = words.QuantizationConfig(
+            config_groups=groups,
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            quantization_status="compressed",
+            ignore=self._ignore(),
+        )
+        whole: dict[str, Any] = config.model_dump(mode="json")
+        found = {key: whole[key] for key in _FIELDS}
+        return found | {"version": str(_library().__version__)}
+
+    def _most_common(self) -> Scheme:
+        """The scheme of all layers that are not named. That of experts, if there are any: vLLM asks for it by class."""
+        inside = {name for name, _ in self.directory.model.named_modules()}
+        experts = [scheme for name, scheme in self._schemes.items() if name.removesuffix(_WEIGHT) not in inside]
+        return Counter(experts or self._schemes.values()).most_common(1)[0][0]
+
+    def _own_names(self, scheme: Scheme) -> list[str]:
+        """Names in the model of layers that have other ones in the checkpoint."""
+        return [
+            place.layer.name for name, place in self._places.items()
+            if self._schemes[name] == scheme and place.rows is None
+        ]  # fmt: skip
+
+    def _ignore(self) -> list[str]:
+        """Layers left in float, by their names in the model and in the checkpoint: all linear ones, and what else has a
+        matrix and may be linear to another runtime, as routers are."""
+        sources, quantized = self.directory.sources, {place.layer.owner for place in self._places.values()}
+        kinds = {name: type(module) for name, module in self.directory.model.named_modules()}
+        found = set()
+        for name, source in sources.items():
+            module = source.name.removesuffix(_WEIGHT)
+            table = issubclass(kinds.get(module, nn.Module), nn.Embedding)
+            if source.name.endswith(_WEIGHT) and len(source.shape) == 2 and source.name not in quantized and not table:
+                found |= {module, name.removesuffix(_WEIGHT)}
+        # A head that is tied to an embedding has no tensor of its own.
+        linear = {name for name, kind in kinds.items() if issubclass(kind, nn.Linear)}
+        return sorted(found | {name for name in linear if f"{name}{_WEIGHT}" not in quantized})
+
+
+def placed(directory: Directory, layers: Sequence[QuantizedLayer]) -> dict[str, Place]:
+    """Where quantized weights lie in the checkpoint, by the names of their tensors there.
+
+    Raises SpecError for a layer that is not made of whole matrices of linear layers there.
+    """
+    modules = dict(directory.model.named_modules())
+    tied = getattr(directory.model, "all_tied_weights_keys", None) or {}
+    by_owner: dict[str, list[tuple[str, Source]]] = {}
+    for name, source in directory.sources.items():
+        by_owner.setdefault(source.name, []).append((name, source))
+    found: dict[str, Place] = {}
+    for layer in layers:
+        covered = 0
+        for name, source in by_owner.get(layer.owner, ()):
+            module = modules.get(name.removesuffix(_WEIGHT))
+            is_linear = isinstance(module, nn.Linear) if source.rows is None else module is None
+            rows = _rows_of(layer, source) if is_linear and name.endswith(_WEIGHT) and len(source.shape) == 2 else None
+            if rows is not None:
+                found[name] = Place(layer, None if source.rows is None else rows)
+                covered += rows.numel()
+        if covered != layer.shape[0]:
+            what = f"compressed_tensors holds linear layers, and {shorten(layer.name, 80)!r} is a {layer.kind}"
+            inside = "" if layer.view is None else f", a part of {shorten(layer.owner, 80)!r}"
+            raise SpecError(f"output.formats: {what}{inside}; add it to quantize.ignore, or remove the format")
+        if layer.owner in tied or layer.owner in tied.values():
+            what = f"the weight of layer {shorten(layer.name, 80)!r} is tied to another one"
+            raise SpecError(f"output.formats: compressed_tensors: {what}; add it to quantize.ignore")
+    return found
+
+
+def _rows_of(layer: QuantizedLayer, source: Source) -> Tensor | None:
+    """Rows of a layer's weight that make up a tensor of the checkpoint; None: it is not of them."""
+    count = layer.shape[0]
+    if layer.view is None:
+        return torch.arange(count) if source.rows is None else source.rows
+    width = layer.shape[-1]
+    lies_in_rows = layer.view.strides == (width, 1) and layer.view.offset % width == 0 and source.shape[-1] == width
+    if not lies_in_rows or source.rows is None:
+        return None
+    rows = source.rows - layer.view.offset // width
+    return rows if int(rows.min()) >= 0 and int(rows.max()) < count else None
+
+
+def pack(record: LayerRecord, rows: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is stored for rows of a layer, by names without the module. dtype: of the model, and of the scales."""
+    codec = _codec(scheme.format)
+    words = scheme.library(["Linear"])
+    weight, scale = record.dequantize(torch.float32), record.scale.float()
+    zero_point = record.zero_point - (0 if record.codes.dtype == torch.int8 else 1 << (scheme.bits - 1))
+    if scheme.type == "float":
+        zero_point = torch.zeros_like(zero_point)
+    scale, zero_point = (part.reshape(weight.shape[0], -1) for part in (scale, zero_point))
+    if rows is not None:
+        weight, scale, zero_point = weight[rows], scale[rows], zero_point[rows]
+    given = {"weight": weight, "weight_scale": scale if scheme.scale_dtype else scale.to(dtype)}
+    if not scheme.symmetric:
+        given["weight_zero_point"] = zero_point.to(torch.int8)
+    if scheme.strategy == "tensor_group":
+        # The library divides by this factor, and ours multiplies.
+        factor = torch.tensor([record.format["tensor_scale"]], dtype=torch.float32)
+        given |= {"weight_scale": scale / factor, "weight_global_scale": 1 / factor}
+    packed: dict[str, Tensor] = codec.compress(given, words)
+    again = codec.decompress(dict(packed), words)["weight"]
+    # Of fp4 the library unpacks to bfloat16.
+    expected = weight.to(again.dtype)
+    close = torch.allclose(again, expected, rtol=2.0**-7, atol=0) if scheme.strategy == "tensor_group" else None
+    if not (torch.equal(again, expected) if close is None else close):
+        raise AdaRoundError(f"layer {record.name}: compressed-tensors stores other weights; report this")
+    return packed
+
+
+def _codec(name: str) -> Any:
+    compressors: Any = importlib.import_module("compressed_tensors.compressors")
+    return compressors.BaseCompressor.get_value_from_registry(name)
