@@ -10,15 +10,17 @@ packed is unpacked and compared. Only fields that compressed-tensors 0.17 knows 
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from distributed_adaround.errors import AdaRoundError, SpecError, shorten
+from distributed_adaround.errors import AdaRoundError, InputError, SpecError, shorten
 from distributed_adaround.export.directory import Directory, ModelTensors, loaded_directory
 from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, Loaded
 from distributed_adaround.export.names import Source
@@ -102,25 +104,41 @@ class CompressedTensorsExporter(Exporter):
         packed.directory.write(task, uris.join(uri, FOLDER), packed, config, f"{FOLDER} {task.output}")
 
     def load(self, task: ExportTask, uri: str) -> Loaded:
-        """Weights as the library dequantizes them; outputs of the compressed model, where transformers runs it."""
-        transformers: Any = importlib.import_module("transformers")
+        """Outputs of the compressed model where transformers runs it, else of what it dequantizes."""
         schemes = {scheme_of(layer, task) for layer in task.layers}
-        config = transformers.CompressedTensorsConfig(dequantize=True)
-        reasons = [reason for scheme in schemes if (reason := _only_dequantized(scheme, task.dtype))]
         folder = uris.join(uri, FOLDER)
+        reason = next((text for scheme in schemes if (text := _only_dequantized(scheme, task.dtype))), "")
+        if not reason:
+            try:
+                loaded = loaded_directory(task, folder, _decompressed)
+            except InputError as error:
+                reason = str(error).rpartition(": ")[2]
+            else:
+                dynamic = any(scheme.dynamic for scheme in schemes)
+                noted = replace(loaded, tolerance=_DYNAMIC_TOLERANCE, note="activations are fp8 too")
+                return noted if dynamic else loaded
+        if len(schemes) > 1:
+            weights = _Packed(task).unpacked(task.files.directory(folder, lambda name: True))
+            return Loaded(weights, note=f"transformers does not load several formats of which one is such: {reason}")
+        transformers: Any = importlib.import_module("transformers")
+        config = transformers.CompressedTensorsConfig(dequantize=True)
         loaded = loaded_directory(task, folder, quantization_config=config)
-        if reasons:
-            return replace(loaded, note=f"transformers needs CompressedTensorsConfig(dequantize=True): {reasons[0]}")
-        # Packed parameters have other names, so that weights are compared as the library dequantizes them.
-        as_it_is = loaded_directory(task, folder)
-        wide = any(scheme.dynamic for scheme in schemes)
-        tolerance = _DYNAMIC_TOLERANCE if wide else loaded.tolerance
-        note = "activations are fp8 too" if wide else ""
-        return replace(loaded, run=as_it_is.run, tolerance=tolerance, note=note)
+        rounded = any(scheme.strategy == "tensor_group" for scheme in schemes)
+        note = f"transformers needs CompressedTensorsConfig(dequantize=True): {reason}"
+        tolerances = {"weight_tolerance": _BFLOAT16, "tolerance": 10 * _BFLOAT16} if rounded else {}
+        return replace(loaded, note=note, **tolerances)
 
 
+# Half the distance of two numbers of bfloat16, to which the library rounds weights of nvfp4.
+_BFLOAT16 = 2.0**-8
 # Activations of three bits after the leading one: 1/16 each, which layers add up.
 _DYNAMIC_TOLERANCE = 0.25
+
+
+def _decompressed(model: nn.Module) -> None:
+    """What transformers does at the first forward: weights are there under their own names afterwards."""
+    quantizer: Any = model.hf_quantizer
+    quantizer.compressor.decompress_model(model)
 
 
 def _library() -> Any:
@@ -188,6 +206,7 @@ class _Packed:
         self.directory = Directory(plan)
         self._places = placed(self.directory, plan.layers)
         self._schemes = {name: scheme_of(place.layer, plan) for name, place in self._places.items()}
+        _check_experts(self._schemes, self._places)
 
     def keys(self, name: str) -> Sequence[str]:
         if name not in self._schemes:
@@ -201,6 +220,17 @@ class _Packed:
         place, scheme = self._places[name], self._schemes[name]
         packed = pack(self._result.record(place.layer.stored_name), place.rows, scheme, self._plan.dtype)
         return {f"{name.removesuffix('weight')}{key}": tensor for key, tensor in packed.items()}
+
+    def unpacked(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """Weights of whole layers by their names in the model, as the library unpacks them from the files there."""
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in [name for name in self._places if self.keys(name)[0] in file.keys()]:
+                    scheme, place = self._schemes[name], self._places[name]
+                    parts = {key: file.get_tensor(stored) for key, stored in zip(scheme.keys, self.keys(name), strict=True)}
+                    weight = _codec(scheme.format).decompress(parts, scheme.library(["Linear"]))["weight"]
+                    if place.rows is None:
+                        yield place.layer.owner, weight
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -268,7 +298,8 @@ def placed(directory: Directory, layers: Sequence[QuantizedLayer]) -> dict[str, 
     for layer in layers:
         covered = 0
         for name, source in by_owner.get(layer.owner, ()):
-            module = modules.get(name.removesuffix(_WEIGHT))
+            # One of several tensors that are a parameter of the model together has no module there.
+            module = modules.get((name if source.rows is not None else source.name).removesuffix(_WEIGHT))
             is_linear = isinstance(module, nn.Linear) if source.rows is None else module is None
             rows = _rows_of(layer, source) if is_linear and name.endswith(_WEIGHT) and len(source.shape) == 2 else None
             if rows is not None:
@@ -282,6 +313,18 @@ def placed(directory: Directory, layers: Sequence[QuantizedLayer]) -> dict[str, 
             what = f"the weight of layer {shorten(layer.name, 80)!r} is tied to another one"
             raise SpecError(f"output.formats: compressed_tensors: {what}; add it to quantize.ignore")
     return found
+
+
+def _check_experts(schemes: Mapping[str, Scheme], places: Mapping[str, Place]) -> None:
+    """Raises SpecError unless all experts of the model are stored alike: runtimes look for one scheme."""
+    first: dict[Scheme, str] = {}
+    for name, scheme in schemes.items():
+        if places[name].rows is not None:
+            first.setdefault(scheme, places[name].layer.name)
+    if len(first) > 1:
+        one, other = (shorten(name, 80) for name in [*first.values()][:2])
+        what = f"compressed_tensors has one format for all experts, and {one!r} and {other!r} have several"
+        raise SpecError(f"output.formats: {what}; give them one by quantize.overrides")
 
 
 def _rows_of(layer: QuantizedLayer, source: Source) -> Tensor | None:

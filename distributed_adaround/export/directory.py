@@ -6,7 +6,7 @@
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 
+from distributed_adaround.capture.exported import quiet_torch
 from distributed_adaround.errors import redact
 from distributed_adaround.export.exporter import ExportPlan, ExportTask, Loaded
 from distributed_adaround.export.names import Source, checkpoint_sources, names_in
@@ -67,23 +68,30 @@ def _norm(result: StoredResult, name: str, dim: int) -> Tensor:
     return torch.norm_except_dim(result.tensor(name), 2, dim)
 
 
-def loaded_directory(task: ExportTask, folder: str, **changed: Any) -> Loaded:
-    """A directory that was written, as transformers loads it, on the device of the task's model. changed: arguments of
-    from_pretrained."""
+def loaded_directory(
+    task: ExportTask, folder: str, prepare: Callable[[nn.Module], None] = lambda model: None, **changed: Any
+) -> Loaded:
+    """A directory that was written, as transformers loads it, on the device of the task's model. prepare: done to the
+    model before its weights are looked at. changed: arguments of from_pretrained."""
     local = task.files.directory(folder, lambda name: True)
-    model = load_again(local, task.source, redact(folder), **changed)
+    with quiet_torch():
+        model = load_again(local, task.source, redact(folder), **changed)
+        prepare(model)
     reference = task.model()
     assert isinstance(reference, nn.Module)
     model.to(next((tensor.device for tensor in reference.state_dict().values()), torch.device("cpu")))
     exact = task.dtype == torch.float32
-    return Loaded(_weights(model), partial(outputs_of, model), _EXACT if exact else _HALF)
+    known = {*task.result.names, *task.result.tied}
+    return Loaded(_weights(model, known), partial(outputs_of, model), _EXACT if exact else _HALF)
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Under the names of a model whose computed weights are folded: the direction of a weight norm is the weight."""
+def _weights(model: nn.Module, known: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Under the names of the job's model, whose computed weights are folded: the direction of a weight norm is the
+    weight. Scales of a compressed model are left out."""
     for name, tensor in model.state_dict().items():
-        if not name.endswith(".original0"):
-            yield name.replace("parametrizations.", "").removesuffix(".original1"), tensor.cpu()
+        own = name.replace("parametrizations.", "").removesuffix(".original1")
+        if own in known:
+            yield own, tensor.cpu()
 
 
 class Encoding(Protocol):

@@ -46,11 +46,13 @@ class Loaded:
     """An export as its own library reads it. weights: tensors of the model by its own names, dequantized, one at a time;
     those of quantized layers at least. run: outputs of a microbatch, those of real numbers, on the host; None: the
     library runs nothing. tolerance: largest difference of an output, over the largest output, that the format allows.
-    note: what a user should know, in a few words."""
+    weight_tolerance: largest difference of a weight, over that weight; 0: they are equal. note: what a user should know,
+    in a few words."""
 
     weights: Iterable[tuple[str, Tensor]]
     run: Callable[[ModelInputs], Sequence[Tensor]] | None = None
     tolerance: float = 0.0
+    weight_tolerance: float = 0.0
     note: str = ""
 
 

@@ -14,7 +14,7 @@ from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of one format. weights: compared, and how many of them differ. output_error: largest difference of an
+    """What came of one format. weights: compared. different: how many of them differ, or are missing. output_error: largest difference of an
     output over the largest output; None: the format's library runs nothing. ok: all weights are equal, and the error is
     within the tolerance. note: in a few words."""
 
@@ -37,7 +37,7 @@ def verify(task: ExportTask, exporters: Sequence[Exporter]) -> list[Verified]:
         loaded = exporter.load(task, task.output.uri)
         if loaded.run is not None and not expected:
             expected = [(inputs, outputs_of(model, inputs)) for inputs in task.inputs()]
-        found.append(_compared(name, loaded, reference, expected))
+        found.append(_compared(name, loaded, reference, {layer.owner for layer in task.layers}, expected))
     return found
 
 
@@ -52,16 +52,26 @@ def _compared(
     name: str,
     loaded: Loaded,
     reference: dict[str, Tensor],
+    quantized: set[str],
     expected: Sequence[tuple[ModelInputs, list[Tensor]]],
 ) -> Verified:
     weights = different = 0
+    missing = set(quantized)
     for key, tensor in loaded.weights:
         weights += 1
+        missing.discard(key)
         own = reference[key].cpu()
-        different += not (tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own))
+        different += not (tensor.shape == own.shape and _are_equal(tensor.to(own.dtype), own, loaded.weight_tolerance))
     error = None if loaded.run is None else _output_error(loaded.run, expected)
+    different += len(missing)
     ok = not different and (error is None or error <= loaded.tolerance)
     return Verified(name, weights, different, error, loaded.tolerance, loaded.note, ok)
+
+
+def _are_equal(tensor: Tensor, own: Tensor, tolerance: float) -> bool:
+    if tolerance and own.is_floating_point():
+        return bool(((tensor - own).abs() <= tolerance * own.abs()).all())
+    return torch.equal(tensor, own)
 
 
 def _output_error(
