@@ -1,4 +1,4 @@
-"""Command line: run | quantize | init | plan | validate | status | schema | launch.
+"""Command line: run | quantize | init | plan | validate | status | export | verify | schema | launch.
 
 What needs torch is imported where it is used.
 """
@@ -23,13 +23,14 @@ from distributed_adaround.report.status import read_status, record_failure
 from distributed_adaround.report.text import console, layout, rendered
 from distributed_adaround.runtime import logs
 from distributed_adaround.runtime.signals import StopRequest, end_with_launcher
-from distributed_adaround.spec.job import JobSpec, json_schema
+from distributed_adaround.spec.job import EXPORTERS, JobSpec, json_schema
 from distributed_adaround.spec.reference import markdown
 
 if TYPE_CHECKING:
     from distributed_adaround.quickstart import Request
+    from distributed_adaround.report.table import ExportFigures
 
-COMMANDS = ("run", "quantize", "init", "plan", "validate", "status", "schema", "launch")
+COMMANDS = ("run", "quantize", "init", "plan", "validate", "status", "export", "verify", "schema", "launch")
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             sub.add_argument("--ranks", type=_positive, default=1, metavar="W", help="plan for W ranks (default 1)")
     _add_quickstart(commands, any_job)
+    _add_outputs(commands, any_job)
     schema = commands.add_parser("schema", help="print the JSON Schema of job files")
     schema.add_argument("--markdown", action="store_true", help="print a table of all fields instead")
     schema.set_defaults(command=_schema)
@@ -121,6 +123,24 @@ def _add_quickstart(
     sub = commands.add_parser("init", help=text, description=text, parents=[given])
     sub.add_argument("--data", nargs="+", default=[], metavar="FILES", help=files)
     sub.set_defaults(command=_init)
+
+
+def _add_outputs(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", any_job: argparse.ArgumentParser
+) -> None:
+    """The commands on the output of a finished job."""
+    given = argparse.ArgumentParser(add_help=False, parents=[any_job])
+    given.add_argument("output", metavar="OUTPUT", help="folder with the results of a finished job; a path or a URI")
+    text = "write the results of a finished job in other formats, without running it again"
+    sub = commands.add_parser("export", help=text, description=text, parents=[given])
+    names, what = ", ".join(EXPORTERS), "may be given several times"
+    sub.add_argument("--format", dest="formats", action="append", required=True, choices=EXPORTERS, metavar="FORMAT",
+                     help=f"{what}: {names}")  # fmt: skip
+    sub.add_argument("--no-verify", action="store_true", help="do not read the formats again afterwards")
+    sub.set_defaults(command=_export)
+    text = "read all formats of an output by their own libraries, and compare them with the quantized model"
+    sub = commands.add_parser("verify", help=text, description=text, parents=[given])
+    sub.set_defaults(command=_verify)
 
 
 def _positive(text: str) -> int:
@@ -221,6 +241,35 @@ def _status(options: argparse.Namespace) -> int:
 
 def _schema(options: argparse.Namespace) -> None:
     print(markdown().rstrip() if options.markdown else json.dumps(json_schema(), indent=2))
+
+
+def _export(options: argparse.Namespace) -> None:
+    # Under torchrun one rank is enough; the others have nothing to do.
+    if options.rank:
+        return
+    from distributed_adaround.convert import export_output
+
+    found = export_output(options.output, options.formats, options.overrides, not options.no_verify)
+    _print_exports(found)
+    print(f"Results are in {redact(options.output)}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    if options.rank:
+        return
+    from distributed_adaround.convert import verify_output
+    from distributed_adaround.export.verify import refuse_different
+
+    found = verify_output(options.output, options.overrides)
+    _print_exports(found)
+    refuse_different(found)
+
+
+def _print_exports(found: "Sequence[ExportFigures]") -> None:
+    from distributed_adaround.report.table import export_table
+
+    if found:
+        print(rendered(console(), export_table(found)))
 
 
 def _where(message: str, options: argparse.Namespace) -> str:

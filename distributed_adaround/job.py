@@ -23,7 +23,7 @@ from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.codes import SolvedModel, planned_layer, write_codes
 from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, exporters, result_files, scale_dtype
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
-from distributed_adaround.export.verify import Verified, verify
+from distributed_adaround.export.verify import refuse_different, verify
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.files.job_file import yaml_text
 from distributed_adaround.files.local_files import LocalFiles
@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """Everything that stands before the first layer is solved, on one rank."""
+    """Everything that stands before the first layer is solved, on one rank. spec: with the precision of scales that the
+    formats of the output store."""
 
     spec: JobSpec
     context: RankContext
@@ -85,7 +86,7 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
             torch.set_num_threads(spec.runtime.threads)
         comm = stack.enter_context(process_group(context, spec.runtime.timeout_minutes))
         files = stack.enter_context(_shared_files(context, comm))
-        dealt = deal_data(spec.data, files, comm, _directories(spec, spec.data, files), "the calibration data")
+        dealt = deal_data(spec.data, files, comm, find_directories(spec, spec.data, files), "the calibration data")
         logger.info("loading the model")
         with phase(comm, "load the model"):
             opened = open_model(spec.model, folder, files)
@@ -109,6 +110,8 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         plan = replace(plan, layers=_layers(captured))
         for exporter in chosen:
             exporter.check(plan)
+            for note in exporter.notes(plan) if comm.rank == 0 else ():
+                logger.warning("%s", note)
         yield PreparedJob(spec, context, comm, dealt.manifest, opened, microbatches, captured, chosen, plan, evaluation)
 
 
@@ -125,19 +128,17 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
         if job.evaluation is not None:
             # Before the first layer: what is wrong with the metric is found before the work, not after it.
             job.evaluation.measure_float(job.opened.model)
-        spec = job.spec
-        fingerprint = {"model": job.captured.digest, "data": job.manifest.digest(), "spec": spec.result_digest()}
+        fingerprint = {"model": job.captured.digest, "data": job.manifest.digest(), "spec": job.spec.result_digest()}
         with stop.deferred():
             commits = JobCommits(spec.output.uri, fingerprint, spec.output.overwrite, result_files(), job.comm)
             with phase(job.comm, "write to the output"):
-                log = _open_log(job, len(commits.names), started)
+                log = _open_log(job, spec, len(commits.names), started)
             with log:
-                result = NetworkRounder(spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
-            verified: list[Verified] = []
+                result = NetworkRounder(job.spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
             with phase(job.comm, "write the results"):
                 if job.comm.rank == 0:
                     task = _export(job, result, hashlib.sha256(jsontext.dumps(fingerprint).encode()).hexdigest())
-                    verified = verify(task, job.exporters) if spec.output.verify else []
+                    result = replace(result, exports=verify(task, job.exporters) if spec.output.verify else ())
             if job.evaluation is not None:
                 # The checkpoints are there also when the metric fails on the quantized model.
                 result = replace(result, metrics=job.evaluation.figures(job.opened.model))
@@ -145,7 +146,8 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
             with phase(job.comm, "write the report"):
                 seconds = time.monotonic() - started
                 if job.comm.rank == 0:
-                    _write_report(job, result, verified, seconds)
+                    _write_report(job, result, seconds)
+                    refuse_different(result.exports)
                 log.job_done(seconds, result.output_error)
     return result.table
 
@@ -164,7 +166,7 @@ def _shared_files(context: RankContext, comm: Comm) -> Iterator[LocalFiles]:
         yield own
 
 
-def _directories(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Callable[[], tuple[Path | None, Path | None]]:
+def find_directories(spec: JobSpec, data: DataSpec, files: LocalFiles) -> Callable[[], tuple[Path | None, Path | None]]:
     """Finds the directories with the tokenizer or processor of the data, and of the model; None: the job names none."""
 
     def found(uri: str | None) -> Path | None:
@@ -180,7 +182,7 @@ def _evaluation_data(
     """The data that the model is judged on, read as the calibration data are. A collective."""
     files = calibration.files
     with naming_evaluation():
-        directories = _directories(spec, section.data, files)
+        directories = find_directories(spec, section.data, files)
         dealt = deal_data(section.data, files, comm, directories, "the evaluation data", needs_labels(section))
         with phase(comm, "read the evaluation data"):
             _check_batch_size(opened, dealt.manifest)
@@ -201,9 +203,9 @@ def _check_batch_size(opened: OpenedModel, manifest: Manifest) -> None:
         raise InputError(f"{what}: {remedy}, or export with a dynamic batch")
 
 
-def _open_log(job: PreparedJob, layers_done: int, started: float) -> JobLog:
-    """The job's listener; rank 0 shows progress and keeps the status."""
-    spec, captured, rank = job.spec, job.captured, job.comm.rank
+def _open_log(job: PreparedJob, spec: JobSpec, layers_done: int, started: float) -> JobLog:
+    """The job's listener; rank 0 shows progress and keeps the status. spec: as it was given."""
+    captured, rank = job.captured, job.comm.rank
     progress = None
     if rank == 0:
         progress = Progress(captured.num_layers, costs=layer_costs(captured))
@@ -249,7 +251,11 @@ def _export(job: PreparedJob, result: NetworkResult, source: str) -> ExportTask:
     layers = {layer.stored_name: layer for layer in job.plan.layers}
     solved = [(layers[site.stored_name], record) for site, record in result.records]
     uri, opened, batches = job.spec.output.uri, job.opened, job.microbatches
-    write_codes(SolvedModel(opened.weights, solved, described, opened.checkpoint, opened.shard_bytes), uri, source)
+    write_codes(
+        SolvedModel(opened.weights, solved, opened.widest_dtype, described, opened.checkpoint, opened.shard_bytes),
+        uri,
+        source,
+    )
     task = ExportTask(
         **vars(job.plan),
         result=StoredResult.open(uri, job.plan.files),
@@ -261,7 +267,7 @@ def _export(job: PreparedJob, result: NetworkResult, source: str) -> ExportTask:
     return task
 
 
-def _write_report(job: PreparedJob, result: NetworkResult, verified: list[Verified], seconds: float) -> None:
+def _write_report(job: PreparedJob, result: NetworkResult, seconds: float) -> None:
     spec = job.spec
     report = {
         "version": __version__,
@@ -272,7 +278,7 @@ def _write_report(job: PreparedJob, result: NetworkResult, verified: list[Verifi
         "coverage": result.table.coverage.share,
         "metrics": [figures.to_dict() for figures in result.metrics],
         "float_parameters": [asdict(parameter) for parameter in job.captured.float_parameters],
-        "exports": [asdict(one) for one in verified],
+        "exports": [asdict(one) for one in result.exports],
         "notes": list(job.captured.walker.notes),
         "world_size": job.comm.world_size,
         "peak_activation_bytes": job.captured.store.peak,

@@ -8,7 +8,7 @@ Job files (`job.py`) and Python callers (`api.py`) meet here.
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +19,7 @@ from distributed_adaround.capture.sites import Batch, FloatParameter, Site, Unit
 from distributed_adaround.checkpoint.commits import Commits
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import StoppedError, naming_layer
+from distributed_adaround.export.verify import Verified
 from distributed_adaround.formats import LayerFormat
 from distributed_adaround.metrics.figures import MetricFigures
 from distributed_adaround.report.job_log import JobLog
@@ -40,17 +41,18 @@ logger = logging.getLogger(__name__)
 class NetworkResult:
     """Records of all quantized layers in the order of the walk. output_error: squared error of the model's outputs over
     their squared values, on the calibration data; NaN where the walk does not see the outputs. float_parameters: what
-    stayed in float, and why."""
+    stayed in float, and why. exports: what came of the formats, read again."""
 
     records: tuple[tuple[Site, LayerRecord], ...]
     output_error: float
     float_parameters: tuple[FloatParameter, ...] = ()
     metrics: tuple[MetricFigures, ...] = ()
+    exports: Sequence[Verified] = ()
 
     @property
     def table(self) -> LayerTable:
         rows = (record.figures for _, record in self.records if record.figures is not None)
-        return LayerTable(rows, self.float_parameters, self.output_error, metrics=self.metrics)
+        return LayerTable(rows, self.float_parameters, self.output_error, metrics=self.metrics, exports=self.exports)
 
 
 @dataclass(frozen=True)

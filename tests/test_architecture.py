@@ -25,7 +25,7 @@ FLOORS = [
     ("solve", "metrics"),
     ("checkpoint", "export", "report", "launch"),
     ("rounding",),
-    ("__init__", "__main__", "cli", "job", "api", "plan", "quickstart"),
+    ("__init__", "__main__", "cli", "job", "api", "plan", "quickstart", "convert"),
     ("examples",),
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}

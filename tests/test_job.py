@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import toy_models
+from packed_codes import read_by_hand
 from rank_pool import RankPool
 from sample_jobs import images, job, vectors, write_job
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def test_a_job_writes_its_results_commits_and_events_and_nothing_else(attention:
 def test_codes_lie_on_the_grid_and_mean_the_dequantized_weights(attention: tuple[Path, LayerTable]) -> None:
     folder, _ = attention
     codes, weights, formats = (
-        tensors(folder, "quantized"),
+        read_by_hand(folder / "out"),
         tensors(folder, "dequantized"),
         read_json(folder, RESULTS[1]),
     )
@@ -175,7 +176,7 @@ def test_nearest_override_and_ignore(tmp_path: Path) -> None:
     quantize = {"dtype": "int4", "observer": "minmax", "ignore": ["head"], "overrides": [override]}
     table = run(write_job(tmp_path, "cnn", quantize=quantize, rounding={"solver": "nearest"}))
     model = dict(toy_models.cnn().named_parameters())
-    codes, formats = tensors(tmp_path, "quantized"), read_json(tmp_path, RESULTS[1])
+    codes, formats = read_by_hand(tmp_path / "out"), read_json(tmp_path, RESULTS[1])
     assert [row.name for row in table] == ["conv", "depthwise", "up"]
     assert formats["layers"]["depthwise.weight"]["dtype"] == "uint4"
     assert formats["layers"]["conv.weight"]["dtype"] == "int4"
@@ -401,16 +402,20 @@ def test_settings_of_the_machine_do_not_change_the_result(finished: Path, tmp_pa
     assert all(row.resumed for row in run(finished, "runtime.activation_memory=1GiB", "data.prefetch=0"))
 
 
-def test_only_the_formats_asked_for_are_written(tmp_path: Path) -> None:
+def test_codes_and_the_formats_asked_for_are_written(tmp_path: Path) -> None:
     images(tmp_path / "data.npz", num_samples=3)
+    run(write_job(tmp_path, "mlp", output={"formats": ["safetensors"]}, rounding={"solver": "nearest"}))
+    assert (tmp_path / "out" / "quantized.safetensors").exists()
+    assert not (tmp_path / "out" / "dequantized.safetensors").exists()
+    # All else is made of the codes: they are there in any case.
     run(write_job(tmp_path, "mlp", output={"formats": ["dequantized"]}, rounding={"solver": "nearest"}))
+    assert (tmp_path / "out" / "quantized.safetensors").exists()
     assert (tmp_path / "out" / "dequantized.safetensors").exists()
-    assert not (tmp_path / "out" / "quantized.safetensors").exists()
 
 
 def test_threads_are_those_of_the_job_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr("distributed_adaround.job._export", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("distributed_adaround.job.verify", lambda *_: seen.append(torch.get_num_threads()) or [])
     run(write_job(tmp_path, "mlp", rounding={"solver": "nearest"}, runtime={"threads": before + 2}))
     assert seen == [before + 2]
     assert torch.get_num_threads() == before

@@ -31,30 +31,32 @@ from distributed_adaround.solve.record import LayerRecord, format_entries
 
 STEM = "quantized"
 _DEQUANTIZE = (
-    "weight = (codes - zero_point) * scale, computed in float32, then cast to weight_dtype. Packed codes are one little-"
-    "endian stream of bits: code i, in the order of the flattened weight of `shape`, takes the `packed` bits from bit "
-    "i * packed on, as two's complement where the dtype is signed; codes that are not packed have the weight's shape. "
-    "Output channel o lies on output_axis of the codes; in a grouped transposed convolution o = g * shape[1] + j, where "
-    "j is the index on axis 1 and g counts the `groups` equal runs of axis 0. A scale of shape () serves all codes, (O,) "
-    "one output channel each, (O, n) n equal runs of the inputs of each output channel, flattened as (in channels, "
-    "*kernel). A zero_point that is a number serves all codes; null: W.zero_point holds one for each scale. "
-    "In a layer with element_format, weight = value(code) * scale. Codes of e4m3 are float8_e4m3fn numbers. Codes of "
-    "e2m1 are bit patterns (sign, 2 exponent bits, 1 mantissa bit): 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6, and 8 more is "
-    "the negative. Scales are float32 tensors, with scale_format float16 and bfloat16 of these. With e8m0 each scale is "
-    "a power of two; with e4m3 it is a float8_e4m3fn number times tensor_scale: scale / tensor_scale, rounded to "
-    "float8_e4m3fn. A layer with part_of is a part of the tensor of that name: number (i, j, ...) of the weight is "
-    "number offset + i * strides[0] + j * strides[1] + ... of the flattened tensor."
+    "weight = (codes - zero_point) * scale, computed in float32, then cast to weight_dtype. Packed codes are one "
+    "little-endian stream of bits: code i, in the order of the flattened weight of `shape`, takes the `packed` bits "
+    "from bit i * packed on, as two's complement where the dtype is signed; codes that are not packed have the "
+    "weight's shape. Output channel o lies on output_axis of the codes; in a grouped transposed convolution o = g * "
+    "shape[1] + j, where j is the index on axis 1 and g counts the `groups` equal runs of axis 0. A scale of shape () "
+    "serves all codes, (O,) one output channel each, (O, n) n equal runs of the inputs of each output channel, "
+    "flattened as (in channels, *kernel). A zero_point that is a number serves all codes; null: W.zero_point holds "
+    "one for each scale. In a layer with element_format, weight = value(code) * scale. Codes of e4m3 are "
+    "float8_e4m3fn numbers. Codes of e2m1 are bit patterns (sign, 2 exponent bits, 1 mantissa bit): 0 to 7 are 0, "
+    "0.5, 1, 1.5, 2, 3, 4, 6, and 8 more is the negative. Scales are float32 tensors, with scale_format float16 and "
+    "bfloat16 of these. With e8m0 each scale is a power of two; with e4m3 it is a float8_e4m3fn number times "
+    "tensor_scale: scale / tensor_scale, rounded to float8_e4m3fn. A layer with part_of is a part of the tensor of "
+    "that name: number (i, j, ...) of the weight is number offset + i * strides[0] + j * strides[1] + ... of the "
+    "flattened tensor."
 )
 
 
 @dataclass(frozen=True)
 class SolvedModel:
     """A quantized model in memory. weights: the model's tensors under its own names, dequantized. layers: each with its
-    record, in the order of the walk. float_parameters: JSON values, each parameter left in float with its reason.
-    checkpoint, shard_bytes: as OpenedModel has them."""
+    record, in the order of the walk. dtype: of most of the model's numbers. float_parameters: JSON values, each
+    parameter left in float with its reason. checkpoint, shard_bytes: as OpenedModel has them."""
 
     weights: Mapping[str, Tensor]
     layers: Sequence[tuple[QuantizedLayer, LayerRecord]]
+    dtype: torch.dtype = torch.float32
     float_parameters: Sequence[Mapping[str, object]] = ()
     checkpoint: Mapping[str, str] = field(default_factory=dict)
     shard_bytes: int = 0
@@ -76,8 +78,11 @@ def planned_layer(site: Site, layer_format: LayerFormat, tensor: Tensor) -> Quan
 
 
 def write_codes(solved: SolvedModel, uri: str, source: str) -> None:
-    """Write the files into the folder `uri`. source: digest of what the result depends on. Raises InputError when safetensors cannot hold a tensor of the model, or
-    one of them has a name that is needed here; OutputError."""
+    """Write the files into the folder `uri`. source: digest of what the result depends on.
+
+    Raises InputError when safetensors cannot hold a tensor of the model, or one of them has a name that is needed here;
+    OutputError.
+    """
     description = uris.join(uri, DESCRIPTION)
     storage.remove_tree(description)  # what counts, until it comes last
     writer = _Writer(solved)
@@ -93,6 +98,7 @@ def write_codes(solved: SolvedModel, uri: str, source: str) -> None:
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "dequantize": _DEQUANTIZE,
+        "dtype": str(solved.dtype).removeprefix("torch."),
         "layers": writer.descriptions,
         "shard_bytes": solved.shard_bytes,
         "tensors": {

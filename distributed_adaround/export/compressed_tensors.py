@@ -38,8 +38,8 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer is stored. format: of compressed-tensors. bits, type, symmetric, strategy, group_size, scale_dtype: of
-    its weights. dynamic: activations are quantized to fp8 as well."""
+    """How a layer is stored. format: of compressed-tensors. bits, type, symmetric, strategy, group_size, scale_dtype:
+    of its weights. dynamic: activations are quantized to fp8 as well."""
 
     format: str
     bits: int
@@ -92,6 +92,12 @@ class CompressedTensorsExporter(Exporter):
     def scale_dtype(self, plan: ExportPlan) -> str:
         return str(plan.dtype).removeprefix("torch.")
 
+    def notes(self, plan: ExportPlan) -> list[str]:
+        if all(scheme_of(layer, plan).symmetric for layer in plan.layers):
+            return []
+        loaded = "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
+        return [f"compressed_tensors: transformers loads zero points only by {loaded}; vLLM loads them as they are"]
+
     def check(self, plan: ExportPlan) -> None:
         _library()
         for layer in plan.layers:
@@ -123,14 +129,9 @@ class CompressedTensorsExporter(Exporter):
         transformers: Any = importlib.import_module("transformers")
         config = transformers.CompressedTensorsConfig(dequantize=True)
         loaded = loaded_directory(task, folder, quantization_config=config)
-        rounded = any(scheme.strategy == "tensor_group" for scheme in schemes)
-        note = f"transformers needs CompressedTensorsConfig(dequantize=True): {reason}"
-        tolerances = {"weight_tolerance": _BFLOAT16, "tolerance": 10 * _BFLOAT16} if rounded else {}
-        return replace(loaded, note=note, **tolerances)
+        return replace(loaded, note=f"transformers needs CompressedTensorsConfig(dequantize=True): {reason}")
 
 
-# Half the distance of two numbers of bfloat16, to which the library rounds weights of nvfp4.
-_BFLOAT16 = 2.0**-8
 # Activations of three bits after the leading one: 1/16 each, which layers add up.
 _DYNAMIC_TOLERANCE = 0.25
 
@@ -225,9 +226,12 @@ class _Packed:
         """Weights of whole layers by their names in the model, as the library unpacks them from the files there."""
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                for name in [name for name in self._places if self.keys(name)[0] in file.keys()]:
+                held = set(file.keys())
+                for name in [name for name in self._places if self.keys(name)[0] in held]:
                     scheme, place = self._schemes[name], self._places[name]
-                    parts = {key: file.get_tensor(stored) for key, stored in zip(scheme.keys, self.keys(name), strict=True)}
+                    parts = {
+                        key: file.get_tensor(stored) for key, stored in zip(scheme.keys, self.keys(name), strict=True)
+                    }
                     weight = _codec(scheme.format).decompress(parts, scheme.library(["Linear"]))["weight"]
                     if place.rows is None:
                         yield place.layer.owner, weight
@@ -316,11 +320,18 @@ def placed(directory: Directory, layers: Sequence[QuantizedLayer]) -> dict[str, 
 
 
 def _check_experts(schemes: Mapping[str, Scheme], places: Mapping[str, Place]) -> None:
-    """Raises SpecError unless all experts of the model are stored alike: runtimes look for one scheme."""
+    """Raises SpecError unless all experts of the model are stored alike, in a format that is loaded for experts:
+    transformers 5.24 takes nvfp4 without the factor of the tensor, and does not load zero points."""
     first: dict[Scheme, str] = {}
     for name, scheme in schemes.items():
         if places[name].rows is not None:
             first.setdefault(scheme, places[name].layer.name)
+            if not scheme.symmetric:
+                remedy = f"qscheme: per_{scheme.strategy}_symmetric"
+                raise _refused(places[name].layer, "zero points of experts are not loaded by runtimes", remedy)
+            if scheme.strategy == "tensor_group":
+                rule = "of experts transformers does not read the factor of the tensor"
+                raise _refused(places[name].layer, rule, "dtype: mxfp4 or int4")
     if len(first) > 1:
         one, other = (shorten(name, 80) for name in [*first.values()][:2])
         what = f"compressed_tensors has one format for all experts, and {one!r} and {other!r} have several"
@@ -360,10 +371,7 @@ def pack(record: LayerRecord, rows: Tensor | None, scheme: Scheme, dtype: torch.
         given |= {"weight_scale": scale / factor, "weight_global_scale": 1 / factor}
     packed: dict[str, Tensor] = codec.compress(given, words)
     again = codec.decompress(dict(packed), words)["weight"]
-    # Of fp4 the library unpacks to bfloat16.
-    expected = weight.to(again.dtype)
-    close = torch.allclose(again, expected, rtol=2.0**-7, atol=0) if scheme.strategy == "tensor_group" else None
-    if not (torch.equal(again, expected) if close is None else close):
+    if not torch.equal(again.to(dtype), weight.to(dtype)):
         raise AdaRoundError(f"layer {record.name}: compressed-tensors stores other weights; report this")
     return packed
 

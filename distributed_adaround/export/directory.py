@@ -1,7 +1,7 @@
 """The directory of model.hf written again, file by file: what exporters `huggingface` and `compressed_tensors` share.
 
-    <output>/<folder>/model.safetensors     or the same shards as those of the input, with an index
-    <output>/<folder>/config.json ...       and all files that lay beside the weights; config.json comes last
+<output>/<folder>/model.safetensors     or the same shards as those of the input, with an index
+<output>/<folder>/config.json ...       and all files that lay beside the weights; config.json comes last
 """
 
 import shutil
@@ -109,7 +109,8 @@ class Directory:
 
     def __init__(self, plan: ExportPlan) -> None:
         """Raises InputError when transformers cannot build the model, or convert its names."""
-        assert plan.directory is not None and plan.source.hf is not None
+        assert plan.directory is not None
+        assert plan.source.hf is not None
         self._plan, self._directory = plan, plan.directory
         shown = f"model.hf {redact(plan.source.hf)!r}"
         self.model = shape_of_model(plan.directory, plan.source, shown)

@@ -43,22 +43,20 @@ class ExportTask(ExportPlan):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An export as its own library reads it. weights: tensors of the model by its own names, dequantized, one at a time;
-    those of quantized layers at least. run: outputs of a microbatch, those of real numbers, on the host; None: the
-    library runs nothing. tolerance: largest difference of an output, over the largest output, that the format allows.
-    weight_tolerance: largest difference of a weight, over that weight; 0: they are equal. note: what a user should know,
-    in a few words."""
+    """An export as its own library reads it. weights: tensors of the model by its own names, dequantized, one at a
+    time; those of quantized layers at least. run: outputs of a microbatch, those of real numbers, on the host; None:
+    the library runs nothing. tolerance: largest difference of an output, over the largest output, that is allowed.
+    note: what a user should know, in a few words."""
 
     weights: Iterable[tuple[str, Tensor]]
     run: Callable[[ModelInputs], Sequence[Tensor]] | None = None
     tolerance: float = 0.0
-    weight_tolerance: float = 0.0
     note: str = ""
 
 
 class Exporter(Protocol):
-    """One way to write a result. files: names that it writes into the output, on rank 0; when it is killed in the middle,
-    none of them is there that a reader could take for whole."""
+    """One way to write a result. files: names that it writes into the output, on rank 0; when it is killed in the
+    middle, none of them is there that a reader could take for whole."""
 
     files: ClassVar[tuple[str, ...]]
 
@@ -69,6 +67,10 @@ class Exporter(Protocol):
     def check(self, plan: ExportPlan) -> None:
         """Before anything is solved. Raises SpecError, with a setting that fits, when this cannot hold the result or a
         package is missing; InputError when a file that it needs does not fit."""
+
+    def notes(self, plan: ExportPlan) -> Sequence[str]:
+        """What a user should know before the job starts."""
+        return ()
 
     def write(self, task: ExportTask, uri: str) -> None:
         """Write into the folder `uri`. Raises InputError when the model holds what the format cannot, OutputError."""
@@ -87,7 +89,9 @@ def scale_dtype(chosen: Sequence[Exporter], plan: ExportPlan) -> str:
     found = {name: dtype for name, dtype in wanted.items() if dtype is not None}
     if len(set(found.values())) > 1:
         stored = ", ".join(f"{name} stores {dtype}" for name, dtype in found.items())
-        raise SpecError(f"output.formats: {stored} scales, which are not the same numbers; run one job for each of them")
+        raise SpecError(
+            f"output.formats: {stored} scales, which are not the same numbers; run one job for each of them"
+        )
     return next(iter(found.values()), "float32")
 
 

@@ -42,7 +42,7 @@ def cut(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
 
 
 def shard_names(stem: str, count: int) -> list[str]:
-    """"model.safetensors", or "model-00001-of-00003.safetensors" and so on."""
+    """ "model.safetensors", or "model-00001-of-00003.safetensors" and so on."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]

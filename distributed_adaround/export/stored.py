@@ -26,8 +26,8 @@ DESCRIPTION = "quantized.json"
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One quantized weight. name: of its layer. stored_name: its own, unique. owner: the tensor of the model that it is,
-    or lies in where it is a part: then view says how. kind: class of the module ("Linear"). shape: the weight's in
+    """One quantized weight. name: of its layer. stored_name: its own, unique. owner: the tensor of the model that it
+    is, or lies in where it is a part: then view says how. kind: class of the module ("Linear"). shape: the weight's in
     torch. dtype: name of the one the layer computes with ("bfloat16"). format: as LayerRecord.format; tensor_scale is
     None before the layer is solved."""
 
@@ -67,10 +67,10 @@ class QuantizedLayer:
 class StoredResult:
     """From `StoredResult.open`. A file is opened for each tensor, so that no more is in memory than was asked for.
 
-    layers: by their stored names. tied: other names of tensors. names: of all tensors of the model but the tied ones. shapes, dtypes: of these. float_parameters: JSON values.
-    checkpoint: the files of the directory that the model came in, by the names of its tensors there. shard_bytes: of the
-    largest of them. digest: SHA-256 of the description,
-    which holds those of the files.
+    layers: by their stored names. tied: other names of tensors. names: of all tensors of the model but the tied ones.
+    shapes, dtypes: of these. dtype: of most of the model's numbers. float_parameters: JSON values. checkpoint: the
+    files of the directory that the model came in, by the names of its tensors there. shard_bytes: size of the largest
+    of these files. digest: SHA-256 of the description, which holds those of the files of codes.
     """
 
     def __init__(self, uri: str, files: LocalFiles, text: Mapping[str, Any], digest: str) -> None:
@@ -80,12 +80,13 @@ class StoredResult:
         self._checked: set[str] = set()
         self._sizes = {file: int(entry["size"]) for file, entry in text["files"].items()}
         self.sha256 = {file: str(entry["sha256"]) for file, entry in text["files"].items()}
-        self.layers = {name: _layer(name, entry) for name, entry in self._entries.items()}
         self.tied: dict[str, str] = dict(text["tied"])
         self.names: tuple[str, ...] = tuple(text["tensors"])
-        self.shapes = {name: tuple(shape) for name, (_, shape) in text["tensors"].items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, (_, shape) in text["tensors"].items()}
+        self.layers = {name: _layer(name, entry, self.shapes) for name, entry in self._entries.items()}
         self.dtypes = {name: str(dtype) for name, (dtype, _) in text["tensors"].items()}
         self.checkpoint: dict[str, str] = dict(text["checkpoint"])
+        self.dtype: torch.dtype = getattr(torch, text["dtype"])
         self.shard_bytes = int(text["shard_bytes"])
         self.float_parameters: Sequence[Mapping[str, object]] = text["float_parameters"]
 
@@ -189,12 +190,14 @@ class StoredResult:
         return InputError(f"{where} is damaged: {key}: {what}; run the job again")
 
 
-def _layer(name: str, entry: Mapping[str, Any]) -> QuantizedLayer:
+def _layer(name: str, entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> QuantizedLayer:
+    """Raises ValueError when it does not lie inside its tensor."""
     part = entry["part_of"]
     shape = tuple(entry["shape"])
     view = None
     if part is not None:
-        view = WeightView(shape, tuple(part["strides"]), part["offset"])
+        lies = {**part, "shape": shape, "dtype": None}
+        view = WeightView.from_dict(lies, math.prod(shapes[part["name"]]))
     return QuantizedLayer(
         name=entry["layer"],
         stored_name=name,

@@ -9,14 +9,15 @@ from torch.export import ExportedProgram
 
 from distributed_adaround.capture.forward import real_tensors, run_once
 from distributed_adaround.data.microbatches import ModelInputs
+from distributed_adaround.errors import InputError
 from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of one format. weights: compared. different: how many of them differ, or are missing. output_error: largest difference of an
-    output over the largest output; None: the format's library runs nothing. ok: all weights are equal, and the error is
-    within the tolerance. note: in a few words."""
+    """What came of one format. weights: compared. different: how many of them differ, or are missing. output_error:
+    largest difference of an output over the largest output; None: the format's library runs nothing. ok: all weights
+    are equal, and the error is within the tolerance. note: in a few words."""
 
     format: str
     weights: int
@@ -25,6 +26,13 @@ class Verified:
     tolerance: float
     note: str
     ok: bool
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """format, weights, different, outputs, allowed, note."""
+        error = self.output_error
+        outputs = ("-", "-") if error is None else (f"{error:.1e}", f"{self.tolerance:.0e}")
+        return (self.format, str(self.weights), str(self.different), *outputs, self.note)
 
 
 def verify(task: ExportTask, exporters: Sequence[Exporter]) -> list[Verified]:
@@ -39,6 +47,19 @@ def verify(task: ExportTask, exporters: Sequence[Exporter]) -> list[Verified]:
             expected = [(inputs, outputs_of(model, inputs)) for inputs in task.inputs()]
         found.append(_compared(name, loaded, reference, {layer.owner for layer in task.layers}, expected))
     return found
+
+
+def refuse_different(found: Sequence[Verified]) -> None:
+    """Raises InputError unless all exports are what they should be."""
+    wrong = [one for one in found if not one.ok]
+    if wrong:
+        error = wrong[0].output_error
+        outputs = "" if error is None else f", and outputs differ by {error:.1e} ({wrong[0].tolerance:.0e} is allowed)"
+        what = f"{wrong[0].different} of {wrong[0].weights} weights differ from the quantized model{outputs}"
+        names = ", ".join(one.format for one in wrong)
+        raise InputError(
+            f"output.formats: {names} cannot be trusted: read again, {what}; do not use it, and report this"
+        )
 
 
 def outputs_of(model: nn.Module | ExportedProgram, inputs: ModelInputs) -> list[Tensor]:
@@ -61,17 +82,11 @@ def _compared(
         weights += 1
         missing.discard(key)
         own = reference[key].cpu()
-        different += not (tensor.shape == own.shape and _are_equal(tensor.to(own.dtype), own, loaded.weight_tolerance))
+        different += not (tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own))
     error = None if loaded.run is None else _output_error(loaded.run, expected)
     different += len(missing)
     ok = not different and (error is None or error <= loaded.tolerance)
     return Verified(name, weights, different, error, loaded.tolerance, loaded.note, ok)
-
-
-def _are_equal(tensor: Tensor, own: Tensor, tolerance: float) -> bool:
-    if tolerance and own.is_floating_point():
-        return bool(((tensor - own).abs() <= tolerance * own.abs()).all())
-    return torch.equal(tensor, own)
 
 
 def _output_error(

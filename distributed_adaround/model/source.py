@@ -29,7 +29,7 @@ from distributed_adaround.spec.model import SOURCES, ModelSpec
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in memory. checkpoint: of a model directory, the file that each tensor of it lies in, by the tensor's name
+    """A model in memory. checkpoint: of a model directory, the file that each tensor lies in, by the tensor's name
     there. shard_bytes: size of the largest of these files."""
 
     model: nn.Module | ExportedProgram

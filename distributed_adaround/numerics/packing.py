@@ -1,4 +1,4 @@
-"""Codes of fewer than 8 bits, side by side: code i takes bits i*b to i*b + b - 1 of one little-endian stream of bits."""
+"""Codes of fewer than 8 bits, side by side: code i takes b bits from bit i*b on of a little-endian stream."""
 
 import torch
 from torch import Tensor

@@ -74,10 +74,12 @@ def _ways_to_round(
     values = torch.tensor(element.values, device=low.device)
     factor = None
     if scale_format.per_tensor:
-        # With it the largest scale of a block is the format's largest.
+        # With it the largest scale of a block is at most the format's largest. A power of two: then weights are exact
+        # in bfloat16, in which libraries unpack them, and in whichever order the three factors are multiplied.
         own = torch.maximum(-low, high).max()
         amax = own if layer_format.tensor_amax is None else torch.full_like(own, layer_format.tensor_amax)
-        factor = amax / (values[-1] * scale_format.largest)
+        fraction, exponent = torch.frexp(amax / (values[-1] * scale_format.largest))
+        factor = torch.ldexp(torch.ones_like(amax), exponent - (fraction == 0.5).int())
         # Also its product with the smallest value of the scale format must be a normal number.
         factor = factor.clamp(min=2.0**-117).reshape(1, 1, 1)
 

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Self, SupportsIndex, overload
+from typing import Protocol, Self, SupportsIndex, overload
 
 from rich.table import Table
 
@@ -26,6 +26,8 @@ _HELD_OUT = "held-out"
 _HEADER = ("layer", "kind", "shape", "nearest", "soft", "hard", _HELD_OUT, "SQNR dB", "flipped", "unsettled", "seconds",
            "note")  # fmt: skip
 _NUMBERS = frozenset(_HEADER) - {"layer", "kind", "shape", "note"}
+# Of weights the number; of outputs the largest difference over the largest output.
+EXPORT_HEADER = ("format", "weights", "different", "outputs", "allowed", "note")
 _LEGEND = (
     "nearest, soft, hard: relative output error (squared error / squared output) on the calibration data of nearest "
     "rounding, of the soft weights at the end and of the result; held-out: of the result on other data. flipped: "
@@ -56,18 +58,32 @@ class Totals:
         return {name: jsontext.json_safe(value) for name, value in asdict(self).items()}
 
 
+class ExportFigures(Protocol):
+    """What came of one format, read again by its own library."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Those of EXPORT_HEADER."""
+
+
+def export_table(rows: Iterable[ExportFigures]) -> Table:
+    return text.layout(EXPORT_HEADER, (row.cells for row in rows), {"weights", "different", "outputs", "allowed"})
+
+
 class LayerTable(tuple[LayerFigures, ...]):
     """The rows of all layers in the order of the walk. Prints as a table, in notebooks as HTML.
 
     float_parameters: what stayed in float, with the reasons. output_error: squared error of the network's outputs over
     their squared values, on the calibration data; held_out_output_error: on other data; NaN where it is not known.
-    metrics: what the job measured besides, of the float and of the quantized network.
+    metrics: what the job measured besides, of the float and of the quantized network. exports: what came of the formats
+    that it wrote, read again.
     """
 
     float_parameters: tuple[FloatParameter, ...]
     output_error: float
     held_out_output_error: float
     metrics: tuple[MetricFigures, ...]
+    exports: tuple[ExportFigures, ...]
 
     def __new__(
         cls,
@@ -76,11 +92,12 @@ class LayerTable(tuple[LayerFigures, ...]):
         output_error: float = math.nan,
         held_out_output_error: float = math.nan,
         metrics: Iterable[MetricFigures] = (),
+        exports: Iterable[ExportFigures] = (),
     ) -> Self:
         table = super().__new__(cls, rows)
         table.float_parameters = tuple(float_parameters)
         table.output_error, table.held_out_output_error = output_error, held_out_output_error
-        table.metrics = tuple(metrics)
+        table.metrics, table.exports = tuple(metrics), tuple(exports)
         return table
 
     @overload
@@ -132,15 +149,22 @@ class LayerTable(tuple[LayerFigures, ...]):
         for number, note in enumerate(notes, start=1):
             listed.add_row(f"{number}:", note)
         layers = table(max(longest - excess, _MIN_NAME))
-        return text.rendered(text.console(WIDTH), *title, layers, *([listed] if notes else []), *self._ending())
+        exports = [export_table(self.exports)] if self.exports else []
+        return text.rendered(
+            text.console(WIDTH), *title, layers, *([listed] if notes else []), *exports, *self._ending()
+        )
 
     def _repr_html_(self) -> str:
         title, header, body, totals, notes = self._cells()
         head, rows = _html_row(header, "th"), "".join(_html_row(line, "td") for line in (*body, totals))
         listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        exports = ""
+        if self.exports:
+            lines = "".join(_html_row(row.cells, "td") for row in self.exports)
+            exports = f"<table><thead>{_html_row(EXPORT_HEADER, 'th')}</thead><tbody>{lines}</tbody></table>"
         return (
             f"{_html_paragraphs(title)}<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
-            f"<ol>{listed}</ol>{_html_paragraphs(self._ending())}"
+            f"<ol>{listed}</ol>{exports}{_html_paragraphs(self._ending())}"
         )
 
     def _title(self) -> tuple[str, ...]:

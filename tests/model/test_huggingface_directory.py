@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from distributed_adaround.errors import InputError
 from distributed_adaround.files import storage
 from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.model.huggingface import files_beside
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.spec.model import ModelSpec
 
@@ -65,8 +66,14 @@ def test_one_file_and_shards_hold_the_same_model(plain: Path, sharded: Path) -> 
     assert not found.model.training
     assert found.model.config._attn_implementation == "sdpa"
     assert found.dtype == torch.float32
-    # Beside the weights, and of these only their size.
-    assert set(found.files) == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    # Beside the weights, and of these where each lies, and the size.
+    assert found.checkpoint == dict.fromkeys(stored, "model.safetensors")
+    assert set(files_beside(plain)) == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert found.shard_bytes == (plain / "model.safetensors").stat().st_size
 
 
@@ -193,4 +200,4 @@ def test_code_in_a_directory_is_never_run(copied: Path, tmp_path: Path) -> None:
     assert type(found.model) is transformers.LlamaForCausalLM
     assert not (tmp_path / "ran").exists()
     # Nor carried along to where somebody might run it.
-    assert "modeling_mine.py" not in found.files
+    assert "modeling_mine.py" not in files_beside(copied)

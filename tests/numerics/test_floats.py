@@ -151,7 +151,7 @@ def reference(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     element, size = ("e4m3" if kind == "mxfp8" else "e2m1"), (16 if kind == "nvfp4" else 32)
     values = VALUES[element]
     end = {"e2m1": 7.0, "e4m3": 464.0}[element]
-    factor = torch.tensor(float(weight.abs().max()) / (6 * 448))
+    factor = torch.tensor(2.0 ** math.ceil(math.log2(float(weight.abs().max()) / (6 * 448))))
     scales, rounded = torch.empty(1, weight.shape[1], weight.shape[2] // size), torch.empty_like(weight)
     for o, row in enumerate(weight[0]):
         for g, block in enumerate(row.split(size)):

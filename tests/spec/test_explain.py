@@ -118,7 +118,7 @@ BAD_VALUES = [
     ("data.transform", "f", "data.transform", ["'f'", "my_models:normalize"]),
     ("output.formats", [], "output.formats", ["[]", "1 or more entries"]),
     ("output.formats", ["safetensors"] * 2, "output.formats", ["'safetensors', 'safetensors'", "twice", "remove"]),
-    ("output.formats", ["onnx"], "output.formats.0", ["'onnx'", "'dequantized'"]),
+    ("output.formats", ["tflite"], "output.formats.0", ["'tflite'", "'dequantized'"]),
     ("output.uri", "", "output.uri", ["'' must not be empty", "s3://out/resnet50-w4"]),
     ("runtime.device", "cuda:x", "runtime.device", ["'cuda:x'", "cuda:0"]),
     ("runtime.device", "cpu\n", "runtime.device", ["cuda:0"]),

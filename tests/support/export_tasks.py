@@ -64,7 +64,11 @@ def finished(
         place = weight if site.view is None else site.view.of(weight)
         place.copy_(moved.dequantize(weight.dtype))
         solved.append((layers[site.stored_name], moved))
-    write_codes(SolvedModel(opened.weights, solved, (), opened.checkpoint, opened.shard_bytes), uri, source="test")
+    write_codes(
+        SolvedModel(opened.weights, solved, opened.widest_dtype, (), opened.checkpoint, opened.shard_bytes),
+        uri,
+        source="test",
+    )
     return ExportTask(
         **vars(plan),
         result=StoredResult.open(uri, files),
