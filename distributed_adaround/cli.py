@@ -136,7 +136,9 @@ def _add_outputs(
     names, what = ", ".join(EXPORTERS), "may be given several times"
     sub.add_argument("--format", dest="formats", action="append", required=True, choices=EXPORTERS, metavar="FORMAT",
                      help=f"{what}: {names}")  # fmt: skip
-    sub.add_argument("--no-verify", action="store_true", help="do not read the formats again afterwards")
+    sub.add_argument(
+        "--verify", action="store_true", help="read the formats again afterwards, as the command verify does"
+    )
     sub.set_defaults(command=_export)
     text = "read all formats of an output by their own libraries, and compare them with the quantized model"
     sub = commands.add_parser("verify", help=text, description=text, parents=[given])
@@ -249,8 +251,7 @@ def _export(options: argparse.Namespace) -> None:
         return
     from distributed_adaround.convert import export_output
 
-    found = export_output(options.output, options.formats, options.overrides, not options.no_verify)
-    _print_exports(found)
+    _print_exports(export_output(options.output, options.formats, options.overrides, options.verify))
     print(f"Results are in {redact(options.output)}")
 
 

@@ -39,7 +39,7 @@ def export_output(
         uri: of the output, on any store.
         formats: names of exporters.
         overrides: "section.field=value", as where the model lies now.
-        check: read the formats again, and compare them with the quantized model.
+        check: read the formats again, and compare them with the quantized model, which needs memory for both.
 
     Raises: SpecError when a format cannot hold the result; InputError when the output is not that of a finished job, or
     the model that it names is not there; OutputError.

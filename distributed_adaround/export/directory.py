@@ -49,19 +49,22 @@ class ModelTensors:
                     self._made |= {f"{prefix}.original0": norm, f"{prefix}.original1": partial(result.tensor, folded)}
 
     def __call__(self, source: Source) -> Tensor:
-        tensor = self._tensor(source.name)
         if source.rows is None:
-            return tensor.reshape(source.shape)
+            return self._read(source.name).reshape(source.shape)
+        tensor = self._tensor(source.name)
         rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
         return rows[source.rows].reshape(source.shape)
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._kept:
-            made = self._made.get(name)
-            self._kept[name] = self._result.tensor(name) if made is None else made()
+            self._kept[name] = self._read(name)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return self._kept[name]
+
+    def _read(self, name: str) -> Tensor:
+        made = self._made.get(name)
+        return self._result.tensor(name) if made is None else made()
 
 
 def _norm(result: StoredResult, name: str, dim: int) -> Tensor:

@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy_records
 from torch import nn
 
-from distributed_adaround.capture.open import capture_model
+from distributed_adaround.capture.open import capture_model, head_names
+from distributed_adaround.capture.sites import Site
 from distributed_adaround.data.microbatches import CallerBatch, Microbatches
 from distributed_adaround.export.codes import SolvedModel, planned_layer, write_codes
 from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, scale_dtype
 from distributed_adaround.export.stored import StoredResult
 from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.formats import LayerFormat
 from distributed_adaround.model.source import OpenedModel
+from distributed_adaround.numerics.layers import LayerGeometry
+from distributed_adaround.numerics.ranges import choose_grid
 from distributed_adaround.rounding import NetworkRounder
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.runtime.context import RankContext
 from distributed_adaround.solve.record import LayerRecord
 from distributed_adaround.spec.job import MethodSpec, OutputSpec
 from distributed_adaround.spec.model import ModelSpec
+from distributed_adaround.spec.quantize import QuantizeSpec
 
 
 def finished(
@@ -34,8 +40,11 @@ def finished(
     output: Mapping[str, Any],
     source: ModelSpec | None = None,
     directory: Path | None = None,
+    capture: bool = True,
 ) -> ExportTask:
     """Round a model with deliberately not-nearest codes, write the result into `folder` / "out", and open it.
+
+    capture: find the layers as a job does, which takes seconds; else all nn.Linear but the head are taken.
 
     The exporter's scale_dtype and check are asked as in a job. The model has the quantized weights afterwards.
     """
@@ -47,20 +56,23 @@ def finished(
     plan = ExportPlan((), OutputSpec(uri=uri, **output), source, opened.widest_dtype, directory, files)
     spec = spec.model_copy(update={"quantize": spec.quantize.with_scales(scale_dtype([exporter], plan))})
     microbatches = Microbatches.of_list(batches, comm, sharded=False)
-    captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
-    layers = {
-        site.stored_name: planned_layer(site, planned.format, captured.walker.tensor(site.weight_name))
-        for planned in captured.planned
-        if planned.format is not None
-        for site in planned.sites
-    }
+    if capture:
+        captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
+        planned = [(site, each.format) for each in captured.planned if each.format is not None for site in each.sites]
+    else:
+        planned = _linear_layers(opened.model, spec.quantize)
+    tensors = opened.weights
+    layers = {site.stored_name: planned_layer(site, form, tensors[site.weight_name]) for site, form in planned}
     plan = replace(plan, layers=list(layers.values()))
     exporter.check(plan)
-    result = NetworkRounder(spec, comm).run(captured, microbatches)
+    if capture:
+        records = list(NetworkRounder(spec, comm).run(captured, microbatches).records)
+    else:
+        records = [(site, _nearest(site, form, tensors[site.weight_name])) for site, form in planned]
     solved = []
-    for site, record in result.records:
+    for site, record in records:
         moved = _moved(record)
-        weight = captured.walker.tensor(site.weight_name)
+        weight = opened.weights[site.weight_name]
         place = weight if site.view is None else site.view.of(weight)
         place.copy_(moved.dequantize(weight.dtype))
         solved.append((layers[site.stored_name], moved))
@@ -75,6 +87,26 @@ def finished(
         model=lambda: opened.model,
         inputs=lambda: [microbatches.load(0)],
     )
+
+
+def _linear_layers(model: Any, quantize: QuantizeSpec) -> list[tuple[Site, LayerFormat]]:
+    heads = head_names(model)
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in heads:
+            layer_format = quantize.for_layer(name, "Linear")
+            if layer_format is not None:
+                geometry = LayerGeometry(tuple(module.weight.shape))
+                layer_format.check(name, geometry.inputs_per_output)
+                found.append((Site(name, "Linear", f"{name}.weight", None, geometry), layer_format))
+    return found
+
+
+def _nearest(site: Site, layer_format: LayerFormat, weight: torch.Tensor) -> LayerRecord:
+    channels = site.geometry.to_channels(weight.float())
+    grid = choose_grid(channels, layer_format)
+    figures = toy_records.figures_of(site.name)
+    return LayerRecord.of(figures, site.geometry, layer_format, grid.quantize(channels), grid, None)
 
 
 def _moved(record: LayerRecord) -> LayerRecord:
