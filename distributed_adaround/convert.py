@@ -31,7 +31,7 @@ from distributed_adaround.spec.load import parse_job
 
 
 def export_output(
-    uri: str, formats: Sequence[str], overrides: Sequence[str] = (), check: bool = True
+    uri: str, formats: Sequence[str], overrides: Sequence[str] = (), check: bool = False
 ) -> list[Verified]:
     """Write more formats into the output of a finished job.
 

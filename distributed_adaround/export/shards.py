@@ -66,6 +66,7 @@ def write_shards(
 
     Raises: InputError when safetensors cannot hold a tensor, OutputError.
     """
+    storage.remove_leftovers(uri)
     place = uris.join(uri, f"{stem}.partial.json")
     done = _progress(place, source)
     for file, names in shards.items():

@@ -64,7 +64,8 @@ def open_huggingface(spec: ModelSpec, folder: Path | None, files: LocalFiles) ->
     with offline_transformers(shown) as transformers:
         made = _from_pretrained(transformers, directory, config, spec, shown)
     refuse_non_finite((*made.named_parameters(), *made.named_buffers()), dict(made.named_parameters()), shown)
-    largest = max((directory / shard).stat().st_size for shard in set(checkpoint.values()))
+    shards = set(checkpoint.values())
+    largest = max((directory / shard).stat().st_size for shard in shards) if len(shards) > 1 else 0
     return OpenedModel(made.eval().requires_grad_(False), checkpoint, largest)
 
 

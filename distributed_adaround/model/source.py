@@ -30,7 +30,7 @@ from distributed_adaround.spec.model import SOURCES, ModelSpec
 @dataclass(frozen=True)
 class OpenedModel:
     """A model in memory. checkpoint: of a model directory, the file that each tensor lies in, by the tensor's name
-    there. shard_bytes: size of the largest of these files."""
+    there. shard_bytes: size of the largest of these files, 0: it is the only one."""
 
     model: nn.Module | ExportedProgram
     checkpoint: Mapping[str, str] = field(default_factory=dict)
