@@ -1,7 +1,7 @@
 """A float GGUF file of a model: which of its tensors holds which layer of ours, and in which order of rows.
 
-llama.cpp's converter gives tensors its own names (the package gguf has the table), stacks experts, and for Llama and its
-kin changes the order of the rows of queries and keys, as its rotary embedding wants them.
+llama.cpp's converter gives tensors its own names (the package gguf has the table), stacks experts, and for Llama and
+its kin changes the order of the rows of queries and keys, as its rotary embedding wants them.
 """
 
 import re
@@ -18,8 +18,8 @@ from distributed_adaround.export.stored import QuantizedLayer
 
 _FLOATS = ("F32", "F16", "BF16")
 _SUFFIXES = (".weight", ".bias")
-# Relative distance of quantized weights from the float ones below which they are the same. That of int2 is about 0.5; of
-# numbers that have nothing to do with each other it is 1 and more.
+# Relative distance of quantized weights from the float ones below which they are the same. That of int2 is about 0.5;
+# of numbers that have nothing to do with each other it is 1 and more.
 _NEAR = 0.9
 # The same of numbers that are only stored in another float type.
 _SAME = 0.02
@@ -59,7 +59,9 @@ class BaseGguf:
             raise InputError(f"{shown} is of architecture {self.architecture!r}, which the package gguf does not know")
         blocks = self._value(f"{self.architecture}.block_count")
         if not isinstance(blocks, int):
-            raise InputError(f"{shown} does not say how many blocks it has ({self.architecture}.block_count); make it again")
+            raise InputError(
+                f"{shown} does not say how many blocks it has ({self.architecture}.block_count); make it again"
+            )
         self._names = self.gguf.get_tensor_name_map(known[self.architecture], blocks)
 
     @classmethod
@@ -69,7 +71,9 @@ class BaseGguf:
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # the library checks little, so that anything may come
-            raise InputError(f"{shown} is no GGUF file, or damaged ({first_line(error)}); convert the model again") from error
+            raise InputError(
+                f"{shown} is no GGUF file, or damaged ({first_line(error)}); convert the model again"
+            ) from error
         base = cls(reader, shown)
         if reader.byte_order != "I":
             raise InputError(f"{shown} is of the other byte order; convert the model for this one")
@@ -142,7 +146,9 @@ class BaseGguf:
         layer, count = pieces[0].layer, self.shape(target)[0]
         if sorted(experts, key=lambda each: -1 if each is None else each) != list(range(count)):
             what = f"{target} holds {count} experts, of which {len(set(experts))} are quantized ({layer.owner})"
-            raise SpecError(f"output.formats gguf: {what}; quantize all of them, or add 're:{layer.owner}' to quantize.ignore")
+            raise SpecError(
+                f"output.formats gguf: {what}; quantize all of them, or add 're:{layer.owner}' to quantize.ignore"
+            )
         if len({(piece.layer.scheme, str(piece.layer.format)) for piece in pieces}) > 1:
             what = f"all experts of {layer.owner} lie in {target}, in one format"
             raise SpecError(f"output.formats gguf: {what}; remove the quantize.overrides that tell them apart")
@@ -163,7 +169,7 @@ class BaseGguf:
         distances = [float((base - (weight if o is None else weight[o])).norm() / scale) for o in orders]
         best = min(range(len(orders)), key=distances.__getitem__)
         if distances[best] > _NEAR:
-            what = f"holds other numbers in {piece.target} than layer {piece.layer.name!r}, in any order of rows known here"
+            what = f"holds other numbers in {piece.target} than layer {piece.layer.name!r}, in any known order of rows"
             raise InputError(f"{self._shown} {what}; give a GGUF made from this very model")
         return orders[best]
 
@@ -179,7 +185,9 @@ class BaseGguf:
         """Raises InputError when a tensor that stayed in float is another one in the file."""
         base = self.floats(name)
         if tensor.shape != base.shape or float((base - tensor.float()).norm() / base.norm().clamp_min(1e-30)) > _SAME:
-            raise InputError(f"{self._shown} holds another {name} than the model; give a GGUF made from this very model")
+            raise InputError(
+                f"{self._shown} holds another {name} than the model; give a GGUF made from this very model"
+            )
 
     def _value(self, key: str) -> Any:
         field = self.reader.fields.get(key)

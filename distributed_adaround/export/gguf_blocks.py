@@ -30,7 +30,9 @@ def block_type(layer: QuantizedLayer) -> str | None:
         return None
     low, high = int(layer.format["quant_min"]), int(layer.format["quant_max"])
     zero_point = 0 if layer.number.signed else (low + high + 1) // 2
-    fitting = (name for name, (least, most) in _INTEGERS.items() if least <= low - zero_point and high - zero_point <= most)
+    fitting = (
+        name for name, (least, most) in _INTEGERS.items() if least <= low - zero_point and high - zero_point <= most
+    )
     return next(fitting, None)
 
 

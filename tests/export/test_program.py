@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_models
 import torch
+import toy_models
 from architectures import ARCHITECTURES
 from export_tasks import finished
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ class Untraceable(nn.Module):
 
 
 def test_a_model_that_torch_cannot_capture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="program: torch.export cannot capture the model .* leave program out"):
+    with pytest.raises(InputError, match=r"program: torch.export cannot capture the model .* leave program out"):
         written(tmp_path, Untraceable(), torch.randn(3, 8))
     assert not (tmp_path / "out" / "program" / "model.pt2").exists()
 
@@ -197,7 +197,7 @@ class Foreign(nn.Module):
 
 
 def test_operators_of_other_libraries_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the model runs adaround_test.twice.default, which torch alone does not"):
+    with pytest.raises(InputError, match=r"the model runs adaround_test.twice.default, which torch alone does not"):
         written(tmp_path, Foreign(operator=True), torch.randn(3, 8))
 
 

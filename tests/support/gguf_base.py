@@ -1,4 +1,4 @@
-"""Float GGUF files of small models of transformers, as llama.cpp's converter makes them: what `output.base_gguf` names."""
+"""Float GGUF files of models of transformers, as llama.cpp's converter makes them: what `output.base_gguf` names."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ import gguf
 import numpy as np
 import torch
 
-_TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16, "bf16": gguf.GGMLQuantizationType.BF16}
+_TYPES = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "f16": gguf.GGMLQuantizationType.F16,
+    "bf16": gguf.GGMLQuantizationType.BF16,
+}
 # Architectures whose rows of queries and keys the converter puts in another order.
 _PERMUTED = ("llama",)
 
 
-def write_base(model: Any, path: Path, outtype: str = "f32", metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a model of transformers (llama, qwen2, qwen3, qwen3moe). outtype: of matrices; all else is F32. metadata:
-    more of it, as arguments of `add_key_value`."""
+def write_base(
+    model: Any,
+    path: Path,
+    outtype: str = "f32",
+    metadata: Mapping[str, Any] | None = None,
+    alignment: int = 32,
+    quantized: str | None = None,
+) -> Path:
+    """Write a model of transformers (llama, mixtral, qwen3, qwen3_moe). outtype: of matrices; all else is F32.
+    metadata: more of it, as arguments of `add_key_value`. quantized: a tensor that is Q8_0, as no base is."""
     config = model.config
     architecture = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -46,8 +57,10 @@ def write_base(model: Any, path: Path, outtype: str = "f32", metadata: Mapping[s
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, *value)
-    for name, tensor in _tensors(model, architecture, heads, kv_heads):
+    writer.data_alignment = alignment
+    for source, name, tensor in _tensors(model, architecture, heads, kv_heads):
         kind = _TYPES[outtype] if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
+        kind = gguf.GGMLQuantizationType.Q8_0 if source == quantized else kind
         data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -57,7 +70,7 @@ def write_base(model: Any, path: Path, outtype: str = "f32", metadata: Mapping[s
     return path
 
 
-def _tensors(model: Any, architecture: str, heads: int, kv_heads: int) -> list[tuple[str, torch.Tensor]]:
+def _tensors(model: Any, architecture: str, heads: int, kv_heads: int) -> list[tuple[str, str, torch.Tensor]]:
     keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(keys[architecture], model.config.num_hidden_layers)
     found = []
@@ -67,7 +80,7 @@ def _tensors(model: Any, architecture: str, heads: int, kv_heads: int) -> list[t
         if name.endswith("experts.gate_up_proj"):
             for half, part in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
                 place = names.get_name(name.replace("gate_up_proj", half))
-                found.append((f"{place}.weight", part))
+                found.append((name, f"{place}.weight", part))
             continue
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert place is not None, name
@@ -75,7 +88,7 @@ def _tensors(model: Any, architecture: str, heads: int, kv_heads: int) -> list[t
         if architecture in _PERMUTED and (".q_proj." in name or ".k_proj." in name):
             count = heads if ".q_proj." in name else kv_heads
             tensor = permuted(tensor, count)
-        found.append((place, tensor))
+        found.append((name, place, tensor))
     return found
 
 
