@@ -29,8 +29,8 @@ from distributed_adaround.capture.exported import export_as_it_is, export_model,
 from distributed_adaround.capture.forward import real_tensors, run_once
 from distributed_adaround.capture.recurrent import close_recurrent
 from distributed_adaround.data.microbatches import ModelInputs
-from distributed_adaround.errors import InputError, first_line
-from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
+from distributed_adaround.errors import InputError, SpecError, first_line
+from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, Loaded
 from distributed_adaround.export.stored import StoredResult
 from distributed_adaround.export.stored_weights import StoredWeight
 from distributed_adaround.files import jsontext, storage, uris
@@ -50,6 +50,11 @@ _STORED = (InputKind.PARAMETER, InputKind.BUFFER)
 
 class ProgramExporter(Exporter):
     files = (FOLDER,)
+
+    def check(self, plan: ExportPlan) -> None:
+        if not plan.exported:
+            what = "output.formats: program needs a model that torch.export can capture, which this one is not"
+            raise SpecError(f"{what}; remove program from output.formats")
 
     def write(self, task: ExportTask, uri: str) -> None:
         place = uris.join(uri, FOLDER, _FILE)
@@ -82,7 +87,7 @@ def _save(program: ExportedProgram, extra: dict[str, str], path: Path) -> None:
 def _program(task: ExportTask) -> ExportedProgram:
     """The model with dequantized weights, on the host, without examples of its inputs. Raises InputError."""
     model = task.model()
-    program = model if isinstance(model, ExportedProgram) else _exported(model, task.inputs()[0])
+    program = model if isinstance(model, ExportedProgram) else _exported(model, _example(task))
     devices = {tensor.device for tensor in program.state_dict.values() if isinstance(tensor, Tensor)}
     if devices - {torch.device("cpu")}:
         program = move_to_device_pass(program, "cpu")
@@ -91,6 +96,13 @@ def _program(task: ExportTask) -> ExportedProgram:
         what = f"output.formats program: the model runs {foreign[0]}, which torch alone does not have"
         raise InputError(f"{what}; leave program out, the other formats have the result")
     return program
+
+
+def _example(task: ExportTask) -> ModelInputs:
+    inputs = task.inputs()
+    if not inputs:
+        raise InputError("output.formats program needs a microbatch on rank 0; run on fewer ranks, or give more data")
+    return inputs[0]
 
 
 def _exported(model: nn.Module, example: ModelInputs) -> ExportedProgram:

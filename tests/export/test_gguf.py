@@ -13,8 +13,8 @@ import gguf_base
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from export_tasks import finished
+from gguf_base import small_model
 from torch import Tensor, nn
 
 from distributed_adaround.errors import AdaRoundError, InputError, SpecError
@@ -29,15 +29,6 @@ from distributed_adaround.spec.quantize import QuantizeSpec
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 GROUPS: dict[str, Any] = {"qscheme": "per_group_symmetric", "group_size": 32}
-
-
-def model_of(name: str, **fields: Any) -> Any:
-    """A tiny model whose matrices all have multiples of 32 inputs."""
-    architecture = ARCHITECTURES[name]
-    sizes = {"intermediate_size": 64, "num_hidden_layers": 1}
-    if "moe_intermediate_size" in architecture.fields:
-        sizes["moe_intermediate_size"] = 32
-    return replace(architecture, fields={**architecture.fields, **sizes, **fields}).build()
 
 
 def prepared(folder: Path, model: Any, base: Path | None = None, **quantize: Any) -> ExportTask:
@@ -90,7 +81,7 @@ def test_blocks_of_mxfp4_hold_every_value() -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> ExportTask:
     """A finished job, written; its base is base.gguf two folders above the file."""
-    return written(tmp_path_factory.mktemp("llama"), model_of("Llama"), dtype="int4")[0]
+    return written(tmp_path_factory.mktemp("llama"), small_model("Llama"), dtype="int4")[0]
 
 
 def written_to(task: ExportTask) -> Path:
@@ -114,7 +105,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any], str]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_gguf_and_transformers_read_the_same_weights(name: str, tmp_path: Path) -> None:
     architecture, fields, quantize, kind = CASES[name]
-    task, path = written(tmp_path, model_of(architecture, **fields), **quantize)
+    task, path = written(tmp_path, small_model(architecture, **fields), **quantize)
     (found,) = verify(task, [GgufExporter()])
     assert found.weights == len({layer.owner for layer in task.layers})
     assert (found.different, found.output_error) == (0, 0.0)
@@ -149,7 +140,7 @@ def test_metadata_are_copied_as_they_are(llama: ExportTask, tmp_path: Path) -> N
         "test.truth": ([True, False], kinds.ARRAY, kinds.BOOL),
         "general.alignment": (64, kinds.UINT32),
     }
-    base = gguf_base.write_base(model_of("Llama"), tmp_path / "other.gguf", metadata=metadata, alignment=64)
+    base = gguf_base.write_base(small_model("Llama"), tmp_path / "other.gguf", metadata=metadata, alignment=64)
     GgufExporter().write(with_base(llama, base), str(tmp_path))
     before, after = (gguf.GGUFReader(path) for path in (base, tmp_path / "gguf" / "model.gguf"))
     assert set(after.fields) - set(before.fields) == {"general.quantization_version"}
@@ -161,7 +152,7 @@ def test_metadata_are_copied_as_they_are(llama: ExportTask, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16"])
 def test_floats_keep_the_type_of_the_base(outtype: str, llama: ExportTask, tmp_path: Path) -> None:
-    task = with_base(llama, gguf_base.write_base(model_of("Llama"), tmp_path / "base.gguf", outtype))
+    task = with_base(llama, gguf_base.write_base(small_model("Llama"), tmp_path / "base.gguf", outtype))
     GgufExporter().write(task, str(tmp_path))
     after = gguf_base.arrays(tmp_path / "gguf" / "model.gguf")
     assert after["token_embd.weight"][0] == outtype.upper()
@@ -177,7 +168,7 @@ def test_floats_keep_the_type_of_the_base(outtype: str, llama: ExportTask, tmp_p
 
 
 def test_changed_biases_are_replaced(tmp_path: Path) -> None:
-    model = model_of("Llama", attention_bias=True)
+    model = small_model("Llama", attention_bias=True)
     base = gguf_base.write_base(model, tmp_path / "base.gguf")
     with torch.no_grad():
         for bias in (module.bias for module in model.modules() if isinstance(module, nn.Linear)):
@@ -265,11 +256,11 @@ def _quantized(path: Path, model: Any) -> None:
 
 
 def _other_sizes(path: Path, model: Any) -> None:
-    gguf_base.write_base(model_of("Llama", intermediate_size=96), path)
+    gguf_base.write_base(small_model("Llama", intermediate_size=96), path)
 
 
 def _fewer_blocks(path: Path, model: Any) -> None:
-    gguf_base.write_base(model_of("Llama", num_hidden_layers=0), path)
+    gguf_base.write_base(small_model("Llama", num_hidden_layers=0), path)
 
 
 def _one_of_several(path: Path, model: Any) -> None:
@@ -289,7 +280,7 @@ BASES: dict[str, tuple[Any, type[AdaRoundError], str]] = {
 @pytest.mark.parametrize("name", BASES)
 def test_other_bases_are_refused_before_anything_is_solved(name: str, llama: ExportTask, tmp_path: Path) -> None:
     write, kind, message = BASES[name]
-    write(tmp_path / "base.gguf", model_of("Llama"))
+    write(tmp_path / "base.gguf", small_model("Llama"))
     with pytest.raises(kind, match=message):
         GgufExporter().check(with_base(llama, tmp_path / "base.gguf"))
 
@@ -297,7 +288,7 @@ def test_other_bases_are_refused_before_anything_is_solved(name: str, llama: Exp
 def test_a_base_of_other_weights_is_refused(llama: ExportTask, tmp_path: Path) -> None:
     task = with_base(llama, tmp_path / "base.gguf")
     for name, changed in (("embed_tokens.weight", "token_embd.weight"), ("mlp.up_proj.weight", "blk.0.ffn_up.weight")):
-        other = model_of("Llama")
+        other = small_model("Llama")
         with torch.no_grad():
             for key, parameter in other.named_parameters():
                 if key.endswith(name):
@@ -309,7 +300,7 @@ def test_a_base_of_other_weights_is_refused(llama: ExportTask, tmp_path: Path) -
 
 
 def test_experts_are_quantized_all_and_alike(tmp_path: Path) -> None:
-    task = prepared(tmp_path, model_of("Qwen3-MoE"), dtype="int4")
+    task = prepared(tmp_path, small_model("Qwen3-MoE"), dtype="int4")
     layers = {layer.stored_name: layer for layer in task.layers}
     one = "model.layers.0.mlp.experts.down_proj[1]"
     without = [layer for name, layer in layers.items() if name != one]
@@ -330,7 +321,7 @@ class Conv(nn.Module):
 
 
 def test_layers_that_llms_do_not_have_are_refused(tmp_path: Path) -> None:
-    gguf_base.write_base(model_of("Llama"), tmp_path / "base.gguf")
+    gguf_base.write_base(small_model("Llama"), tmp_path / "base.gguf")
     with pytest.raises(SpecError, match=r"no tensor of layer 'conv'.*add 'conv' to quantize.ignore"):
         finished(
             tmp_path,
@@ -353,7 +344,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, llam
 def test_llama_cpp_runs_it(tmp_path: Path) -> None:
     import llama_cpp
 
-    task, path = written(tmp_path, model_of("Llama"))
+    task, path = written(tmp_path, small_model("Llama"))
     runtime = llama_cpp.Llama(str(path), logits_all=True, n_ctx=16, verbose=False)
     tokens = [5, 7, 11, 13]
     runtime.eval(tokens)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.open import capture_model
 from distributed_adaround.data.microbatches import CallerBatch, Microbatches
 from distributed_adaround.export.codes import SolvedModel, planned_layer, write_codes
@@ -54,7 +55,7 @@ def finished(
         if planned.format is not None
         for site in planned.sites
     }
-    plan = replace(plan, layers=list(layers.values()))
+    plan = replace(plan, layers=list(layers.values()), exported=isinstance(captured.walker, GraphWalker))
     exporter.check(plan)
     result = NetworkRounder(spec, comm).run(captured, microbatches)
     solved = []

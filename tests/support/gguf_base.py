@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from architectures import ARCHITECTURES
 
 _TYPES = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -17,6 +19,15 @@ _TYPES = {
 }
 # Architectures whose rows of queries and keys the converter puts in another order.
 _PERMUTED = ("llama",)
+
+
+def small_model(name: str, **fields: Any) -> Any:
+    """A model of one block whose matrices all have multiples of 32 inputs."""
+    architecture = ARCHITECTURES[name]
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 1}
+    if "moe_intermediate_size" in architecture.fields:
+        sizes["moe_intermediate_size"] = 32
+    return replace(architecture, fields={**architecture.fields, **sizes, **fields}).build()
 
 
 def write_base(
