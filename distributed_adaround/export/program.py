@@ -130,14 +130,15 @@ def _of_own_operators(model: Any, example: ModelInputs, export: Any) -> Exported
     """Experts of transformers run in an operator of its own by default; it has another way, of torch's operators."""
     program: ExportedProgram = export(model, example)
     close_recurrent(program.graph)
-    if not (_foreign(program) and hasattr(model, "set_experts_implementation")):
-        return program
-    before = model.config._experts_implementation
-    model.set_experts_implementation("batched_mm")
-    try:
-        return export(model, example)  # type: ignore[no-any-return]
-    finally:
-        model.set_experts_implementation(before)
+    if _foreign(program) and hasattr(model, "set_experts_implementation"):
+        before = model.config._experts_implementation
+        model.set_experts_implementation("batched_mm")
+        try:
+            program = export(model, example)
+        finally:
+            model.set_experts_implementation(before)
+        close_recurrent(program.graph)
+    return program
 
 
 def _foreign(program: ExportedProgram) -> list[str]:
@@ -177,7 +178,8 @@ class _Surgery:
             copied[node] = graph.node_copy(node, lambda other: copied[other])
             # Where the model's source lies on this machine, and what it looks like, is nobody's business.
             copied[node].meta.pop("stack_trace", None)
-            assert copied[node].name == node.name
+            # A copy would get another name where that is one of Python's own ("input"); the signature goes by names.
+            copied[node].name = node.name
         return cls(program, graph, list(program.graph_signature.input_specs), dict(program.state_dict), {})
 
     def replace(self, names: list[str], weight: StoredWeight) -> fx.Node | None:

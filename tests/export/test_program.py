@@ -55,6 +55,11 @@ class Recurrent(nn.Module):
         return self.low(first.bfloat16()) + (self.packed[4:] * x.sum(dim=1, keepdim=True)).mean()
 
 
+def chain() -> nn.Module:
+    """Its input is named `input`, as Python's own function."""
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
 CASES: dict[str, tuple[Any, CallerBatch, dict[str, Any]]] = {
     "convolutions, per channel": (toy_models.cnn, torch.randn(3, 2, 8, 8), {"dtype": "int4"}),
     "convolutions, one zero point each": (
@@ -70,6 +75,7 @@ CASES: dict[str, tuple[Any, CallerBatch, dict[str, Any]]] = {
     "one scale, shared weights": (toy_models.mlp, torch.randn(3, 8), {"qscheme": "per_tensor_symmetric"}),
     "small floats": (toy_models.wide, torch.randn(3, 8), {"overrides": FLOATS}),
     "experts, and stored transposed": (toy_models.mixture, torch.randn(3, 8), {"dtype": "uint4"}),
+    "an input of an odd name": (chain, torch.randn(3, 8), {"dtype": "int8"}),
     "parts of a tensor": (Recurrent, torch.randn(3, 5, 8), {"dtype": "int4"}),
 }
 
