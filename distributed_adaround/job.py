@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from distributed_adaround import __version__
+from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.open import CapturedModel, capture_model
 from distributed_adaround.checkpoint.commits import JobCommits
 from distributed_adaround.data.deal import DealtData, InputBinding, deal_data
@@ -107,7 +108,7 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         spec = spec.model_copy(update={"quantize": spec.quantize.with_scales(scale_dtype(chosen, plan))})
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         tell_coverage(captured, comm)
-        plan = replace(plan, layers=_layers(captured))
+        plan = replace(plan, layers=_layers(captured), exported=isinstance(captured.walker, GraphWalker))
         for exporter in chosen:
             exporter.check(plan)
             for note in exporter.notes(plan) if comm.rank == 0 else ():

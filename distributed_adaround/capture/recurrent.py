@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 _aten = torch.ops.aten
 # Operations of whole layers, and whether their state is a pair (h, c).
@@ -89,6 +89,18 @@ def open_recurrent(module: GraphModule) -> None:
             elif node.target in _CELLS:
                 _open_cell(module, node)
     module.recompile()
+
+
+def close_recurrent(graph: Graph) -> None:
+    """Put torch's operations in the place of those of `any_length`, in a graph that others shall run."""
+    for node in graph.nodes:
+        if node.target == _OWN:
+            arguments: Any = node.args
+            kind, x, states, weights, biases, num_layers, bidirectional, batch_first = arguments
+            node.target = next(layer for layer in _LAYERS if str(layer) == kind)
+            given = states if _LAYERS[node.target] else states[0]
+            node.args = (x, given, weights, biases, num_layers, 0.0, False, bidirectional, batch_first)
+            node.meta["val"] = tuple(node.meta["val"])
 
 
 def reads_along(node: Node, source: Node) -> bool:

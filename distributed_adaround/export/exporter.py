@@ -1,7 +1,7 @@
 """The contract of all that write a result down: what they get, and what they do with it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -21,7 +21,8 @@ from distributed_adaround.spec.model import ModelSpec
 @dataclass(frozen=True)
 class ExportPlan:
     """What is known before the first layer is solved. dtype: of most of the model's numbers. directory: of model.hf,
-    local; None: the model came from elsewhere. files: local copies of files behind URIs."""
+    local; None: the model came from elsewhere. files: local copies of files behind URIs. exported: torch.export takes
+    the model."""
 
     layers: Sequence[QuantizedLayer]
     output: OutputSpec
@@ -29,6 +30,7 @@ class ExportPlan:
     dtype: torch.dtype
     directory: Path | None
     files: LocalFiles
+    exported: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ What is written so far stands in <stem>.partial.json, so that a writer that star
 file. It is removed at the end; the index, or whatever readers look for first, comes after it.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -109,6 +110,8 @@ def write_safetensors(uri: str, tensors: Mapping[str, Tensor], metadata: dict[st
             safetensors.torch.save_file(plain, path, metadata=metadata)
         except KeyError as error:
             raise InputError(f"a tensor of the model has dtype {error}, which safetensors cannot hold") from error
+        if len(metadata) > 1:
+            _sort_metadata(path)
         # safetensors replaces the file by one that only its owner may read.
         path.chmod(mode)
         size = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
@@ -116,6 +119,18 @@ def write_safetensors(uri: str, tensors: Mapping[str, Tensor], metadata: dict[st
 
     storage.write_file(uri, write)
     return found[-1]
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the entries of the metadata in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(data) == size
+        file.seek(8)
+        file.write(data)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

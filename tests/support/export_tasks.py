@@ -11,6 +11,7 @@ import torch
 import toy_records
 from torch import nn
 
+from distributed_adaround.capture.graph_walk import GraphWalker
 from distributed_adaround.capture.open import capture_model, head_names
 from distributed_adaround.capture.sites import Site
 from distributed_adaround.data.microbatches import CallerBatch, Microbatches
@@ -63,7 +64,8 @@ def finished(
         planned = _linear_layers(opened.model, spec.quantize)
     tensors = opened.weights
     layers = {site.stored_name: planned_layer(site, form, tensors[site.weight_name]) for site, form in planned}
-    plan = replace(plan, layers=list(layers.values()))
+    exported = not capture or isinstance(captured.walker, GraphWalker)
+    plan = replace(plan, layers=list(layers.values()), exported=exported)
     exporter.check(plan)
     if capture:
         records = list(NetworkRounder(spec, comm).run(captured, microbatches).records)
