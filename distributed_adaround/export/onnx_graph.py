@@ -25,7 +25,8 @@ from distributed_adaround.export.stored import QuantizedLayer, StoredResult
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "float64": "DOUBLE"}
-_ZEROS = ("Expand", "CastLike", "Cast", "Identity", "Reshape")
+_NO_READERS = (("Shape", 0), ("CastLike", 1))
+_ONE_NUMBER = ("Expand", "CastLike", "Cast", "Identity", "Reshape")
 
 
 def insert_codes(model: Any, result: StoredResult) -> None:
@@ -264,11 +265,13 @@ def _fold_batch_norm(graph: Any, weight: Any, layer: QuantizedLayer, result: Sto
 
 
 def _norm_after(weight: Any, layer: QuantizedLayer, result: StoredResult) -> _NormAfter | None:
-    readers = [node for node, _ in weight.uses() if node.op_type != "Shape"]
+    readers = [user for user, place in weight.uses() if (user.op_type, place) not in _NO_READERS]
     if layer.dtype != "float32" or layer.view is not None or len(readers) != 1 or readers[0].op_type not in _LAYERS:
         return None
     node = readers[0]
-    uses, output = node.outputs[0].uses(), node.outputs[0]
+    output = node.outputs[0]
+    # What only asks for the output's type and size, as torch.onnx does for a batch norm without factors, reads nothing.
+    uses = [(user, place) for user, place in output.uses() if (user.op_type, place) not in _NO_READERS]
     if len(uses) != 1 or output.is_graph_output() or node.inputs[1] is not weight:
         return None
     if any(node.attributes[name].value != 1.0 for name in ("alpha", "beta") if name in node.attributes):
@@ -305,7 +308,7 @@ def _constant(value: Any, count: int) -> np.ndarray[Any, Any] | None:
 def _number(value: Any) -> float | None:
     """The only number in a value that is Constant, Cast and Expand."""
     node = value.producer()
-    while node is not None and node.op_type in _ZEROS:
+    while node is not None and node.op_type in _ONE_NUMBER:
         node = node.inputs[0].producer()
     if node is None or node.op_type != "Constant":
         return None

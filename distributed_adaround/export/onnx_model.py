@@ -106,9 +106,10 @@ def _problem(layer: QuantizedLayer, plan: ExportPlan) -> str | None:
         return None
     if _RUN.fullmatch(part) and len(layer.view.shape) == 2:
         return None
-    what = f"is a part of {layer.owner} that ONNX cannot put together"
     if re.match(r"\[\d+[],]", part):
-        what = f"is one of several weights in {layer.owner}, as of experts, whose operation torch.onnx does not know"
+        what = f"is one of several weights in {layer.owner}, as of experts, and torch.onnx does not know the operation"
+        return f"{what} that runs them; remove onnx"
+    what = f"is a part of {layer.owner} that does not lie in one piece, which ONNX cannot put together"
     return f"{what}; leave it in float with quantize.ignore, or remove onnx"
 
 
@@ -175,7 +176,8 @@ def _weights(model: Any, result: StoredResult) -> Iterator[tuple[str, Tensor]]:
     for owner in dict.fromkeys(layer.owner for layer in result.layers.values()):
         yield owner, _parameter(model, owner, nodes, result)
     for name, value in model.graph.initializers.items():
-        if name in result.shapes and not result.layers_of(name):
+        known = name in result.shapes or name in result.tied
+        if known and not result.layers_of(name):
             yield name, torch.from_numpy(np.array(value.const_value.numpy()))
 
 
