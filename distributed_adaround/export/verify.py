@@ -11,6 +11,7 @@ from distributed_adaround.capture.forward import real_tensors, run_once
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError
 from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
+from distributed_adaround.metrics.on_device import on_device
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ def refuse_different(found: Sequence[Verified]) -> None:
 
 def outputs_of(model: nn.Module | ExportedProgram, inputs: ModelInputs) -> list[Tensor]:
     """Outputs of real numbers, on the host."""
-    module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
-    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
-    return [output.cpu() for output in real_tensors(run_once(module, inputs, device, seed=0))]
+    state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+    with on_device(model, device) as module:
+        return [output.cpu() for output in real_tensors(run_once(module, inputs, device, seed=0))]
 
 
 def _compared(
