@@ -117,7 +117,17 @@ def test_shards_with_an_index_and_the_same_bytes_each_time(tmp_path: Path) -> No
     (found,) = verify(task, [TorchaoExporter()])
     assert found.ok
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "model.safetensors"}
-    # Another process: the library orders metadata by a random hash.
+    # The library orders metadata by a random hash.
+    for turn in range(3):
+        TorchaoExporter().write(task, str(tmp_path / str(turn)))
+        for name, data in before.items():
+            assert (tmp_path / str(turn) / "torchao" / name).read_bytes() == data, name
+
+
+@pytest.mark.slow
+def test_the_same_bytes_in_another_process_without_a_word(tmp_path: Path) -> None:
+    task = written(tmp_path, toy_models.mlp(), ROWS, dtype="int4")
+    before = {path.name: path.read_bytes() for path in Path(task.output.uri, "torchao").iterdir()}
     code = """
 import sys
 from pathlib import Path
@@ -129,7 +139,6 @@ from distributed_adaround.files.local_files import LocalFiles
 class Task: pass
 task = Task()
 task.result = StoredResult.open(sys.argv[2], LocalFiles(Path(sys.argv[3], "files")))
-task.result.shard_bytes = 100
 TorchaoExporter().write(task, sys.argv[3])
 """
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), task.output.uri, str(tmp_path / "again")]
