@@ -9,11 +9,11 @@ from typing import Any
 import gguf_base
 import pytest
 import torch
-from distributed_adaround.export.gguf_file import GgufExporter
 from export_tasks import finished
 
 import distributed_adaround
 from distributed_adaround.export.exporter import Exporter
+from distributed_adaround.export.gguf_file import GgufExporter
 from distributed_adaround.export.program import ProgramExporter
 from distributed_adaround.export.torchao_file import TorchaoExporter
 

@@ -13,7 +13,6 @@ import gguf_base
 import numpy as np
 import pytest
 import torch
-from distributed_adaround.export.gguf_file import GgufExporter
 from export_tasks import finished
 from gguf_base import small_model
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from distributed_adaround.errors import AdaRoundError, InputError, SpecError
 from distributed_adaround.export.exporter import ExportTask
 from distributed_adaround.export.gguf_blocks import pack
+from distributed_adaround.export.gguf_file import GgufExporter
 from distributed_adaround.export.verify import outputs_of, verify
 from distributed_adaround.numerics.layers import LayerGeometry
 from distributed_adaround.solve.record import LayerRecord, format_entries
