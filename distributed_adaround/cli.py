@@ -113,6 +113,8 @@ def _add_quickstart(
     add("--out", metavar="OUT", help="folder for the results (default: the model's name and the dtype)")
     add("--samples", type=_positive, metavar="N", help="calibration samples, at most (default: by the kind of data)")
     add("--sequence-length", type=_positive, metavar="T", help="tokens of a sample of text (default: 512)")
+    add("--format", dest="formats", action="append", default=[], choices=EXPORTERS, metavar="FORMAT",
+        help=f"what is written (default: huggingface); may be given several times: {', '.join(EXPORTERS)}")  # fmt: skip
     add("--evaluate", nargs="+", default=[], metavar="FILES", help="other data, to compare the model before and after")
     files = "texts, pictures, recordings or arrays: files, folders or globs, paths or URIs"
     text = "quantize a HuggingFace model directory, without a job file"

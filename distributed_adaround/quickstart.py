@@ -62,6 +62,7 @@ class Request:
     samples: int | None = None
     sequence_length: int | None = None
     evaluate: Sequence[str] = ()
+    formats: Sequence[str] = ()
     overrides: Sequence[str] = ()
 
     @property
@@ -133,7 +134,7 @@ def mapping_of(request: Request, directory: Directory) -> dict[str, Any]:
         "rounding": {"solver": "gram"},
         "output": {
             "uri": request.out or f"{request.name}-{quantize['dtype']}",
-            "formats": ["safetensors", "huggingface"],
+            "formats": list(request.formats) or ["huggingface"],
         },
     }
     if request.evaluate:
@@ -194,7 +195,7 @@ def commented_job(request: Request) -> str:
         "data": _about_data(request, directory),
         "quantize": _about_format(request, writes),
         "rounding": "closest and fast; `minibatch` is AdaRound itself",
-        "output": "huggingface/ in it loads by from_pretrained",
+        "output": "folders in it load by from_pretrained; compressed_tensors for vLLM, onnx, gguf, torchao, program",
         "evaluate": "of the model before and after, on data that calibration does not see",
     }
     parts = [
