@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
 import hf_directories
 import pytest
 import safetensors.torch
+import transformers
 from sample_jobs import write_job
 
 from distributed_adaround.cli import main
@@ -42,20 +43,24 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+def job(folder: Path, out: Path, formats: Sequence[str] = ("safetensors",), **quantize: str) -> JobSpec:
+    """On the model and the text in a folder."""
+    return JobSpec(
+        model={"hf": str(folder / "model")},
+        data={"uri": str(folder / "words.txt"), "text": {"sequence_length": 16}, "microbatch_size": 8},
+        quantize={"dtype": "int4", "qscheme": "per_group_symmetric", "group_size": 32, **quantize},
+        rounding={"solver": "nearest"},
+        output={"uri": str(out), "formats": list(formats)},
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished job on a tiny Llama in several shards: model, text and output."""
     folder = tmp_path_factory.mktemp("finished")
     hf_directories.llama(folder / "model", shard_size="20KB")
-    text = hf_directories.text(folder / "words.txt", 400)
-    job = {
-        "model": {"hf": str(folder / "model")},
-        "data": {"uri": str(text), "text": {"sequence_length": 16}, "microbatch_size": 8},
-        "quantize": {"dtype": "int4", "qscheme": "per_group_symmetric", "group_size": 32},
-        "rounding": {"solver": "nearest"},
-        "output": {"uri": str(folder / "out"), "formats": ["compressed_tensors", "huggingface"]},
-    }
-    table = run_job(JobSpec(**job))
+    hf_directories.text(folder / "words.txt", 400)
+    table = run_job(job(folder, folder / "out", formats=["compressed_tensors", "huggingface"]))
     assert [(one.format, one.ok) for one in table.exports] == [("compressed_tensors", True), ("huggingface", True)]
     assert "compressed_tensors" in str(table)
     return folder
@@ -122,8 +127,9 @@ def test_an_output_in_an_object_store(finished: Path, copied: Path) -> None:
         store.rm("/convert-test", recursive=True)
 
 
-def killed(number: int, out: Path, form: str) -> int:
+def killed(number: int, out: Path, form: str, *overrides: str) -> int:
     command = [sys.executable, "-c", KILLED, str(number), "export", str(out), "--format", form]
+    command += [f"--set={override}" for override in overrides]
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
@@ -142,16 +148,29 @@ def test_a_kill_leaves_nothing_half_published_and_a_restart_gives_the_same_bytes
     assert contents(folder) == contents(finished / "out" / "compressed_tensors")
 
 
+FORMS = ["compressed_tensors", "huggingface", "dequantized", "onnx", "gguf", "program", "torchao"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["compressed_tensors", "huggingface", "dequantized", "onnx", "program", "torchao"])
-def test_kills_at_every_file(form: str, copied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_kills_at_every_file(form: str, finished: Path, copied: Path, tmp_path: Path) -> None:
+    more = []
+    if form == "gguf":
+        # Scales of the job are float32, and GGUF has float16 ones.
+        more = [f"output.base_gguf={tmp_path / 'base.gguf'}"]
+        gguf_base = pytest.importorskip("gguf_base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+        gguf_base.write_base(model, tmp_path / "base.gguf")
+        run_job(job(finished, tmp_path / "halves", scale_dtype="float16"))
+        shutil.rmtree(copied)
+        shutil.move(tmp_path / "halves", copied)
     shutil.copytree(copied, tmp_path / "whole")
-    export_output(str(tmp_path / "whole"), [form])
+    export_output(str(tmp_path / "whole"), [form], more)
     expected = contents(tmp_path / "whole")
     number = 0
-    while killed(number, copied, form) == -signal.SIGKILL:
+    while killed(number, copied, form, *more) == -signal.SIGKILL:
         # Whatever is there loads as what it is, or not at all.
-        assert all(one.ok for one in verify_output(str(copied)) if one.format == form)
+        assert all(one.ok for one in verify_output(str(copied), more) if one.format == form)
         number += 1
     assert number
     assert contents(copied) == expected

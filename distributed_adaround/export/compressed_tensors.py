@@ -93,10 +93,14 @@ class CompressedTensorsExporter(Exporter):
         return str(plan.dtype).removeprefix("torch.")
 
     def notes(self, plan: ExportPlan) -> list[str]:
-        if all(scheme_of(layer, plan).symmetric for layer in plan.layers):
-            return []
-        loaded = "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
-        return [f"compressed_tensors: transformers loads zero points only by {loaded}; vLLM loads them as they are"]
+        schemes = {scheme_of(layer, plan) for layer in plan.layers}
+        loaded = "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        notes = []
+        if not all(scheme.symmetric for scheme in schemes):
+            notes.append(f"transformers loads zero points only by {loaded}; vLLM loads them as they are")
+        if len(schemes) > 1:
+            notes.append(f"load several formats without {loaded}: transformers 5.24 takes one for all layers then")
+        return [f"compressed_tensors: {note}" for note in notes]
 
     def check(self, plan: ExportPlan) -> None:
         _library()

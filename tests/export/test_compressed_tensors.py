@@ -194,6 +194,9 @@ def test_several_formats_in_one_model(tmp_path: Path) -> None:
         "pack-quantized": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
         "naive-quantized": ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"],
     }
+    # With dequantize=True transformers would read all layers by the first format.
+    (note,) = CompressedTensorsExporter().notes(task)
+    assert "load several formats without" in note
     checked(task)
 
 
