@@ -3,6 +3,7 @@
 job.yaml ─► result (files of codes) ─► exporters ─► verify
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +29,8 @@ from distributed_adaround.model.weights import counted
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.spec.job import EXPORTERS, JobSpec
 from distributed_adaround.spec.load import parse_job
+
+logger = logging.getLogger(__name__)
 
 
 def export_output(
@@ -59,13 +62,17 @@ def verify_output(uri: str, overrides: Sequence[str] = ()) -> list[Verified]:
 
     Raises InputError when the output is not that of a finished job, or what it names is not there.
     """
-    found = [name for name, one in zip(EXPORTERS, exporters([*EXPORTERS]), strict=True) if _is_there(one, uri)]
+    known = dict(zip(EXPORTERS, exporters([*EXPORTERS]), strict=True))
+    found = [name for name, exporter in known.items() if _is_there(exporter.published, uri)]
+    for name, exporter in known.items():
+        if name not in found and _is_there(exporter.files, uri):
+            logger.warning("%s is not whole: its export was cut short; run export --format %s", name, name)
     with _finished(uri, found, overrides) as (task, chosen):
         return verify(task, chosen)
 
 
-def _is_there(exporter: Exporter, uri: str) -> bool:
-    return any(storage.exists(uris.join(uri, name)) for name in exporter.files)
+def _is_there(names: Sequence[str], uri: str) -> bool:
+    return any(storage.exists(uris.join(uri, *name.split("/"))) for name in names)
 
 
 @contextmanager

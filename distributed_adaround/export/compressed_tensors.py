@@ -26,6 +26,7 @@ from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTas
 from distributed_adaround.export.names import Source
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
 from distributed_adaround.files import uris
+from distributed_adaround.model.huggingface import CONFIG
 from distributed_adaround.solve.record import LayerRecord
 
 FOLDER = "compressed_tensors"
@@ -88,6 +89,7 @@ class Place:
 
 class CompressedTensorsExporter(Exporter):
     files = (FOLDER,)
+    published = (f"{FOLDER}/{CONFIG}",)
 
     def scale_dtype(self, plan: ExportPlan) -> str:
         return str(plan.dtype).removeprefix("torch.")

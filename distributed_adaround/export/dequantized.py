@@ -20,6 +20,7 @@ class CodesExporter(Exporter):
     """Codes, scales and zero points: what a job writes in any case, and all else is made from."""
 
     files = (f"{STEM}.safetensors", DESCRIPTION)
+    published = (DESCRIPTION,)
 
     def write(self, task: ExportTask, uri: str) -> None:
         """It is there already."""
@@ -35,6 +36,7 @@ class DequantizedExporter(Exporter):
     """Weights on the grid under the model's own names, tied ones as copies, for `load_state_dict(strict=True)`."""
 
     files = (f"{_DEQUANTIZED}.safetensors", f"{_DEQUANTIZED}.safetensors.index.json")
+    published = files
 
     def write(self, task: ExportTask, uri: str) -> None:
         result = task.result

@@ -57,10 +57,11 @@ class Loaded:
 
 
 class Exporter(Protocol):
-    """One way to write a result. files: names that it writes into the output, on rank 0; when it is killed in the
-    middle, none of them is there that a reader could take for whole."""
+    """One way to write a result. files: names that it writes into the output, on rank 0. published: paths of which one
+    is there when all is written, and none before: what readers open first."""
 
     files: ClassVar[tuple[str, ...]]
+    published: ClassVar[tuple[str, ...]]
 
     def scale_dtype(self, plan: ExportPlan) -> str | None:
         """Precision in which the format stores scales, where it has one ("bfloat16")."""

@@ -38,6 +38,7 @@ _EMBEDDING = "token_embd.weight"
 
 class GgufExporter(Exporter):
     files = (FOLDER,)
+    published = (f"{FOLDER}/{_FILE}",)
 
     def scale_dtype(self, plan: ExportPlan) -> str | None:
         return "float16"

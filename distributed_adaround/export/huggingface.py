@@ -7,12 +7,14 @@ from torch import Tensor
 from distributed_adaround.export.directory import Directory, ModelTensors, loaded_directory
 from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
 from distributed_adaround.files import uris
+from distributed_adaround.model.huggingface import CONFIG
 
 FOLDER = "huggingface"
 
 
 class HuggingFaceExporter(Exporter):
     files = (FOLDER,)
+    published = (f"{FOLDER}/{CONFIG}",)
 
     def write(self, task: ExportTask, uri: str) -> None:
         directory = Directory(task)

@@ -47,6 +47,7 @@ class OnnxExporter(Exporter):
     """largest_inline: bytes of weights up to which all is one file."""
 
     files = (FOLDER,)
+    published = (f"{FOLDER}/{MODEL}",)
     largest_inline: int = _LARGEST_INLINE
 
     def scale_dtype(self, plan: ExportPlan) -> str | None:

@@ -50,6 +50,7 @@ _STORED = (InputKind.PARAMETER, InputKind.BUFFER)
 
 class ProgramExporter(Exporter):
     files = (FOLDER,)
+    published = (f"{FOLDER}/{_FILE}",)
 
     def check(self, plan: ExportPlan) -> None:
         if not plan.exported:

@@ -33,6 +33,7 @@ _RECURRENT = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 
 class TorchaoExporter(Exporter):
     files = (FOLDER,)
+    published = (f"{FOLDER}/{_STEM}.safetensors", f"{FOLDER}/{_INDEX}")
 
     def check(self, plan: ExportPlan) -> None:
         _library()
