@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from distributed_adaround.data.deal import InputBinding, deal_data
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError, SpecError, redact
-from distributed_adaround.export.exporter import Exporter, ExportTask, exporters
+from distributed_adaround.export.exporter import Exporter, ExportTask, exporters, write_formats
 from distributed_adaround.export.stored import StoredResult
 from distributed_adaround.export.verify import Verified, refuse_different, verify
 from distributed_adaround.files import storage, uris
@@ -50,8 +50,7 @@ def export_output(
     with _finished(uri, formats, overrides) as (task, chosen):
         for exporter in chosen:
             exporter.check(task)
-        for exporter in chosen:
-            exporter.write(task, uri)
+        write_formats(task, chosen, uri)
         found = verify(task, chosen) if check else []
     refuse_different(found)
     return found

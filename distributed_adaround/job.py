@@ -22,7 +22,15 @@ from distributed_adaround.data.manifest import Manifest
 from distributed_adaround.data.microbatches import Microbatches
 from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.codes import SolvedModel, planned_layer, write_codes
-from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, exporters, result_files, scale_dtype
+from distributed_adaround.export.exporter import (
+    Exporter,
+    ExportPlan,
+    ExportTask,
+    exporters,
+    result_files,
+    scale_dtype,
+    write_formats,
+)
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
 from distributed_adaround.export.verify import refuse_different, verify
 from distributed_adaround.files import jsontext, storage, uris
@@ -41,7 +49,7 @@ from distributed_adaround.report.table import LayerTable
 from distributed_adaround.report.time_left import layer_costs
 from distributed_adaround.rounding import NetworkResult, NetworkRounder
 from distributed_adaround.runtime.comm import Comm, phase
-from distributed_adaround.runtime.context import RankContext, process_group
+from distributed_adaround.runtime.context import RankContext, alone, process_group
 from distributed_adaround.runtime.signals import StopRequest
 from distributed_adaround.spec.data import DataSpec
 from distributed_adaround.spec.evaluate import EvaluateSpec
@@ -138,8 +146,10 @@ def run_job(spec: JobSpec, folder: Path | None = None, stop: StopRequest | None 
                 result = NetworkRounder(job.spec, job.comm, log, commits, stop).run(job.captured, job.microbatches)
             with phase(job.comm, "write the results"):
                 if job.comm.rank == 0:
-                    task = _export(job, result, hashlib.sha256(jsontext.dumps(fingerprint).encode()).hexdigest())
-                    result = replace(result, exports=verify(task, job.exporters) if spec.output.verify else ())
+                    source = hashlib.sha256(jsontext.dumps(fingerprint).encode()).hexdigest()
+                    with alone():
+                        task = _export(job, result, source)
+                        result = replace(result, exports=verify(task, job.exporters) if spec.output.verify else ())
             if job.evaluation is not None:
                 # The checkpoints are there also when the metric fails on the quantized model.
                 result = replace(result, metrics=job.evaluation.figures(job.opened.model))
@@ -263,8 +273,7 @@ def _export(job: PreparedJob, result: NetworkResult, source: str) -> ExportTask:
         model=lambda: opened.model,
         inputs=lambda: [batches.load(index) for index in batches.owned[:1]],
     )
-    for exporter in job.exporters:
-        exporter.write(task, uri)
+    write_formats(task, job.exporters, uri)
     return task
 
 

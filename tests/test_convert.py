@@ -16,6 +16,7 @@ import hf_directories
 import pytest
 import safetensors.torch
 import transformers
+from rank_pool import RankPool
 from sample_jobs import write_job
 
 from distributed_adaround.cli import main
@@ -64,6 +65,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [(one.format, one.ok) for one in table.exports] == [("compressed_tensors", True), ("huggingface", True)]
     assert "compressed_tensors" in str(table)
     return folder
+
+
+def run(spec: str) -> None:
+    run_job(JobSpec.model_validate_json(spec))
+
+
+def test_two_ranks_write_the_same_files(finished: Path, tmp_path: Path, pool: RankPool) -> None:
+    """Rank 0 alone reads them again; compressed-tensors would wait for the other rank if it knew of it."""
+    formats = ["compressed_tensors", "huggingface"]
+    pool.run(run, 2, job(finished, tmp_path / "out", formats).model_dump_json())
+    names = [path.name for path in (finished / "out").glob("quantized*")]
+    assert len(names) > 2
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (finished / "out" / name).read_bytes(), name
+    for name in formats:
+        assert contents(tmp_path / "out" / name) == contents(finished / "out" / name)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import SpecError
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
+from distributed_adaround.files import storage, uris
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.runtime.imports import implementation
 from distributed_adaround.spec.job import EXPORTERS, OutputSpec
@@ -86,16 +87,23 @@ def exporters(names: Sequence[str]) -> list[Exporter]:
     return [implementation(EXPORTERS, name)() for name in names]
 
 
+def write_formats(task: ExportTask, chosen: Sequence[Exporter], uri: str) -> None:
+    """Write them into the folder `uri`, one after the other. Raises InputError, OutputError."""
+    for exporter in chosen:
+        for name in exporter.files:
+            storage.remove_leftovers(uris.join(uri, name))
+        exporter.write(task, uri)
+
+
 def scale_dtype(chosen: Sequence[Exporter], plan: ExportPlan) -> str:
     """Precision of scales that all formats hold, for layers whose own is not given. Raises SpecError."""
     wanted = {name: one.scale_dtype(plan) for name, one in zip(plan.output.formats, chosen, strict=True)}
-    found = {name: dtype for name, dtype in wanted.items() if dtype is not None}
-    if len(set(found.values())) > 1:
-        stored = ", ".join(f"{name} stores {dtype}" for name, dtype in found.items())
-        raise SpecError(
-            f"output.formats: {stored} scales, which are not the same numbers; run one job for each of them"
-        )
-    return next(iter(found.values()), "float32")
+    # float32 holds the numbers of the others.
+    narrow = {name: dtype for name, dtype in wanted.items() if dtype not in (None, "float32")}
+    if len(set(narrow.values())) > 1:
+        stored = ", ".join(f"{name} stores {dtype}" for name, dtype in narrow.items())
+        raise SpecError(f"output.formats: {stored} scales, which are not the same numbers; run a job for each of them")
+    return next((dtype for dtype in narrow.values() if dtype is not None), "float32")
 
 
 def result_files() -> tuple[str, ...]:

@@ -56,6 +56,18 @@ def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """Libraries see no process group in here: some start collectives of their own where there is one, as
+    compressed-tensors does when a model is loaded, and the other ranks do something else."""
+    group = dist.GroupMember.WORLD
+    dist.GroupMember.WORLD = None
+    try:
+        yield
+    finally:
+        dist.GroupMember.WORLD = group
+
+
+@contextmanager
 def process_group(context: RankContext, timeout_minutes: float, *, join_only: bool = False) -> Iterator[Comm]:
     """The Comm of this job: a new process group when torchrun started several ranks, else a SoloComm.
 
