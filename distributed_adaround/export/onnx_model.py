@@ -36,8 +36,10 @@ _INSTALL = "pip install 'distributed_adaround[onnx]'"
 _LARGEST_INLINE = 2_000_000_000
 # Shapes and other small constants stay in the graph, which is understood by them.
 _SMALLEST_EXTERNAL = 1024
-# Of float16 models ONNX Runtime computes what it has no float16 kernels for in float32, torch rounds every step.
-_TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
+# Sums in another order: 2e-5 of the largest output in a BERT of 6 layers, where torch itself is 8e-6 off from float64.
+# Activations of int8 would be 1e-3 and more. Of float16 models ONNX Runtime computes in float32 what it has no kernels
+# for, torch rounds every step.
+_TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
 # Parts that lie one after the other, "[0:16]" or "[:,8:16]".
 _RUN = re.compile(r"\[(:,)?\d+:\d+\]")
 
