@@ -117,10 +117,11 @@ def prepare(spec: JobSpec, folder: Path | None) -> Iterator[PreparedJob]:
         captured = capture_model(opened, microbatches, spec.quantize, spec.runtime, context, comm)
         tell_coverage(captured, comm)
         plan = replace(plan, layers=_layers(captured), exported=isinstance(captured.walker, GraphWalker))
-        for exporter in chosen:
-            exporter.check(plan)
-            for note in exporter.notes(plan) if comm.rank == 0 else ():
-                logger.warning("%s", note)
+        with phase(comm, "check the formats"):
+            for exporter in chosen if comm.rank == 0 else ():
+                exporter.check(plan)
+                for note in exporter.notes(plan):
+                    logger.warning("%s", note)
         yield PreparedJob(spec, context, comm, dealt.manifest, opened, microbatches, captured, chosen, plan, evaluation)
 
 

@@ -8,11 +8,13 @@ The library packs. It takes weights and rounds them again, so it gets weights th
 packed is unpacked and compared. Only fields that compressed-tensors 0.17 knows are written, which vLLM 0.33 pins.
 """
 
+import bisect
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ _FIELDS = (
     "ignore",
 )  # fmt: skip
 _WEIGHT = ".weight"
+# Of outputs where activations are fp8 too: three bits after the leading one are off by 1/16 each, and layers add it up.
+_DYNAMIC_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ class CompressedTensorsExporter(Exporter):
     def write(self, task: ExportTask, uri: str) -> None:
         packed = _Packed(task, task.result)
         config = {"quantization_config": packed.config}
-        packed.directory.write(task, uris.join(uri, FOLDER), packed, config, f"{FOLDER} {task.output}")
+        packed.directory.write(
+            task, uris.join(uri, FOLDER), packed, config, f"{FOLDER} {task.output.dynamic_activations}"
+        )
 
     def load(self, task: ExportTask, uri: str) -> Loaded:
         """Outputs of the compressed model where transformers runs it, else of what it dequantizes."""
@@ -136,10 +142,6 @@ class CompressedTensorsExporter(Exporter):
         config = transformers.CompressedTensorsConfig(dequantize=True)
         loaded = loaded_directory(task, folder, quantization_config=config)
         return replace(loaded, note=f"transformers needs CompressedTensorsConfig(dequantize=True): {reason}")
-
-
-# Activations of three bits after the leading one: 1/16 each, which layers add up.
-_DYNAMIC_TOLERANCE = 0.25
 
 
 def _decompressed(model: nn.Module) -> None:
@@ -267,8 +269,7 @@ class _Packed:
 
     def _most_common(self) -> Scheme:
         """The scheme of all layers that are not named. That of experts, if there are any: vLLM asks for it by class."""
-        inside = {name for name, _ in self.directory.model.named_modules()}
-        experts = [scheme for name, scheme in self._schemes.items() if name.removesuffix(_WEIGHT) not in inside]
+        experts = [scheme for name, scheme in self._schemes.items() if self._places[name].rows is not None]
         return Counter(experts or self._schemes.values()).most_common(1)[0][0]
 
     def _own_names(self, scheme: Scheme) -> list[str]:
@@ -301,13 +302,16 @@ def placed(directory: Directory, layers: Sequence[QuantizedLayer]) -> dict[str, 
     """
     modules = dict(directory.model.named_modules())
     tied = getattr(directory.model, "all_tied_weights_keys", None) or {}
-    by_owner: dict[str, list[tuple[str, Source]]] = {}
+    by_owner: dict[str, list[tuple[int, str, Source]]] = {}
     for name, source in directory.sources.items():
-        by_owner.setdefault(source.name, []).append((name, source))
+        start = 0 if source.rows is None else int(source.rows[0])
+        by_owner.setdefault(source.name, []).append((start, name, source))
+    for sources in by_owner.values():
+        sources.sort(key=itemgetter(0))
     found: dict[str, Place] = {}
     for layer in layers:
         covered = 0
-        for name, source in by_owner.get(layer.owner, ()):
+        for _, name, source in _within(layer, by_owner.get(layer.owner, [])):
             # One of several tensors that are a parameter of the model together has no module there.
             module = modules.get((name if source.rows is not None else source.name).removesuffix(_WEIGHT))
             is_linear = isinstance(module, nn.Linear) if source.rows is None else module is None
@@ -323,6 +327,15 @@ def placed(directory: Directory, layers: Sequence[QuantizedLayer]) -> dict[str, 
             what = f"the weight of layer {shorten(layer.name, 80)!r} is tied to another one"
             raise SpecError(f"output.formats: compressed_tensors: {what}; add it to quantize.ignore")
     return found
+
+
+def _within(layer: QuantizedLayer, sources: list[tuple[int, str, Source]]) -> list[tuple[int, str, Source]]:
+    """Those that begin inside a layer; one parameter may hold hundreds of experts. sources: by their first rows."""
+    if layer.view is None:
+        return sources
+    start = layer.view.offset // layer.shape[-1]
+    low, high = (bisect.bisect_left(sources, row, key=itemgetter(0)) for row in (start, start + layer.shape[0]))
+    return sources[low:high]
 
 
 def _check_experts(schemes: Mapping[str, Scheme], places: Mapping[str, Place]) -> None:

@@ -91,7 +91,12 @@ class OnnxExporter(Exporter):
         places = json.loads(model.metadata_props.get(INPUTS_KEY, "{}"))
         names = [value.name for value in model.graph.inputs]
         tolerance = _TOLERANCE.get(str(task.dtype).removeprefix("torch."), _TOLERANCE["float32"])
-        return Loaded(weights, _runner(path, names, places), tolerance, "ONNX Runtime on the CPU, accuracy level 0")
+        return Loaded(
+            weights,
+            _runner(path, names, places),
+            tolerance,
+            "accuracy level 0; by default ONNX Runtime rounds activations to int8",
+        )
 
 
 def _problem(layer: QuantizedLayer, plan: ExportPlan) -> str | None:
