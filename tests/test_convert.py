@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import hf_directories
@@ -215,6 +216,36 @@ def test_another_model_is_refused(copied: Path, tmp_path: Path, capsys: pytest.C
     other = hf_directories.llama(tmp_path / "other", num_hidden_layers=2)
     assert main(["verify", str(copied), f"--set=model.hf={other}"]) == InputError.exit_code
     assert "the model is not the one that was quantized" in capsys.readouterr().err
+
+
+REFUSED = [
+    ("compressed_tensors", {"qscheme": "per_tensor_symmetric"}, "qscheme: per_channel_symmetric"),
+    ("gguf", {"qscheme": "per_tensor_symmetric"}, "quantize.group_size to 32"),
+    ("onnx", {"dtype": "fp4"}, "use dtype int4 or fp8"),
+    ("torchao", {"dtype": "fp8"}, "set quantize.dtype to int2 to int8"),
+]
+
+
+@pytest.mark.parametrize(("form", "changes", "words"), REFUSED)
+def test_a_job_is_refused_before_its_first_layer(
+    form: str, changes: dict[str, str], words: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf_base = pytest.importorskip("gguf_base")
+    sections: dict[str, Any] = {
+        "model": {"hf": str(finished / "model")},
+        "data": {"uri": str(finished / "words.txt"), "text": {"sequence_length": 16}, "max_samples": 2},
+        "quantize": changes,
+        "output": {"uri": str(tmp_path / "out"), "formats": [form]},
+    }
+    if form == "gguf":
+        model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+        sections["output"]["base_gguf"] = str(gguf_base.write_base(model, tmp_path / "base.gguf"))
+    (tmp_path / "job.json").write_text(json.dumps(sections))
+    assert main(["run", str(tmp_path / "job.json")]) == SpecError.exit_code == 64
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"output.formats: {form}" in line or f"output.formats {form}" in line
+    assert words in line
+    assert not (tmp_path / "out" / "commits").exists()
 
 
 @pytest.fixture

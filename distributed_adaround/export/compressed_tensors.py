@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from distributed_adaround.errors import AdaRoundError, InputError, SpecError, shorten
+from distributed_adaround.export.compressed_schemes import Scheme, refused, scheme_of
 from distributed_adaround.export.directory import Directory, ModelTensors, loaded_directory
 from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, Loaded
 from distributed_adaround.export.names import Source
@@ -39,48 +40,6 @@ _FIELDS = (
 _WEIGHT = ".weight"
 # Of outputs where activations are fp8 too: three bits after the leading one are off by 1/16 each, and layers add it up.
 _DYNAMIC_TOLERANCE = 0.25
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a layer is stored. format: of compressed-tensors. bits, type, symmetric, strategy, group_size, scale_dtype:
-    of its weights. dynamic: activations are quantized to fp8 as well."""
-
-    format: str
-    bits: int
-    type: str
-    symmetric: bool
-    strategy: str
-    group_size: int | None = None
-    scale_dtype: torch.dtype | None = None
-    dynamic: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """What is stored in the place of a weight."""
-        packed = ("weight_packed",) if self.bits < 8 or self.type == "int" else ("weight",)
-        shape = ("weight_shape",) if self.type == "int" else ()
-        zero_point = () if self.symmetric else ("weight_zero_point",)
-        global_scale = ("weight_global_scale",) if self.strategy == "tensor_group" else ()
-        return (*packed, "weight_scale", *shape, *zero_point, *global_scale)
-
-    def library(self, targets: Sequence[str]) -> Any:
-        """The same in the words of the library."""
-        words = importlib.import_module("compressed_tensors.quantization")
-        weights = words.QuantizationArgs(
-            num_bits=self.bits,
-            type=self.type,
-            symmetric=self.symmetric,
-            strategy=self.strategy,
-            group_size=self.group_size,
-            scale_dtype=self.scale_dtype,
-        )
-        activations = None
-        if self.dynamic:
-            activations = words.QuantizationArgs(num_bits=8, type="float", strategy="token", dynamic=True)
-        return words.QuantizationScheme(
-            targets=list(targets), weights=weights, input_activations=activations, format=self.format
-        )
 
 
 @dataclass(frozen=True)
@@ -166,44 +125,6 @@ def _only_dequantized(scheme: Scheme, dtype: torch.dtype) -> str:
     if scheme.scale_dtype is not None and dtype != torch.bfloat16:
         return f"it makes {scheme.format} bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
     return ""
-
-
-def scheme_of(layer: QuantizedLayer, plan: ExportPlan) -> Scheme:
-    """How a layer is stored. Raises SpecError, with a setting that fits, where the format cannot hold it."""
-    number, strategy = layer.number, layer.strategy
-    if number.element is not None and number.scale == "float32":
-        if number.bits < 8:
-            raise _refused(layer, "floats of 4 bits need scales of their own kind", "dtype: mxfp4 or nvfp4")
-        if strategy != "channel":
-            raise _refused(layer, "fp8 has one scale for each channel", "qscheme: per_channel_symmetric")
-    elif strategy == "tensor":
-        raise _refused(layer, "runtimes read one scale for each channel or group", "qscheme: per_channel_symmetric")
-    scales, dtype = layer.format["scale_format"], str(plan.dtype).removeprefix("torch.")
-    if number.scale == "float32" and scales != dtype and dtype != "float32":
-        what = f"runtimes load scales in the model's {dtype}, and these are {scales}"
-        raise _refused(layer, what, f"scale_dtype: {dtype}, or none")
-    if number.element is None:
-        symmetric = layer.symmetric and _zero_point(layer) == 0
-        return Scheme("pack-quantized", number.bits, "int", symmetric, strategy, layer.group_size)
-    if number.scale == "float32":
-        dynamic = plan.output.dynamic_activations
-        return Scheme("float-quantized" if dynamic else "naive-quantized", 8, "float", True, strategy, dynamic=dynamic)
-    if number.scale == "e4m3":
-        return Scheme("nvfp4-pack-quantized", 4, "float", True, "tensor_group", 16, torch.float8_e4m3fn)
-    name = "mxfp4-pack-quantized" if number.bits == 4 else "mxfp8-quantized"
-    return Scheme(name, number.bits, "float", True, "group", 32, torch.uint8)
-
-
-def _zero_point(layer: QuantizedLayer) -> int:
-    """That of a symmetric grid of integers, in signed codes."""
-    if layer.number.signed:
-        return 0
-    return (int(layer.format["quant_min"]) + int(layer.format["quant_max"]) + 1) // 2 - (1 << (layer.number.bits - 1))
-
-
-def _refused(layer: QuantizedLayer, rule: str, remedy: str) -> SpecError:
-    what = f"compressed_tensors cannot hold layer {shorten(layer.name, 80)!r}, {layer.scheme}: {rule}"
-    return SpecError(f"output.formats: {what}; set quantize.{remedy}, or remove the format")
 
 
 class _Packed:
@@ -347,10 +268,10 @@ def _check_experts(schemes: Mapping[str, Scheme], places: Mapping[str, Place]) -
             first.setdefault(scheme, places[name].layer.name)
             if not scheme.symmetric:
                 remedy = f"qscheme: per_{scheme.strategy}_symmetric"
-                raise _refused(places[name].layer, "zero points of experts are not loaded by runtimes", remedy)
+                raise refused(places[name].layer, "zero points of experts are not loaded by runtimes", remedy)
             if scheme.strategy == "tensor_group":
                 rule = "of experts transformers does not read the factor of the tensor"
-                raise _refused(places[name].layer, rule, "dtype: mxfp4 or int4")
+                raise refused(places[name].layer, rule, "dtype: mxfp4 or int4")
     if len(first) > 1:
         one, other = (shorten(name, 80) for name in [*first.values()][:2])
         what = f"compressed_tensors has one format for all experts, and {one!r} and {other!r} have several"
