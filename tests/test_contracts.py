@@ -30,6 +30,7 @@ from torch import nn
 
 from distributed_adaround.data.encoder import ArrayEncoder
 from distributed_adaround.errors import SpecError
+from distributed_adaround.export.exporter import Exporter, Loaded
 from distributed_adaround.model.source import OpenedModel
 from distributed_adaround.solve.problem import Solution
 
@@ -49,18 +50,23 @@ class Ceiling:
         return Solution(codes=above)
 
 
-class Names:
+class Names(Exporter):
     """The names of the quantized weights, one in each line."""
 
     files = ("names.txt",)
+    published = files
 
-    def check(self, planned):
-        if any(layer.format is not None and layer.format.number.bits > 12 for layer in planned):
+    def check(self, plan):
+        if any(layer.number.bits > 12 for layer in plan.layers):
             raise SpecError("output.formats: 'names' holds 12 bits at most; use int12")
 
-    def write(self, result, uri):
-        text = "".join(f"{name} {record.format['dtype']}\\n" for name, record in result.records)
+    def write(self, task, uri):
+        text = "".join(f"{name} {layer.number.name}\\n" for name, layer in task.result.layers.items())
         Path(uri, "names.txt").write_text(text)
+
+    def load(self, task, uri):
+        names = [line.split()[0] for line in Path(uri, "names.txt").read_text().splitlines()]
+        return Loaded((name, task.result.tensor(name)) for name in names)
 
 
 def stack(spec, folder, files):
@@ -112,13 +118,16 @@ def test_a_job_with_one_more_of_everything(spec: JobSpec, tmp_path: Path) -> Non
     out = tmp_path / "out"
     assert (out / "names.txt").read_text() == "0.weight int12\n1.weight int12\n"
     stored = safetensors.torch.load_file(out / "quantized.safetensors")
-    assert stored["0.weight"].dtype == torch.int16
+    assert stored["0.weight.codes"].dtype == torch.int16
     # This solver is worse than nearest rounding, which was kept; with codes of 12 bits.
     assert [row.kept_nearest for row in table] == [True, True]
-    assert stored["0.weight"].abs().max() > 255
+    assert stored["0.weight.codes"].abs().max() > 255
     plain = safetensors.torch.load_file(out / "dequantized.safetensors")
     assert torch.equal(read_codes(str(out))["1.weight"], plain["1.weight"])
     report = json.loads((out / "report.json").read_text())
+    assert [(one["format"], one["weights"], one["ok"]) for one in report["exports"]] == [
+        ("names", 2, True), ("safetensors", 4, True), ("dequantized", 4, True)
+    ]  # fmt: skip
     assert report["output_error"] < 1e-5
 
 

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from hf_directories import llama, text
+from hffind_directories import llama, text
 from rank_pool import RankPool
 
 from distributed_adaround.data.deal import deal_data
 from distributed_adaround.errors import InputError, PeerError
 from distributed_adaround.files.local_files import LocalFiles
-from distributed_adaround.job import _directories
+from distributed_adaround.job import find_directories
 from distributed_adaround.runtime.comm import SoloComm
 from distributed_adaround.runtime.context import RankContext, process_group
 from distributed_adaround.spec.data import DataSpec
@@ -39,7 +39,7 @@ def test_a_tokenizer_alone_goes_by_the_configuration_of_the_model(tmp_path: Path
         for said in (None, {"architectures": ["BertModel"], "max_position_embeddings": 8}):
             if said is not None:
                 (tokenizer / "config.json").write_text(json.dumps(said))
-            dealt = deal_data(spec.data, files, SoloComm(), _directories(spec, spec.data, files), "the data")
+            dealt = deal_data(spec.data, files, SoloComm(), find_directories(spec, spec.data, files), "the data")
             # The model continues texts, so they are in windows, as long as it takes.
             assert [info.shape for info in dealt.manifest.fields] == [(12,)]
             assert dealt.manifest.num_samples == 5

@@ -303,6 +303,7 @@ class Parts(nn.Module):
         return self.mixed(x, y, -y, need_weights=False)[0] @ self.turned
 
 
+@pytest.mark.slow
 def test_parts_of_parameters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     quantize = {
