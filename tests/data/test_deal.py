@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hffind_directories import llama, text
+from hf_directories import llama, text
 from rank_pool import RankPool
 
 from distributed_adaround.data.deal import deal_data
