@@ -74,15 +74,12 @@ def _norm(result: StoredResult, name: str, dim: int) -> Tensor:
 def loaded_directory(
     task: ExportTask, folder: str, prepare: Callable[[nn.Module], None] = lambda model: None, **changed: Any
 ) -> Loaded:
-    """A directory that was written, as transformers loads it, on the device of the task's model. prepare: done to the
-    model before its weights are looked at. changed: arguments of from_pretrained."""
+    """A directory that was written, as transformers loads it. prepare: done to the model before its weights are looked
+    at. changed: arguments of from_pretrained."""
     local = task.files.directory(folder, lambda name: True)
     with quiet_torch():
         model = load_again(local, task.source, redact(folder), **changed)
         prepare(model)
-    reference = task.model()
-    assert isinstance(reference, nn.Module)
-    model.to(next((tensor.device for tensor in reference.state_dict().values()), torch.device("cpu")))
     exact = task.dtype == torch.float32
     known = {*task.result.names, *task.result.tied}
     return Loaded(_weights(model, known), partial(outputs_of, model), _EXACT if exact else _HALF)

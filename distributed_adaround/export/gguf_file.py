@@ -12,6 +12,7 @@ import copy
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ import torch
 from torch import Tensor
 
 from distributed_adaround.capture.exported import quiet_torch
-from distributed_adaround.capture.forward import real_tensors, run_once
-from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError, SpecError, first_line
 from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, Loaded
 from distributed_adaround.export.gguf_base import BaseGguf, Piece, gguf_library
 from distributed_adaround.export.gguf_blocks import BLOCK, block_type, pack
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
+from distributed_adaround.export.verify import outputs_of
 from distributed_adaround.files import storage, uris
 from distributed_adaround.runtime.transformers_library import offline_transformers
 
@@ -228,8 +228,4 @@ def _runner(task: ExportTask, path: Path) -> tuple[Any, str]:
             read = type(model).from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=task.dtype).eval()
     except Exception as error:  # transformers knows some architectures; which, it says in many ways
         return None, f"transformers does not read it ({first_line(error)})"
-
-    def run(inputs: ModelInputs) -> list[Tensor]:
-        return [output.cpu() for output in real_tensors(run_once(read, inputs, torch.device("cpu"), seed=0))]
-
-    return run, "run by transformers, which dequantizes it"
+    return partial(outputs_of, read), "run by transformers, which dequantizes it"

@@ -72,11 +72,10 @@ class TorchaoExporter(Exporter):
 
         def run(inputs: ModelInputs) -> list[Tensor]:
             try:
-                return [output.cpu() for output in real_tensors(run_once(ready, inputs, torch.device("cpu"), seed=0))]
+                return real_tensors(run_once(ready, inputs, torch.device("cpu"), seed=0))
             except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
                 raise InputError(f"output.formats torchao: the model does not run: {first_line(error)}") from error
 
-        # The job may have run on another device.
         return Loaded(_weights(paths), run, 1e-5 if task.dtype == torch.float32 else 2e-2, note)
 
 
