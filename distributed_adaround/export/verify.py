@@ -1,5 +1,6 @@
 """Each export, read again by the library that users read it with, beside the quantized model."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ def _compared(
         missing.discard(key)
         own = reference[key].cpu()
         different += not (tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own))
-    error = None if loaded.run is None else _output_error(loaded.run, expected)
+    error = None if loaded.run is None or not expected else _output_error(loaded.run, expected)
     different += len(missing)
     ok = not different and (error is None or error <= loaded.tolerance)
     return Verified(name, weights, different, error, loaded.tolerance, loaded.note, ok)
@@ -98,7 +99,11 @@ def _output_error(
     worst = 0.0
     for inputs, outputs in expected:
         found = run(inputs)
+        if [output.shape for output in outputs] != [output.shape for output in found]:
+            return math.nan
         for ours, theirs in zip(outputs, found, strict=True):
             difference = (ours.double() - theirs.double()).abs().max() / ours.double().abs().max().clamp_min(1e-30)
-            worst = max(worst, float(difference)) if not torch.isnan(difference) else float("nan")
+            if math.isnan(difference):
+                return math.nan
+            worst = max(worst, float(difference))
     return worst
