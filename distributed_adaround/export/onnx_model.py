@@ -60,6 +60,10 @@ class OnnxExporter(Exporter):
         missing = [name for name in ("onnx", "onnx_ir", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
             raise SpecError(f"output.formats: onnx needs {', '.join(missing)}: {_INSTALL}")
+        if not plan.exported:
+            raise SpecError(
+                "output.formats: onnx needs a model that torch.export can capture, which this is not; remove it"
+            )
         for layer in plan.layers:
             if problem := _problem(layer, plan):
                 raise SpecError(f"output.formats: onnx: layer {shorten(layer.name, 80)!r} {problem}")
