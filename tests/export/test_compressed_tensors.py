@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,22 @@ def test_models_load_again(name: str, quantize: dict[str, Any], note: str, tmp_p
     found = checked(exported(tmp_path, name, quantize))
     assert note in found.note
     assert bool(found.note) == bool(note)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM, which pins another torch")
+def test_vllm_writes_the_same_words(tmp_path: Path) -> None:
+    task = exported(tmp_path, "Llama", {"dtype": "int4", "qscheme": "per_group_symmetric", "group_size": 16})
+    vllm = importlib.import_module("vllm")
+    folder = str(tmp_path / "out" / "compressed_tensors")
+    engine = vllm.LLM(model=folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True)
+    tokens = torch.randint(3, 96, (4, 6), generator=torch.Generator().manual_seed(0))
+    prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
+    found = engine.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False))
+    model = task.model()
+    assert isinstance(model, torch.nn.Module)
+    expected = model(input_ids=tokens).logits[:, -1].argmax(dim=-1).tolist()
+    assert [one.outputs[0].token_ids[0] for one in found] == expected
 
 
 REFUSED = [
