@@ -209,6 +209,7 @@ def test_what_is_no_finished_job_is_told_in_one_line(
     moved = f"--set=model.hf={tmp_path / 'moved'}"
     assert "no such folder" in error("export", str(copied), "--format", "huggingface", moved)
     (copied / "quantized.json").unlink()
+    assert "run the job to its end first" in error("verify", str(copied))
     assert "run the job to its end first" in error("export", str(copied), "--format", "dequantized")
 
 
