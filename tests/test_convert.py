@@ -227,7 +227,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("form", "changes", "words"), REFUSED)
+@pytest.mark.parametrize(
+    ("form", "changes", "words"),
+    [pytest.param(*case, marks=[] if case[0] == "onnx" else pytest.mark.slow) for case in REFUSED],
+)
 def test_a_job_is_refused_before_its_first_layer(
     form: str, changes: dict[str, str], words: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
