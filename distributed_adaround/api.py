@@ -13,6 +13,7 @@ from distributed_adaround.data.microbatches import CallerBatch, Microbatches
 from distributed_adaround.errors import InputError, SpecError
 from distributed_adaround.model.parametrizations import computed_tensors
 from distributed_adaround.model.source import OpenedModel, check_module
+from distributed_adaround.numerics.weight_view import dtype_name
 from distributed_adaround.report.console import Progress
 from distributed_adaround.report.coverage import tell_coverage
 from distributed_adaround.report.job_log import JobLog
@@ -119,7 +120,7 @@ def _named_by_users(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise SpecError(f"bits: {bits!r} is not a whole number from 2 to 8; dtype also takes floats, as in 'fp8'")
         given["dtype"] = f"int{bits}"
     if isinstance(given.get("dtype"), torch.dtype):
-        given["dtype"] = str(given["dtype"]).removeprefix("torch.")
+        given["dtype"] = dtype_name(given["dtype"])
     return given
 
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from distributed_adaround.data.deal import InputBinding, deal_data
 from distributed_adaround.data.microbatches import ModelInputs
-from distributed_adaround.errors import InputError, SpecError, redact
+from distributed_adaround.errors import InputError, redact
 from distributed_adaround.export.exporter import Exporter, ExportTask, exporters, write_formats
 from distributed_adaround.export.stored import StoredResult
 from distributed_adaround.export.verify import Verified, refuse_different, verify
@@ -27,7 +27,7 @@ from distributed_adaround.model.parametrizations import fold_parametrizations
 from distributed_adaround.model.source import OpenedModel, open_model
 from distributed_adaround.model.weights import counted
 from distributed_adaround.runtime.comm import SoloComm
-from distributed_adaround.spec.job import EXPORTERS, JobSpec
+from distributed_adaround.spec.job import EXPORTERS, FIELDS_OF_FORMATS, JobSpec
 from distributed_adaround.spec.load import parse_job
 
 logger = logging.getLogger(__name__)
@@ -108,18 +108,11 @@ def _job_of(uri: str, formats: Sequence[str], overrides: Sequence[str]) -> JobSp
     place = uris.join(uri, "job.yaml")
     if not storage.exists(place):
         raise InputError(f"{redact(uri)} holds no job.yaml: it is no output of a job; give the folder of output.uri")
-    unknown = [name for name in formats if name not in EXPORTERS]
-    if unknown:
-        raise SpecError(f"--format {unknown[0]!r} is not known; use one of {', '.join(EXPORTERS)}")
     given = parse_job(place, storage.read_bytes(place), overrides)
-    output = {key: value for key, value in given.get("output", {}).items() if _counts(key, formats)}
+    # Fields of other formats would contradict these.
+    kept = (None, *formats)
+    output = {key: value for key, value in given.get("output", {}).items() if FIELDS_OF_FORMATS.get(key) in kept}
     return JobSpec(**given | {"output": output | {"uri": uri, "formats": list(dict.fromkeys(formats))}})
-
-
-def _counts(field: str, formats: Sequence[str]) -> bool:
-    """Whether a field of the section output says something for these formats."""
-    owner = {"base_gguf": "gguf", "dynamic_activations": "compressed_tensors"}.get(field)
-    return owner is None or owner in formats
 
 
 @torch.no_grad()

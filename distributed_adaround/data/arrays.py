@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.integrity import check_safetensors, check_zip, load_tensors
+from distributed_adaround.numerics.weight_view import dtype_name
 
 # The one problem for which a field that nobody asked for is left out; every other one is an error.
 NOT_NUMERIC = "is not numeric"
@@ -45,10 +46,6 @@ Columns = dict[str, Column | str]
 def common_shape(shapes: Sequence[Sequence[int | None]]) -> tuple[int | None, ...]:
     """Sizes that all share, None where they differ. All have the same number of dimensions."""
     return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def read_npy(path: Path) -> Columns:

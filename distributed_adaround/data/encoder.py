@@ -7,11 +7,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from distributed_adaround.data.arrays import common_shape, dtype_name
+from distributed_adaround.data.arrays import common_shape
 from distributed_adaround.data.manifest import FieldInfo
 from distributed_adaround.data.readers import SUFFIXES, SampleFile, open_samples
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.local_files import LocalFiles
+from distributed_adaround.numerics.weight_view import dtype_name
 from distributed_adaround.runtime.imports import implementation
 from distributed_adaround.spec.data import ENCODERS, DataSpec
 

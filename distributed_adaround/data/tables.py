@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns, common_shape, dtype_name
+from distributed_adaround.data.arrays import NOT_NUMERIC, Column, Columns, common_shape
 from distributed_adaround.errors import InputError
 from distributed_adaround.files.integrity import check_expansion
+from distributed_adaround.numerics.weight_view import dtype_name
 
 
 def read_jsonl(path: Path) -> Columns:

@@ -21,12 +21,13 @@ from torch import Tensor
 from distributed_adaround import __version__
 from distributed_adaround.capture.sites import Site
 from distributed_adaround.errors import AdaRoundError, InputError
-from distributed_adaround.export.shards import cut, shard_names, write_shards
+from distributed_adaround.export.shards import plan_shards, write_shards
 from distributed_adaround.export.stored import DESCRIPTION, FORMAT_VERSION, QuantizedLayer, StoredResult
 from distributed_adaround.files import jsontext, storage, uris
 from distributed_adaround.files.local_files import LocalFiles
 from distributed_adaround.formats import LayerFormat
 from distributed_adaround.numerics.packing import pack_bits, packed_size
+from distributed_adaround.numerics.weight_view import dtype_name
 from distributed_adaround.solve.record import LayerRecord, format_entries
 
 STEM = "quantized"
@@ -72,7 +73,7 @@ def planned_layer(site: Site, layer_format: LayerFormat, tensor: Tensor) -> Quan
         view=view,
         kind=site.module_class,
         shape=site.geometry.weight_shape,
-        dtype=_dtype_name(tensor) if view is None or view.dtype is None else view.dtype,
+        dtype=dtype_name(tensor.dtype) if view is None or view.dtype is None else view.dtype,
         format=format_entries(layer_format, site.geometry),
     )
 
@@ -86,8 +87,7 @@ def write_codes(solved: SolvedModel, uri: str, source: str) -> None:
     description = uris.join(uri, DESCRIPTION)
     storage.remove_tree(description)  # what counts, until it comes last
     writer = _Writer(solved)
-    shards = cut(writer.sizes.items(), solved.shard_bytes)
-    named = dict(zip(shard_names(STEM, len(shards)), shards, strict=True))
+    named = plan_shards(STEM, writer.sizes.items(), solved.shard_bytes)
     metadata = {"format": "distributed_adaround"}
     written = write_shards(uri, STEM, named, writer.tensors, metadata, source)
     text = {
@@ -98,11 +98,11 @@ def write_codes(solved: SolvedModel, uri: str, source: str) -> None:
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "dequantize": _DEQUANTIZE,
-        "dtype": str(solved.dtype).removeprefix("torch."),
+        "dtype": dtype_name(solved.dtype),
         "layers": writer.descriptions,
         "shard_bytes": solved.shard_bytes,
         "tensors": {
-            name: [_dtype_name(tensor), list(tensor.shape)]
+            name: [dtype_name(tensor.dtype), list(tensor.shape)]
             for name, tensor in solved.weights.items()
             if name not in writer.tied
         },
@@ -213,7 +213,3 @@ def _tied(weights: Mapping[str, Tensor], owners: set[str]) -> dict[str, str]:
             if owner != name and name not in owners:
                 tied[name] = owner
     return tied
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ import torch
 from distributed_adaround.errors import SpecError, shorten
 from distributed_adaround.export.exporter import ExportPlan
 from distributed_adaround.export.stored import QuantizedLayer
+from distributed_adaround.numerics.weight_view import dtype_name
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def scheme_of(layer: QuantizedLayer, plan: ExportPlan) -> Scheme:
             raise refused(layer, "fp8 has one scale for each channel", "qscheme: per_channel_symmetric")
     elif strategy == "tensor":
         raise refused(layer, "runtimes read one scale for each channel or group", "qscheme: per_channel_symmetric")
-    scales, dtype = layer.format["scale_format"], str(plan.dtype).removeprefix("torch.")
+    scales, dtype = layer.format["scale_format"], dtype_name(plan.dtype)
     if number.scale == "float32" and scales != dtype and dtype != "float32":
         what = f"runtimes load scales in the model's {dtype}, and these are {scales}"
         raise refused(layer, what, f"scale_dtype: {dtype}, or none")

@@ -30,6 +30,7 @@ from distributed_adaround.export.names import Source
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
 from distributed_adaround.files import uris
 from distributed_adaround.model.huggingface import CONFIG
+from distributed_adaround.numerics.weight_view import dtype_name
 from distributed_adaround.solve.record import LayerRecord
 
 FOLDER = "compressed_tensors"
@@ -55,7 +56,7 @@ class CompressedTensorsExporter(Exporter):
     published = (f"{FOLDER}/{CONFIG}",)
 
     def scale_dtype(self, plan: ExportPlan) -> str:
-        return str(plan.dtype).removeprefix("torch.")
+        return dtype_name(plan.dtype)
 
     def notes(self, plan: ExportPlan) -> list[str]:
         schemes = {scheme_of(layer, plan) for layer in plan.layers}
@@ -123,7 +124,7 @@ def _only_dequantized(scheme: Scheme, dtype: torch.dtype) -> str:
     if not scheme.symmetric:
         return "it does not load packed zero points otherwise"
     if scheme.scale_dtype is not None and dtype != torch.bfloat16:
-        return f"it makes {scheme.format} bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
+        return f"it makes {scheme.format} bfloat16, and the model is {dtype_name(dtype)}"
     return ""
 
 

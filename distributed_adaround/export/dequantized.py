@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from distributed_adaround.export.codes import STEM
 from distributed_adaround.export.exporter import Exporter, ExportTask, Loaded
-from distributed_adaround.export.shards import cut, shard_names, write_shards
+from distributed_adaround.export.shards import plan_shards, write_shards
 from distributed_adaround.export.stored import DESCRIPTION, StoredResult
 from distributed_adaround.files import jsontext, storage, uris
 
@@ -60,14 +59,9 @@ class DequantizedExporter(Exporter):
 
 def _shards(result: StoredResult) -> dict[str, list[str]]:
     """Names of tensors by file."""
-    sizes = {name: tensor_bytes(result.shapes[name], result.dtypes[name]) for name in result.names}
+    sizes = {name: result.bytes_of(name) for name in result.names}
     sizes |= {alias: sizes[name] for alias, name in result.tied.items()}
-    runs = cut(sorted(sizes.items()), result.shard_bytes)
-    return dict(zip(shard_names(_DEQUANTIZED, len(runs)), runs, strict=True))
-
-
-def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
-    return int(torch.Size(shape).numel() * torch.empty(0, dtype=getattr(torch, dtype)).element_size())
+    return plan_shards(_DEQUANTIZED, sorted(sizes.items()), result.shard_bytes)
 
 
 def _tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

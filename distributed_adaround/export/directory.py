@@ -5,9 +5,8 @@
 """
 
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +35,7 @@ class ModelTensors:
     def __init__(self, model: nn.Module, result: StoredResult) -> None:
         """model: on the meta device, with the names that transformers knows; the result's may be folded ones."""
         self._result = result
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept = lru_cache(_KEPT)(self._read)
         known = {*result.names, *result.tied}
         self._made: dict[str, Callable[[], Tensor]] = {}
         for path, module in model.named_modules():
@@ -51,16 +50,9 @@ class ModelTensors:
     def __call__(self, source: Source) -> Tensor:
         if source.rows is None:
             return self._read(source.name).reshape(source.shape)
-        tensor = self._tensor(source.name)
+        tensor = self._kept(source.name)
         rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
         return rows[source.rows].reshape(source.shape)
-
-    def _tensor(self, name: str) -> Tensor:
-        if name not in self._kept:
-            self._kept[name] = self._read(name)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[name]
 
     def _read(self, name: str) -> Tensor:
         made = self._made.get(name)

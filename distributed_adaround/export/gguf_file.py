@@ -200,7 +200,7 @@ def _weights(result: StoredResult, written: BaseGguf) -> Iterator[tuple[str, Ten
     for found in written.pieces(list(result.layers.values())).values():
         for piece in found:
             pieces.setdefault(piece.layer.stored_name, []).append(piece)
-    for name in dict.fromkeys(layer.owner for layer in result.layers.values()):
+    for name in result.owners:
         tensor = torch.zeros(result.shapes[name], dtype=getattr(torch, result.dtypes[name]))
         for layer in result.layers_of(name):
             weight = torch.empty(layer.shape)

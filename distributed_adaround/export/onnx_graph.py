@@ -34,17 +34,10 @@ def insert_codes(model: Any, result: StoredResult) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     writer = _GraphWriter(model, result)
-    for owner, layers in _by_owner(result).items():
-        writer.replace(owner, layers)
+    for owner in result.owners:
+        writer.replace(owner, result.layers_of(owner))
     RemoveUnusedNodesPass()(model)
     writer.check()
-
-
-def _by_owner(result: StoredResult) -> dict[str, list[QuantizedLayer]]:
-    found: dict[str, list[QuantizedLayer]] = {}
-    for layer in result.layers.values():
-        found.setdefault(layer.owner, []).append(layer)
-    return found
 
 
 class _GraphWriter:
@@ -59,7 +52,7 @@ class _GraphWriter:
 
     def replace(self, owner: str, layers: Sequence[QuantizedLayer]) -> None:
         """One parameter, under any of its names."""
-        names = (owner, *(alias for alias, name in self._result.tied.items() if name == owner))
+        names = self._result.all_names(owner)
         value = next((self._graph.initializers[name] for name in names if name in self._graph.initializers), None)
         if value is None or self._first is None:
             raise self._not_found(layers)

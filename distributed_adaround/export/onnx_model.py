@@ -29,6 +29,7 @@ from distributed_adaround.export.onnx_program import INPUTS_KEY, onnx_graph
 from distributed_adaround.export.onnx_weights import StoredWeight, container, dequantized, is_whole, pieces
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
 from distributed_adaround.files import storage, uris
+from distributed_adaround.numerics.weight_view import dtype_name
 
 FOLDER, MODEL, DATA = "onnx", "model.onnx", "model.onnx.data"
 _INSTALL = "pip install 'distributed_adaround[onnx]'"
@@ -94,7 +95,7 @@ class OnnxExporter(Exporter):
             return Loaded(weights, note=f"weights only; to run it: {_INSTALL}")
         places = json.loads(model.metadata_props.get(INPUTS_KEY, "{}"))
         names = [value.name for value in model.graph.inputs]
-        tolerance = _TOLERANCE.get(str(task.dtype).removeprefix("torch."), _TOLERANCE["float32"])
+        tolerance = _TOLERANCE.get(dtype_name(task.dtype), _TOLERANCE["float32"])
         return Loaded(
             weights,
             _runner(path, names, places),
@@ -185,7 +186,7 @@ def _weights(model: Any, result: StoredResult) -> Iterator[tuple[str, Tensor]]:
         raise InputError(
             f"the ONNX model holds no codes of {shorten(', '.join(sorted(missing)), 200)}; run the job again"
         )
-    for owner in dict.fromkeys(layer.owner for layer in result.layers.values()):
+    for owner in result.owners:
         yield owner, _parameter(model, owner, nodes, result)
     for name, value in model.graph.initializers.items():
         known = name in result.shapes or name in result.tied

@@ -3,7 +3,7 @@
     <output>/program/model.pt2         for torch.export.load, in a process that has torch and nothing else
 
 Each quantized weight W is dequantized in the graph by plain aten operations, right before it is first read, from
-W.codes and W.scale (and W.zero_point where it is not the same for all) with the arithmetic of LayerRecord.dequantize.
+W_codes and W_scale (and W_zero_point where it is not the same for all) with the arithmetic of LayerRecord.dequantize.
 Codes take a byte each. Parameters that stayed in float keep their names.
 """
 
@@ -150,10 +150,8 @@ def _with_codes(program: ExportedProgram, result: StoredResult) -> tuple[Exporte
     """The program with quantized weights computed in it, and the node of each, by the names of the model's tensors."""
     surgery = _Surgery.of(program)
     nodes = {}
-    owners = dict.fromkeys(layer.owner for layer in result.layers.values())
-    for owner in owners:
-        names = [owner, *(alias for alias, name in result.tied.items() if name == owner)]
-        if (node := surgery.replace(names, StoredWeight.of(result, owner))) is not None:
+    for owner in result.owners:
+        if (node := surgery.replace(result.all_names(owner), StoredWeight.of(result, owner))) is not None:
             nodes[owner] = node
     return surgery.program(), {owner: node.name for owner, node in nodes.items()}
 

@@ -29,8 +29,9 @@ class WrittenFile:
     tensor_bytes: int
 
 
-def cut(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
-    """Names in runs of at most `limit` bytes, or of one name that is larger; limit 0: one run."""
+def plan_shards(stem: str, sizes: Iterable[tuple[str, int]], limit: int) -> dict[str, list[str]]:
+    """Names of tensors by the file that they go into: "model.safetensors", or "model-00001-of-00003.safetensors" and so
+    on, of at most `limit` bytes or of one tensor that is larger; limit 0: one file."""
     runs: list[list[str]] = [[]]
     held = 0
     for name, size in sizes:
@@ -39,14 +40,9 @@ def cut(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
             held = 0
         runs[-1].append(name)
         held += size
-    return runs
-
-
-def shard_names(stem: str, count: int) -> list[str]:
-    """ "model.safetensors", or "model-00001-of-00003.safetensors" and so on."""
-    if count == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
+    if len(runs) == 1:
+        return {f"{stem}.safetensors": runs[0]}
+    return {f"{stem}-{place:05d}-of-{len(runs):05d}.safetensors": run for place, run in enumerate(runs, start=1)}
 
 
 def write_shards(

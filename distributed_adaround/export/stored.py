@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,9 +68,9 @@ class StoredResult:
     """From `StoredResult.open`. A file is opened for each tensor, so that no more is in memory than was asked for.
 
     layers: by their stored names. tied: other names of tensors. names: of all tensors of the model but the tied ones.
-    shapes, dtypes: of these. dtype: of most of the model's numbers. float_parameters: JSON values. checkpoint: the
-    files of the directory that the model came in, by the names of its tensors there. shard_bytes: size of the largest
-    of these files. digest: SHA-256 of the description, which holds those of the files of codes.
+    shapes, dtypes: of these. dtype: of most of the model's numbers. checkpoint: the files of the directory that the
+    model came in, by the names of its tensors there. shard_bytes: size of the largest of these files. digest: SHA-256
+    of the description, which holds those of the files of codes.
     """
 
     def __init__(self, uri: str, files: LocalFiles, text: Mapping[str, Any], digest: str) -> None:
@@ -88,7 +88,6 @@ class StoredResult:
         self.checkpoint: dict[str, str] = dict(text["checkpoint"])
         self.dtype: torch.dtype = getattr(torch, text["dtype"])
         self.shard_bytes = int(text["shard_bytes"])
-        self.float_parameters: Sequence[Mapping[str, object]] = text["float_parameters"]
 
     @classmethod
     def open(cls, uri: str, files: LocalFiles) -> "StoredResult":
@@ -118,22 +117,31 @@ class StoredResult:
         """The quantized weights that lie in a tensor of the model; empty: it stayed in float."""
         return [self.layers[stored] for stored in self._stored_in.get(self.tied.get(name, name), ())]
 
+    @property
+    def owners(self) -> list[str]:
+        """Names of the tensors that hold quantized weights."""
+        return list(self._stored_in)
+
+    def all_names(self, name: str) -> list[str]:
+        """A name of `names`, and the tied ones of the same tensor."""
+        return [name, *(alias for alias, owner in self.tied.items() if owner == name)]
+
+    def bytes_of(self, name: str) -> int:
+        """Of a tensor of the model, one of `names`."""
+        return math.prod(self.shapes[name]) * torch.empty(0, dtype=getattr(torch, self.dtypes[name])).element_size()
+
     def record(self, stored_name: str) -> LayerRecord:
         """Codes, scales and zero points of a layer. Raises InputError when its file is damaged."""
         layer, entry = self.layers[stored_name], self._entries[stored_name]
         codes, scale = self._read(f"{stored_name}.codes"), self._read(f"{stored_name}.scale")
+        own = self._read(f"{stored_name}.zero_point") if entry["zero_point"] is None else None
         try:
             if entry["packed"]:
                 signed = layer.number.element is None and layer.number.signed
                 codes = unpack_bits(codes, layer.number.bits, math.prod(layer.shape), signed).reshape(layer.shape)
-            if entry["zero_point"] is None:
-                zero_point = self._read(f"{stored_name}.zero_point").int()
-            else:
-                zero_point = torch.full_like(scale, entry["zero_point"], dtype=torch.int32)
+            zero_point = torch.full_like(scale, entry["zero_point"], dtype=torch.int32) if own is None else own.int()
             return LayerRecord(layer.name, codes, scale, zero_point, dict(layer.format))
         except (AdaRoundError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
             raise self._damaged(f"{stored_name}.codes", "what it holds is no layer") from error
 
     def weight(self, stored_name: str) -> Tensor:

@@ -8,6 +8,7 @@ metadata say how the tensors are put together again. Unsigned codes are shifted 
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from distributed_adaround.capture.forward import real_tensors, run_once
 from distributed_adaround.data.microbatches import ModelInputs
 from distributed_adaround.errors import InputError, SpecError, first_line
 from distributed_adaround.export.exporter import Exporter, ExportPlan, ExportTask, Loaded
-from distributed_adaround.export.shards import cut, shard_names, write_shards
+from distributed_adaround.export.shards import plan_shards, write_shards
 from distributed_adaround.export.stored import QuantizedLayer, StoredResult
 from distributed_adaround.files import jsontext, storage, uris
 
@@ -162,10 +163,8 @@ def _shards(result: StoredResult) -> dict[str, list[str]]:
     sizes = []
     for name in sorted(_owners(result)):
         own = result.tied.get(name, name)
-        width = 1 if result.layers_of(name) else torch.empty(0, dtype=getattr(torch, result.dtypes[own])).element_size()
-        sizes.append((name, width * torch.Size(result.shapes[own]).numel()))
-    runs = cut(sizes, result.shard_bytes)
-    return dict(zip(shard_names(_STEM, len(runs)), runs, strict=True))
+        sizes.append((name, math.prod(result.shapes[own]) if result.layers_of(name) else result.bytes_of(own)))
+    return plan_shards(_STEM, sizes, result.shard_bytes)
 
 
 def _tensor(library: _Library, result: StoredResult, name: str, empty: bool = False) -> Tensor:

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class WeightView:
     """shape, strides, offset: of the matrix in the contiguous parameter, in numbers. dtype: name of the one in which
@@ -27,7 +32,7 @@ class WeightView:
     @classmethod
     def like(cls, part: Tensor, dtype: torch.dtype | None = None) -> "WeightView":
         """That of a view whose base starts at the beginning of its storage."""
-        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        name = None if dtype is None else dtype_name(dtype)
         return cls(tuple(part.shape), tuple(part.stride()), int(part.storage_offset()), name)
 
     def of(self, parameter: Tensor) -> Tensor:

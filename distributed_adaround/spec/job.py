@@ -20,7 +20,7 @@ from distributed_adaround.spec.quantize import QuantizeSpec, stale_fields
 from distributed_adaround.spec.rounding import RoundingSpec
 from distributed_adaround.spec.runtime import RuntimeSpec
 
-# What a result is written as (the contract is export.result.Exporter).
+# What a result is written as (the contract is export.exporter.Exporter).
 EXPORTERS: dict[str, str] = {
     "safetensors": "distributed_adaround.export.dequantized:CodesExporter",
     "dequantized": "distributed_adaround.export.dequantized:DequantizedExporter",
@@ -31,6 +31,8 @@ EXPORTERS: dict[str, str] = {
     "torchao": "distributed_adaround.export.torchao_file:TorchaoExporter",
     "program": "distributed_adaround.export.program:ProgramExporter",
 }
+# Fields of the section `output` that count with one format only.
+FIELDS_OF_FORMATS = {"base_gguf": "gguf", "dynamic_activations": "compressed_tensors"}
 # What writes a directory of model.hf again.
 _DIRECTORIES = ("huggingface", "compressed_tensors")
 
@@ -84,13 +86,13 @@ class OutputSpec(Section):
     """Replace finished results that are already in the folder."""
 
     @model_validator(mode="after")
-    def _formats_once(self) -> Self:
+    def _formats_fit(self) -> Self:
         if len(set(self.formats)) < len(self.formats):
             raise ContradictionError(("formats",), self.formats, "names a format twice; remove the second one")
         if "gguf" in self.formats and self.base_gguf is None:
             text = "is missing, but the format gguf needs it; give a float GGUF file of the model"
             raise ContradictionError(("base_gguf",), ABSENT, text)
-        for name, owner in (("base_gguf", "gguf"), ("dynamic_activations", "compressed_tensors")):
+        for name, owner in FIELDS_OF_FORMATS.items():
             value = getattr(self, name)
             if value not in (None, False) and owner not in self.formats:
                 raise ContradictionError((name,), value, f"counts only with the format {owner}; add it or remove this")

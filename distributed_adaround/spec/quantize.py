@@ -152,12 +152,13 @@ class QuantizeSpec(Section):
     def with_scales(self, dtype: str) -> Self:
         """The same, with scales of that precision where none is given and the format of a layer leaves it open."""
 
-        def filled(fields: Section) -> dict[str, Any]:
-            number = FORMATS[getattr(fields, "dtype", None) or self.dtype]
-            is_open = getattr(fields, "scale_dtype", None) is None and number.scale == "float32"
+        def filled(fields: Self | Override) -> dict[str, Any]:
+            """An override without a dtype leaves scales as they are."""
+            number = FORMATS[fields.dtype] if fields.dtype else None
+            is_open = number is not None and number.scale == "float32" and fields.scale_dtype is None
             return {"scale_dtype": dtype} if is_open and dtype != "float32" else {}
 
-        overrides = [each.model_copy(update=filled(each) if each.dtype else {}) for each in self.overrides]
+        overrides = [each.model_copy(update=filled(each)) for each in self.overrides]
         return self.model_copy(update=filled(self) | {"overrides": overrides})
 
     def unmatched(self, layers: Sequence[tuple[str, str]]) -> list[str]:
